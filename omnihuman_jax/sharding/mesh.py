@@ -1,0 +1,67 @@
+"""One device mesh with axes data, fsdp, sequence, tensor; several slices put data over DCN."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from omnihuman_jax.errors import UserError, nearest
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+def resolve_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Fills the one axis given as -1 with the rest of the devices.
+
+    Raises:
+      UserError: unknown axis, more than one -1, or sizes whose product is not the number of devices.
+    """
+    for name in sizes:
+        if name not in AXES:
+            raise UserError(f"mesh.{name}: unknown mesh axis{nearest(name, AXES)}")
+    shape = {name: int(sizes.get(name, 1)) for name in AXES}
+    free = [name for name, size in shape.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh: only one axis can be -1 (the rest), but {' and '.join(free)} are")
+    if any(size < 1 and size != -1 for size in shape.values()):
+        raise UserError(f"mesh: sizes must be positive or -1, got {shape}")
+    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    if free:
+        if num_devices % fixed:
+            raise UserError(f"mesh: {num_devices} devices cannot be divided by {fixed} ({shape}); change the mesh sizes")
+        shape[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise UserError(f"mesh: {shape} needs {fixed} devices, but there are {num_devices}; set one axis to -1")
+    return shape
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, *, num_slices: int = 1) -> Mesh:
+    """Builds the mesh over `devices` (default: all), with Auto axes.
+
+    With `num_slices` > 1 the data axis is laid across slices (over DCN) and everything else stays inside a slice.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = resolve_shape(sizes, len(devices))
+    dims = tuple(shape.values())
+    if num_slices > 1:
+        if shape["data"] % num_slices:
+            raise UserError(f"mesh.data={shape['data']} must be a multiple of the {num_slices} slices (data goes over DCN)")
+        per_slice = (shape["data"] // num_slices, *dims[1:])
+        array = mesh_utils.create_hybrid_device_mesh(per_slice, (num_slices, 1, 1, 1), devices)
+    elif devices[0].platform == "cpu":
+        array = np.array(devices).reshape(dims)
+    else:
+        array = mesh_utils.create_device_mesh(dims, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(global_batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError unless the batch divides over data x fsdp."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if global_batch_size < 1 or global_batch_size % shards:
+        raise UserError(
+            f"global_batch_size={global_batch_size} is not divisible by mesh data x fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {shards}; use a multiple of {shards}"
+        )

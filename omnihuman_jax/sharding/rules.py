@@ -1,0 +1,96 @@
+"""Shardings as a table: logical activation axes, and ordered path rules for parameters.
+
+Optimizer state and EMA follow the parameters because their trees end in the same paths.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Logical activation axis -> mesh axes.
+ACTIVATIONS: dict[str, Any] = {
+    "batch": ("data", "fsdp"),
+    "tokens": "sequence",
+    "heads": ("sequence", "tensor"),
+    "head_dim": None,
+    "hidden": None,
+    "mlp": "tensor",
+}
+
+# Ordered (path pattern, mesh axes of the trailing dimensions). First match wins; a leading scan axis is never sharded.
+# Column-parallel layers split the output over tensor, row-parallel ones the input; the other dimension is ZeRO-3 fsdp.
+PARAMETERS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (r"(^|/)(q|k|v|qkv|fc1|gate|mlp_in|mlp_gate)/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(out|fc2|mlp_out)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)\w*mod/kernel$", ("fsdp", "tensor")),
+    (r"/kernel$", ("fsdp", None)),
+    (r".*", ()),
+)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains the sharding of an activation by logical axis names (one per dimension, None = replicated).
+
+    Without a mesh in context (`jax.set_mesh`) this does nothing, so that modules run on one device as they are. An axis
+    that does not divide its dimension is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or not set(mesh.axis_names) & {"data", "fsdp", "sequence", "tensor"}:
+        return x
+    if len(axes) != x.ndim:
+        raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}")
+    spec = [_usable(ACTIVATIONS[axis] if axis else None, size, mesh) for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _usable(axes: Any, size: int, mesh: Any) -> Any:
+    """The mesh axes, or None where they do not divide the dimension."""
+    if axes is None:
+        return None
+    shards = 1
+    for axis in (axes,) if isinstance(axes, str) else axes:
+        shards *= mesh.shape[axis]
+    return axes if shards > 1 and size % shards == 0 else None
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of a parameter by its slash-separated path; the rule covers the last dimensions."""
+    for pattern, axes in PARAMETERS:
+        if re.search(pattern, path):
+            break
+    axes = axes[-len(shape) :] if shape else ()
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    return PartitionSpec(*(_usable(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Slash-separated name of a jax key path: dual/img_mlp/fc1/kernel."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of parameters, or of optimizer/EMA state whose paths end in parameter paths."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, parameter_spec(path_name(path), tuple(leaf.shape), mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data x fsdp; every other dimension whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def describe(tree: Any, mesh: Mesh) -> Mapping[str, PartitionSpec]:
+    """Path -> PartitionSpec of a tree, for logs and tests."""
+    flat = jax.tree_util.tree_flatten_with_path(tree_shardings(tree, mesh))[0]
+    return {path_name(path): sharding.spec for path, sharding in flat}
