@@ -1,0 +1,277 @@
+"""What a record of a data set holds, in one place, for writers and readers.
+
+A data set is a directory:
+
+    dataset.json                  sizes, encoders and an index with one entry per record
+    records/*.array_record        serialised TFDS `FeaturesDict` records (no TensorFlow needed)
+    clips/ID.mp4                  the curated clips at training size (the "/" of an id becomes "__")
+
+Everything is at 25 frames per second. A record is a dict with the keys of `FIELDS`; arrays that a clip does not have are
+present with zero rows, so "has audio" is `record["audio"].shape[0] > 0`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from omnihuman_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+FPS = 25
+SPLITS = ("train", "heldout")
+RECORDS_PER_FILE = 64
+
+TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence")
+NUMBER_FIELDS = ("frames", "height", "width")
+# name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels, R references,
+# K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
+ARRAY_FIELDS: Mapping[str, tuple[int, type]] = {
+    "latents": (4, np.float16),  # (T,H,W,C) normalised latents of the whole clip, posterior mean
+    "references": (4, np.float16),  # (R,H,W,C) normalised single-image latents
+    "reference_frames": (1, np.int32),  # (R,) pixel frame of each reference
+    "audio": (2, np.float16),  # (F,Da) speech features, one row a pixel frame; (0,Da) without audio
+    "keypoints": (3, np.float32),  # (F,K,3) x, y in [0,1] of width and height, confidence; (0,K,3) without
+    "text": (2, np.float16),  # (L,Dt) token states of the caption, not padded
+    "mouth": (1, np.float32),  # (F,) true mouth opening of rendered clips; else (0,)
+    "attributes": (1, np.float32),  # (A,) true appearance numbers of rendered clips; else (0,)
+}
+FIELDS = TEXT_FIELDS + NUMBER_FIELDS + tuple(ARRAY_FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """Sizes and encoders shared by all records of one data set (the head of dataset.json)."""
+
+    latent_channels: int
+    audio_dim: int
+    audio_encoder: str
+    text_dim: int
+    text_encoder: str
+    num_keypoints: int
+    vae_sha256: str
+    fps: int = FPS
+    schema_version: int = SCHEMA_VERSION
+
+
+@functools.cache
+def _features():
+    # Imported here because it takes about a second, which `--help` and plain imports should not pay.
+    from tensorflow_datasets import features as tf_features
+
+    spec: dict[str, Any] = {name: tf_features.Text() for name in TEXT_FIELDS}
+    spec |= {name: np.int32 for name in NUMBER_FIELDS}
+    for name, (rank, dtype) in ARRAY_FIELDS.items():
+        # zlib (or bytes) stores the shape with the values, which several unknown dimensions need.
+        spec[name] = tf_features.Tensor(shape=(None,) * rank, dtype=dtype, encoding="zlib" if rank > 1 else "none")
+    return tf_features.FeaturesDict(spec)
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """Serialises one record (all of `FIELDS`; arrays are cast to the schema's types).
+
+    Raises:
+      ValueError: a field is missing, unknown or of the wrong rank.
+    """
+    if set(record) != set(FIELDS):
+        raise ValueError(f"record fields differ from the schema: {sorted(set(record) ^ set(FIELDS))}")
+    raw: dict[str, Any] = {name: str(record[name]) for name in TEXT_FIELDS}
+    raw |= {name: int(record[name]) for name in NUMBER_FIELDS}
+    for name, (rank, dtype) in ARRAY_FIELDS.items():
+        value = np.asarray(record[name], dtype)
+        if value.ndim != rank:
+            raise ValueError(f"record {record['id']}: {name} has shape {value.shape}, expected rank {rank}")
+        raw[name] = np.ascontiguousarray(value)
+    return _features().serialize_example(raw)
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The inverse of `encode`: text fields as str, number fields as int, arrays as NumPy."""
+    record = dict(_features().deserialize_example_np(data))
+    for name in TEXT_FIELDS:
+        record[name] = record[name].decode("utf-8")
+    for name in NUMBER_FIELDS:
+        record[name] = int(record[name])
+    return record
+
+
+def clip_filename(record_id: str) -> str:
+    """File name under clips/ of a record id."""
+    return record_id.replace("/", "__") + ".mp4"
+
+
+def _check(record: Mapping[str, Any], meta: Meta) -> None:
+    """Raises ValueError where sizes disagree with `meta` or with each other, or values are not finite."""
+    frames, name = int(record["frames"]), record["id"]
+    latents, audio, keypoints = record["latents"], record["audio"], record["keypoints"]
+    expected = {
+        "latents": (1 + (frames - 1) // 4, *latents.shape[1:3], meta.latent_channels),
+        "references": (len(record["reference_frames"]), *latents.shape[1:3], meta.latent_channels),
+        "audio": (frames if len(audio) else 0, meta.audio_dim),
+        "keypoints": (frames if len(keypoints) else 0, meta.num_keypoints, 3),
+        "text": (len(record["text"]), meta.text_dim),
+        "mouth": (frames if len(record["mouth"]) else 0,),
+    }
+    for field, shape in expected.items():
+        value = np.asarray(record[field])
+        if value.shape != shape:
+            raise ValueError(f"record {name}: {field} has shape {value.shape}, expected {shape}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"record {name}: {field} holds values that are not finite")
+    if (frames - 1) % 4 or not len(record["references"]) or not len(record["text"]):
+        raise ValueError(f"record {name}: needs 1+4n frames, a reference and text tokens; it has {frames} frames")
+    if record["split"] not in SPLITS:
+        raise ValueError(f"record {name}: split is {record['split']!r}, expected one of {SPLITS}")
+
+
+class DatasetWriter:
+    """Writes a data set directory; use as a context manager.
+
+    Everything goes into a sibling `.NAME.partial` that is renamed at the end, so a data set is complete or absent.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, meta: Meta, extra: Mapping[str, Any] | None = None):
+        """`extra` is stored under its own keys in dataset.json (for example the digest of the inputs)."""
+        self._final = pathlib.Path(directory).absolute()
+        self._partial = self._final.parent / f".{self._final.name}.partial"
+        self._meta, self._extra = meta, dict(extra or {})
+        self._index: list[dict[str, Any]] = []
+        self._writer: ArrayRecordWriter | None = None
+
+    def __enter__(self) -> Self:
+        if self._final.exists() and (not self._final.is_dir() or any(self._final.iterdir())):
+            raise UserError(
+                f"output {self._final} already exists and is not empty; name another directory or delete it"
+            )
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by a process that was killed
+        try:
+            (self._partial / "records").mkdir(parents=True)
+            (self._partial / "clips").mkdir()
+        except OSError as error:
+            raise UserError(f"cannot write {self._final}: {error.strerror}; name a directory you may write") from error
+        return self
+
+    def add(self, record: Mapping[str, Any], clip_path: str | pathlib.Path | None = None) -> None:
+        """Appends one record and copies its clip; ids must be unique.
+
+        Raises:
+          ValueError: the record disagrees with the schema or with `Meta`.
+        """
+        if any(entry["id"] == record["id"] for entry in self._index):
+            raise ValueError(f"record id {record['id']!r} is used twice")
+        _check(record, self._meta)
+        data = encode(record)
+        file, row = divmod(len(self._index), RECORDS_PER_FILE)
+        name = f"records/records-{file:05d}.array_record"
+        if row == 0:
+            self._close_file()
+            # One record a group: batches read single records in random order.
+            self._writer = ArrayRecordWriter(str(self._partial / name), "group_size:1")
+        self._writer.write(data)
+        if clip_path is not None:
+            shutil.copyfile(clip_path, self._partial / "clips" / clip_filename(record["id"]))
+        self._index.append(
+            {
+                **{key: record[key] for key in ("id", "source", "split")},
+                "file": name,
+                "row": row,
+                "shape": list(record["latents"].shape[:3]),
+                "audio": len(record["audio"]) > 0,
+                "pose": len(record["keypoints"]) > 0,
+                "frames": int(record["frames"]),
+            }
+        )
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._close_file()
+        if kind is not None or not self._index:
+            shutil.rmtree(self._partial)
+            if kind is None:
+                raise UserError(f"no clip could be used; nothing was written to {self._final}")
+            return
+        head = dataclasses.asdict(self._meta) | self._extra | {"records": len(self._index), "index": self._index}
+        (self._partial / "dataset.json").write_text(json.dumps(head, indent=1) + "\n")
+        self._partial.rename(self._final)
+
+
+class Dataset:
+    """Random access to the records of one data set; picklable and safe to read from several threads."""
+
+    def __init__(self, directory: pathlib.Path, meta: Meta, index: list[dict[str, Any]], extra: dict[str, Any]):
+        self.directory, self.meta, self.index, self.extra = directory, meta, index, extra
+        self._readers: dict[str, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: str | pathlib.Path) -> Dataset:
+        """Opens a data set directory.
+
+        Raises:
+          UserError: it is missing, no data set, empty, damaged or of another schema version.
+        """
+        directory = pathlib.Path(directory).absolute()
+        make = "make one with `python -m data_pipelines.prepare`"
+        if not directory.is_dir():
+            raise UserError(f"data directory {directory} does not exist; {make}")
+        path = directory / "dataset.json"
+        if not path.is_file():
+            what = "holds no dataset.json" if any(directory.iterdir()) else "is empty"
+            raise UserError(f"data directory {directory} {what}; {make}")
+        try:
+            head = json.loads(path.read_text())
+            version = head.pop("schema_version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}); prepare the data again") from error
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; prepare the data again"
+            )
+        names = [field.name for field in dataclasses.fields(Meta) if field.name != "schema_version"]
+        missing = [name for name in [*names, "index"] if name not in head]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; prepare the data again")
+        index = head.pop("index")
+        if not index:
+            raise UserError(f"data directory {directory} holds no records; {make}")
+        for name in sorted({entry["file"] for entry in index}):
+            if not (directory / name).is_file():
+                raise UserError(f"data directory {directory} lacks {name}; prepare the data again")
+        return cls(directory, Meta(**{name: head.pop(name) for name in names}), index, head)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, i: int) -> dict[str, Any]:
+        """Record i (an index into `.index`) as a dict of `FIELDS`."""
+        entry = self.index[i]
+        with self._lock:
+            reader = self._readers.get(entry["file"])
+            if reader is None:
+                reader = ArrayRecordReader(str(self.directory / entry["file"]), "readahead_buffer_size:0")
+                self._readers[entry["file"]] = reader
+        return decode(reader.read([entry["row"]])[0])
+
+    def clip_path(self, i: int) -> pathlib.Path:
+        """The curated mp4 of record i (may be absent)."""
+        return self.directory / "clips" / clip_filename(self.index[i]["id"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open readers and locks do not travel to another process; they are made again there.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _readers={}, _lock=threading.Lock())

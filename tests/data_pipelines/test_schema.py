@@ -1,0 +1,168 @@
+"""Records survive the trip to disk exactly; unusable data directories are refused with one clear line."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from data_pipelines import schema
+from omnihuman_jax.errors import UserError
+
+META = schema.Meta(
+    latent_channels=4,
+    audio_dim=6,
+    audio_encoder="log-mel",
+    text_dim=5,
+    text_encoder="t",
+    num_keypoints=28,
+    vae_sha256="0" * 64,
+)
+
+
+def make_record(name="real/a-0", frames=9, audio=True, pose=True, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = 1 + (frames - 1) // 4
+    return {
+        "id": name,
+        "source": "real",
+        "split": "train",
+        "caption": "a man — speaking",
+        "speaker": "",
+        "sentence": "",
+        "latents": rng.normal(size=(tokens, 3, 2, 4)).astype(np.float16),
+        "references": rng.normal(size=(4, 3, 2, 4)).astype(np.float16),
+        "reference_frames": np.arange(4, dtype=np.int32),
+        "audio": rng.normal(size=(frames if audio else 0, 6)).astype(np.float16),
+        "keypoints": rng.random((frames if pose else 0, 28, 3)).astype(np.float32),
+        "text": rng.normal(size=(7, 5)).astype(np.float16),
+        "mouth": np.zeros((0,), np.float32),
+        "attributes": np.arange(3, dtype=np.float32),
+        "frames": frames,
+        "height": 24,
+        "width": 16,
+    }
+
+
+def write(directory, records, **kwargs):
+    with schema.DatasetWriter(directory, META, **kwargs) as writer:
+        for record in records:
+            writer.add(record)
+
+
+def assert_same(a, b):
+    assert set(a) == set(b) == set(schema.FIELDS)
+    for name, value in a.items():
+        if isinstance(value, np.ndarray):
+            assert b[name].dtype == value.dtype and b[name].shape == value.shape, name
+            np.testing.assert_array_equal(b[name], value, err_msg=name)
+        else:
+            assert b[name] == value, name
+
+
+@pytest.mark.parametrize("audio", [True, False])
+@pytest.mark.parametrize("pose", [True, False])
+def test_record_round_trip_is_exact_with_and_without_conditions(audio, pose):
+    record = make_record(audio=audio, pose=pose)
+    assert_same(record, schema.decode(schema.encode(record)))
+
+
+def test_missing_or_unknown_field_is_refused():
+    record = make_record()
+    record["extra"] = 1
+    with pytest.raises(ValueError, match="extra"):
+        schema.encode(record)
+
+
+def test_dataset_reads_in_any_order_from_threads_and_after_pickling(tmp_path):
+    records = [make_record(f"real/a-{i}", frames=9 + 4 * (i % 2), audio=i % 3 > 0, seed=i) for i in range(70)]
+    write(tmp_path / "d", records, extra={"inputs_sha256": "abc"})
+    data = pickle.loads(pickle.dumps(schema.Dataset.open(tmp_path / "d")))
+    assert data.meta == META and len(data) == 70 and data.extra["inputs_sha256"] == "abc"
+    assert len({entry["file"] for entry in data.index}) == 2
+    order = np.random.default_rng(0).permutation(70)
+    with ThreadPoolExecutor(4) as pool:
+        for i, read in zip(order, pool.map(data.read, order), strict=True):
+            assert_same(records[i], read)
+    again = pickle.loads(pickle.dumps(data))
+    assert_same(records[69], again.read(69))
+    entry = data.index[1]
+    assert entry["shape"] == [4, 3, 2] and entry["audio"] and entry["pose"] and entry["frames"] == 13
+    assert not data.index[0]["audio"]
+
+
+def test_clips_are_copied_under_their_id(tmp_path):
+    clip = tmp_path / "x.mp4"
+    clip.write_bytes(b"clip")
+    with schema.DatasetWriter(tmp_path / "d", META) as writer:
+        writer.add(make_record(), clip)
+    data = schema.Dataset.open(tmp_path / "d")
+    assert data.clip_path(0).name == "real__a-0.mp4" and data.clip_path(0).read_bytes() == b"clip"
+
+
+def test_failure_while_writing_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), schema.DatasetWriter(tmp_path / "d", META) as writer:
+        writer.add(make_record())
+        raise RuntimeError("killed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_no_record_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="no clip"):
+        write(tmp_path / "d", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_not_overwritten(tmp_path):
+    write(tmp_path / "d", [make_record()])
+    with pytest.raises(UserError, match="already exists"):
+        write(tmp_path / "d", [make_record()])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"audio": np.zeros((5, 6), np.float16)},
+        {"audio": np.zeros((9, 7), np.float16)},
+        {"keypoints": np.zeros((9, 27, 3), np.float32)},
+        {"latents": np.full((3, 3, 2, 4), np.nan, np.float16)},
+        {"split": "test"},
+        {"frames": 10},
+    ],
+)
+def test_inconsistent_records_are_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="real/a-0"):
+        write(tmp_path / "d", [make_record() | change])
+
+
+def test_same_id_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="twice"):
+        write(tmp_path / "d", [make_record(), make_record()])
+
+
+def test_unusable_directories_are_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        schema.Dataset.open(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is empty"):
+        schema.Dataset.open(tmp_path / "empty")
+    write(tmp_path / "d", [make_record()])
+    head = json.loads((tmp_path / "d/dataset.json").read_text())
+
+    def rewrite(**change):
+        (tmp_path / "d/dataset.json").write_text(json.dumps(head | change))
+
+    rewrite(schema_version=99)
+    with pytest.raises(UserError, match="version 99"):
+        schema.Dataset.open(tmp_path / "d")
+    rewrite(index=[])
+    with pytest.raises(UserError, match="no records"):
+        schema.Dataset.open(tmp_path / "d")
+    (tmp_path / "d/dataset.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        schema.Dataset.open(tmp_path / "d")
+    rewrite()
+    (tmp_path / "d" / head["index"][0]["file"]).unlink()
+    with pytest.raises(UserError, match="lacks"):
+        schema.Dataset.open(tmp_path / "d")
