@@ -1,0 +1,130 @@
+"""Classifier-free guidance on text and audio, with an annealed scale.
+
+The paper guides audio and text only; reference and pose stay on in every pass. Its scale falls
+during sampling, against wrinkles; the shape and end points are not published, so both are settings.
+
+Two forms:
+
+  joint     two passes:    v = v_u + s (v_c - v_u)
+  separate  three passes:  v = v_u + s_text (v_t - v_u) + s_audio (v_ta - v_t)
+
+where u has neither text nor audio, t has text, and c / ta is everything asked for. With equal scales
+the two agree, because the middle pass cancels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omnihuman_jax import conditions
+from omnihuman_jax.conditions import AUDIO, TEXT
+from omnihuman_jax.errors import UserError
+
+MODES = ("joint", "separate")
+SHAPES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How strongly to follow text and audio, and how that falls during sampling.
+
+    Attributes:
+      scale: guidance scale at the first step; 1 means no guidance. 6.5 in the published version.
+      final_scale: scale at the last step.
+      mode: "joint" or "separate" (see the module).
+      text_scale: separate mode only: scale of text at the first step; None means `scale`. It is
+        annealed by the same factor as `scale`.
+      anneal: "cosine" (half a cosine: slow, fast, slow), "linear", or "constant" (`scale` throughout).
+    """
+
+    scale: float = 6.5
+    final_scale: float = 3.5
+    mode: str = "joint"
+    text_scale: float | None = None
+    anneal: str = "cosine"
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"guidance.mode={self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.anneal not in SHAPES:
+            raise UserError(f"guidance.anneal={self.anneal!r}; choose one of {', '.join(SHAPES)}")
+        for name in ("scale", "final_scale", "text_scale"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"guidance.{name}={value}; a guidance scale is a finite number >= 0")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any] | None) -> Guidance:
+        """Reads `scale`, `final_scale` and, where present, the other fields; ignores the rest."""
+        config = config or {}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: config[name] for name in names if name in config})
+
+    @property
+    def is_off(self) -> bool:
+        """True when every step would weigh the conditional pass alone."""
+        last = self.scale if self.anneal == "constant" else self.final_scale
+        return self.scale == last == 1.0 and self.text_scale in (None, 1.0)
+
+
+def annealed(first: float, last: float, progress: jax.Array | float, anneal: str = "cosine") -> jax.Array:
+    """The scale at `progress` in [0, 1] (0 the first sampling step, 1 the last)."""
+    progress = jnp.asarray(progress, dtype=jnp.float32)
+    if anneal == "constant":
+        return jnp.full_like(progress, first)
+    fallen = progress if anneal == "linear" else 0.5 * (1.0 - jnp.cos(jnp.pi * progress))
+    return first + (last - first) * fallen
+
+
+def passes(active: np.ndarray, guidance: Guidance) -> np.ndarray:
+    """The rows of active conditions of each network pass, the conditional one last.
+
+    Args:
+      active: bool (4,), what the person asked for.
+      guidance: the settings.
+
+    Returns:
+      bool (P, 4), P in {1, 2, 3}. One row when there is nothing to guide: neither text nor audio is
+      active, or the scale is 1 throughout.
+    """
+    active = np.asarray(active, dtype=bool)
+    if guidance.is_off or not (active[TEXT] or active[AUDIO]):
+        return active[None]
+    unguided = conditions.without(active, *conditions.GUIDED)
+    if guidance.mode == "separate" and active[TEXT] and active[AUDIO]:
+        return np.stack([unguided, conditions.without(active, "audio"), active])
+    return np.stack([unguided, active])
+
+
+def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progress: jax.Array | float) -> jax.Array:
+    """The guided velocity from the passes' velocities.
+
+    Args:
+      velocities: (P, B, ...), in the order of `passes`.
+      rows: bool (P, 4), from `passes` (static).
+      guidance: the settings.
+      progress: how far sampling has come, in [0, 1].
+
+    Returns:
+      (B, ...), the dtype of `velocities`.
+    """
+    if len(rows) == 1:
+        return velocities[0]
+    scale = annealed(guidance.scale, guidance.final_scale, progress, guidance.anneal)
+    text_first = guidance.scale if guidance.text_scale is None else guidance.text_scale
+    ratio = guidance.final_scale / guidance.scale if guidance.scale else 1.0
+    text_scale = annealed(text_first, text_first * ratio, progress, guidance.anneal)
+    if len(rows) == 3:
+        unguided, text, full = velocities
+        return unguided + text_scale * (text - unguided) + scale * (full - text)
+    unguided, full = velocities
+    # Two passes in separate mode: only one of text and audio is on, and its own scale counts.
+    alone = guidance.mode == "separate" and not rows[-1][AUDIO]
+    return unguided + (text_scale if alone else scale) * (full - unguided)

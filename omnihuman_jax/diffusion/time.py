@@ -1,0 +1,100 @@
+"""Where on the path to train and to step: time sampling, resolution-dependent shift, sampler grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omnihuman_jax.errors import UserError
+
+# Tokens of the published anchor clips under the 4x8x8 causal VAE and a (1, 2, 2) patch:
+# frames -> 1 + (frames - 1) / 4 latent frames, 16 x 16 pixels a token.
+_VIDEO_ANCHORS = ((256 // 16) * (256 // 16) * 10, (1280 // 16) * (720 // 16) * 37)
+_IMAGE_ANCHORS = ((256 // 16) * (256 // 16), (1024 // 16) * (1024 // 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftSchedule:
+    """Time shift as a straight line in the number of video (or image) tokens.
+
+    Attributes:
+      tokens: the two anchor token counts.
+      shifts: the shift at each anchor.
+      minimum: the shift is never below this. Below the smaller anchor the line would fall under 1,
+        which moves time towards the data; nothing published does that.
+      maximum: the shift is never above this. The published line ends at 5.0; open models of the
+        family are run at up to 15, so the line may go on that far.
+    """
+
+    tokens: tuple[float, float]
+    shifts: tuple[float, float]
+    minimum: float = 1.0
+    maximum: float = 15.0
+
+    def __call__(self, num_tokens: int) -> float:
+        (n0, n1), (s0, s1) = self.tokens, self.shifts
+        value = s0 + (s1 - s0) * (num_tokens - n0) / (n1 - n0)
+        return float(min(max(value, self.minimum), self.maximum))
+
+
+# omnihuman.md, "Defaults where nothing is published".
+VIDEO_SHIFT = ShiftSchedule(tokens=_VIDEO_ANCHORS, shifts=(1.0, 5.0))
+IMAGE_SHIFT = ShiftSchedule(tokens=_IMAGE_ANCHORS, shifts=(1.0, 3.2))
+
+
+def resolution_shift(num_tokens: int, *, latent_frames: int = 2, override: float | None = None) -> float:
+    """The time shift s for a sample of `num_tokens` noisy visual tokens.
+
+    Args:
+      num_tokens: noisy tokens of one sample, T * (H / patch) * (W / patch); reference, motion and
+        text tokens do not count.
+      latent_frames: T. A single latent frame is an image and follows the image line.
+      override: a fixed shift from the config; None or a number <= 0 means "by resolution".
+
+    Returns:
+      s >= 1, a Python float.
+    """
+    if override is not None and override > 0:
+        return float(override)
+    return (IMAGE_SHIFT if latent_frames == 1 else VIDEO_SHIFT)(num_tokens)
+
+
+def shift_from_config(config: Mapping[str, Any] | None, num_tokens: int, latent_frames: int) -> float:
+    """`resolution_shift` with `config["shift"]` (a number, or "auto"/None/0) as the override.
+
+    Raises:
+      UserError: the setting is neither a positive number nor "auto".
+    """
+    setting = None if config is None else config.get("shift")
+    if setting in (None, "auto", 0, 0.0):
+        return resolution_shift(num_tokens, latent_frames=latent_frames)
+    if isinstance(setting, bool) or not isinstance(setting, (int, float)) or not setting > 0:
+        raise UserError(f"diffusion.shift={setting!r} is not a time shift; give a positive number, or 'auto'")
+    return float(setting)
+
+
+def sample_times(key: jax.Array, batch: int, mean: float = 0.0, std: float = 1.0) -> jax.Array:
+    """Logit-normal training times t = sigmoid(N(mean, std^2)), (B,) float32 in (0, 1)."""
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), dtype=jnp.float32))
+
+
+def shift(t: jax.Array, s: jax.Array | float) -> jax.Array:
+    """Moves times towards noise: t' = s t / (1 + (s - 1) t). Keeps 0 and 1; s = 1 is the identity."""
+    return s * t / (1.0 + (s - 1.0) * t)
+
+
+def time_grid(steps: int, s: float = 1.0) -> np.ndarray:
+    """The sampler's times from 1 (noise) down to 0 (data), (steps + 1,) float32, shifted by `s`.
+
+    Raises:
+      UserError: `steps` is below 1.
+    """
+    if steps < 1:
+        raise UserError(f"sampling steps={steps}; the sampler needs at least 1")
+    t = np.linspace(1.0, 0.0, steps + 1, dtype=np.float64)
+    return np.asarray(shift(t, s), dtype=np.float32)
