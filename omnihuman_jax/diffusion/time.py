@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,34 +45,30 @@ VIDEO_SHIFT = ShiftSchedule(tokens=_VIDEO_ANCHORS, shifts=(1.0, 5.0))
 IMAGE_SHIFT = ShiftSchedule(tokens=_IMAGE_ANCHORS, shifts=(1.0, 3.2))
 
 
-def resolution_shift(num_tokens: int, *, latent_frames: int = 2, override: float | None = None) -> float:
+def resolution_shift(num_tokens: int, *, is_image: bool = False) -> float:
     """The time shift s for a sample of `num_tokens` noisy visual tokens.
 
     Args:
       num_tokens: noisy tokens of one sample, T * (H / patch) * (W / patch); reference, motion and
         text tokens do not count.
-      latent_frames: T. A single latent frame is an image and follows the image line.
-      override: a fixed shift from the config; None or a number <= 0 means "by resolution".
+      is_image: a single latent frame, which follows the image line.
 
     Returns:
       s >= 1, a Python float.
     """
-    if override is not None and override > 0:
-        return float(override)
-    return (IMAGE_SHIFT if latent_frames == 1 else VIDEO_SHIFT)(num_tokens)
+    return (IMAGE_SHIFT if is_image else VIDEO_SHIFT)(num_tokens)
 
 
-def shift_from_config(config: Mapping[str, Any] | None, num_tokens: int, latent_frames: int) -> float:
-    """`resolution_shift` with `config["shift"]` (a number, or "auto"/None/0) as the override.
+def shift_from_config(setting: float | None, num_tokens: int, *, is_image: bool = False) -> float:
+    """`resolution_shift`, unless `setting` (the config's `diffusion.shift`) fixes the shift; 0 or None does not.
 
     Raises:
-      UserError: the setting is neither a positive number nor "auto".
+      UserError: the setting is neither a positive number nor 0 or None.
     """
-    setting = None if config is None else config.get("shift")
-    if setting in (None, "auto", 0, 0.0):
-        return resolution_shift(num_tokens, latent_frames=latent_frames)
-    if isinstance(setting, bool) or not isinstance(setting, (int, float)) or not setting > 0:
-        raise UserError(f"diffusion.shift={setting!r} is not a time shift; give a positive number, or 'auto'")
+    if not setting:
+        return resolution_shift(num_tokens, is_image=is_image)
+    if isinstance(setting, bool) or not isinstance(setting, int | float) or not 0 < setting < float("inf"):
+        raise UserError(f"diffusion.shift={setting!r} is no time shift; give a positive number, or 0 for by resolution")
     return float(setting)
 
 

@@ -38,27 +38,27 @@ def video_tokens(height, width, frames):
 @pytest.mark.parametrize(("size", "expected"), [((256, 256, 37), 1.0), ((720, 1280, 145), 5.0), ((256, 256, 1), 1.0)])
 def test_shift_reaches_the_published_anchors(size, expected):
     tokens, latent_frames = video_tokens(*size)
-    assert time.resolution_shift(tokens, latent_frames=latent_frames) == pytest.approx(expected)
+    assert time.resolution_shift(tokens, is_image=latent_frames == 1) == pytest.approx(expected)
 
 
 def test_image_shift_has_its_own_line():
-    assert time.resolution_shift(64 * 64, latent_frames=1) == pytest.approx(3.2)
+    assert time.resolution_shift(64 * 64, is_image=True) == pytest.approx(3.2)
 
 
 def test_shift_is_linear_between_the_anchors_and_clamped_outside():
     low, high = (video_tokens(*size)[0] for size in [(256, 256, 37), (720, 1280, 145)])
-    assert time.resolution_shift((low + high) // 2, latent_frames=9) == pytest.approx(3.0, abs=1e-3)
-    assert time.resolution_shift(100, latent_frames=6) == 1.0
-    assert time.resolution_shift(10**8, latent_frames=99) == time.VIDEO_SHIFT.maximum
+    assert time.resolution_shift((low + high) // 2) == pytest.approx(3.0, abs=1e-3)
+    assert time.resolution_shift(100) == 1.0
+    assert time.resolution_shift(10**89) == time.VIDEO_SHIFT.maximum
 
 
 def test_config_overrides_the_shift():
-    assert time.shift_from_config({"shift": 7.0}, 100, 6) == 7.0
-    assert time.shift_from_config({"shift": "auto"}, 100, 6) == 1.0
-    assert time.shift_from_config({}, 133200, 37) == pytest.approx(5.0)
-    for bad in (-1.0, "much", True):
-        with pytest.raises(UserError, match="diffusion.shift"):
-            time.shift_from_config({"shift": bad}, 100, 6)
+    assert time.shift_from_config(7.0, 100) == 7.0
+    assert time.shift_from_config(0, 100) == time.shift_from_config(None, 100) == 1.0
+    assert time.shift_from_config(0.0, 133200) == pytest.approx(5.0)
+    for bad in (-1.0, "much", True, float("nan")):
+        with pytest.raises(UserError, match=r"diffusion\.shift"):
+            time.shift_from_config(bad, 100)
 
 
 def test_grid_falls_from_noise_to_data_and_crowds_at_noise_when_shifted():
