@@ -1,0 +1,127 @@
+"""What every command shares: flags, one-line errors with exit status 2, the platform."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from omnihuman_jax.errors import UserError, nearest
+
+
+def define_config_flag() -> Any:
+    """Defines --config=PRESET.py[:ARG] with --config.KEY=VALUE overrides."""
+    return config_flags.DEFINE_config_file("config", None, "Preset file, as experiments/configs/demo.py or demo.py:v2.")
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an absl main; a UserError or a wrong flag becomes one line on stderr and exit status 2."""
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; every option is a flag, as --name=value (see --help)")
+            return main(argv)
+        except UserError as error:
+            return _fail(error)
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except UserError as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl flag parsing whose mistakes are UserErrors, with the nearest valid name."""
+    _check_config_arguments(argv[1:])
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        if name.startswith("config."):
+            raise UserError(f"--{name}: --config=PRESET.py must be given before its overrides") from error
+        raise UserError(f"--{name}: unknown flag{nearest(name, _own_flags())}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _own_flags() -> list[str]:
+    """Names of the flags that the running program defines (not absl's own)."""
+    defined = flags.FLAGS.flags_by_module_dict()
+    return [f.name for module, fs in defined.items() if not module.startswith("absl") for f in fs] + ["help"]
+
+
+def _check_config_arguments(args: list[str]) -> None:
+    """Checks preset file and override keys before absl does, which would answer with a traceback."""
+    values = dict(re.match(r"--?([^=]+)=?(.*)", a, re.S).groups() for a in args if a.startswith("-") and len(a) > 2)
+    preset = values.get("config")
+    if preset is None:
+        return
+    config = load_preset(preset)
+    for key in values:
+        if key.startswith("config."):
+            check_key(config, key.removeprefix("config."))
+
+
+def load_preset(preset: str) -> ConfigDict:
+    """The config of PRESET.py[:ARG].
+
+    Raises:
+      UserError: no such file (with the nearest preset), or an argument the preset refuses.
+    """
+    file = Path(preset.split(":", 1)[0])
+    if not file.is_file():
+        folder = Path(__file__).parent / "configs"
+        presets = [p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base")]
+        raise UserError(f"--config={preset}: no such preset{nearest(file.stem, presets)} in {_relative(folder)}/")
+    holder = flags.FlagValues()
+    flag = config_flags.DEFINE_config_file("config", None, "", flag_values=holder)
+    holder(["", f"--config={preset}"])
+    return flag.value
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+def check_key(config: ConfigDict, dotted: str) -> None:
+    """Raises UserError with the nearest valid name unless the dotted key exists in the config."""
+    node, done = config, []
+    for part in dotted.split("."):
+        if not isinstance(node, ConfigDict) or part not in node:
+            valid = node.keys() if isinstance(node, ConfigDict) else []
+            raise UserError(f"--config.{dotted}: unknown config key {part!r}{_nearest_key(config, done, part, valid)}")
+        done.append(part)
+        node = node[part]
+
+
+def _nearest_key(config: ConfigDict, done: list[str], part: str, valid: list[str]) -> str:
+    prefix = ".".join(done) + "." if done else ""
+    return nearest(prefix + part, [prefix + key for key in valid]) if valid else f"; {'.'.join(done)} has no keys below it"
+
+
+def setup_platform(config: ConfigDict) -> None:
+    """Chooses devices and the compilation cache; call before anything touches a JAX backend."""
+    if config.simulated_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.simulated_devices)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return json.loads(json.dumps(config.to_dict()))

@@ -1,0 +1,1 @@
+"""Presets: one file each, the difference to its parent."""

@@ -1,0 +1,86 @@
+"""Every config key with its default; a preset is the difference to this (or to another preset)."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from omnihuman_jax import conditions
+from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.models.config import ModelConfig
+
+STAGES = ("pretrain_image", "pretrain_video", "stage1", "stage2", "stage3")
+
+
+def stage(**changes) -> ConfigDict:
+    """One row of the stage table."""
+    row = ConfigDict(
+        {
+            "steps": 0,  # 0 leaves the stage out
+            "learning_rate": 5e-5,
+            "warmup_steps": 500,
+            "ratios": {"text": 0.9, "reference": 0.7, "audio": 0.0, "pose": 0.0},
+            "latent_frames": 0,  # noisy latent frames T; 0 = data.latent_frames, 1 = images
+            "motion_ratio": 0.75,  # share of windows that continue from motion frames
+            "init_from": "",  # checkpoint whose parameters the stage starts from; "" = the stage before
+        }
+    )
+    row.update(changes)
+    return row
+
+
+def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
+    """Sets the ratios of stages 1-3 to a published recipe ("published" or "v2")."""
+    if name not in conditions.RECIPES:
+        raise UserError(f"recipe {name!r} is unknown{nearest(name, conditions.RECIPES)}")
+    for stage_name, ratios in conditions.RECIPES[name].items():
+        config.stages[stage_name].ratios.update(ratios)
+    return config
+
+
+def get_config(recipe: str = "published") -> ConfigDict:
+    """The defaults: a small model, the published optimiser settings, the recipe's ratios and no steps."""
+    config = ConfigDict()
+    config.seed = 0
+    config.global_batch_size = 256
+    config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
+    config.compilation_cache = "cache/jax"  # persistent XLA compilation cache; "" = none
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
+
+    config.model = ConfigDict(dataclasses.asdict(ModelConfig()))
+    config.vae = ConfigDict({"checkpoint": "experiments/assets/demo_vae.safetensors"})
+
+    config.data = ConfigDict(
+        {
+            "dir": "",
+            "log_records": False,
+            "latent_frames": 6,  # noisy latent frames T of a window
+            "source_weights": "",  # "real=2,synthetic=1"; empty = in proportion to the number of records
+            "drop_text": 0.05,  # guidance dropout, on top of the ratios and logged apart from them
+            "drop_audio": 0.1,
+            "cache_mb": 2048,  # decoded records kept in memory
+        }
+    )
+
+    config.stage_order = STAGES
+    text_only = {"text": 0.9, "reference": 0.0, "audio": 0.0, "pose": 0.0}
+    config.stages = ConfigDict(
+        {
+            "pretrain_image": stage(ratios=text_only, latent_frames=1, motion_ratio=0.0, learning_rate=1e-4),
+            "pretrain_video": stage(ratios=text_only, motion_ratio=0.0, learning_rate=1e-4),
+            "stage1": stage(),
+            "stage2": stage(),
+            "stage3": stage(),
+        }
+    )
+    apply_recipe(config, recipe)
+    config.allow_inverted_ratios = False  # true: accept a stronger condition with the higher ratio
+
+    config.optimizer = ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0})
+    config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
+    config.ema_decay = 0.9998
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
+    config.log_every = 10
+    config.guidance = ConfigDict({"scale": 6.5, "final_scale": 3.5, "mode": "joint", "schedule": "cosine"})
+    config.sample = ConfigDict({"at_stage_end": True, "steps": 50, "count": 2})
+    config.plan = ConfigDict({"buckets": ((6, 12, 12),)})  # latent (T, H, W) that tpu.plan compiles; T 0 = the stage's
+    return config

@@ -1,0 +1,24 @@
+"""`make demo`: the whole of OmniHuman at small size on 8 simulated devices, within minutes on 2 cores."""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(recipe: str = "published") -> ConfigDict:
+    """The demo preset; the argument names the ratio recipe: demo.py:v2."""
+    config = base.get_config(recipe)
+    config.simulated_devices = 8
+    config.global_batch_size = 16
+    config.mesh.update({"data": 2, "fsdp": -1})
+    config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768, "text_len": 24})
+    config.data.dir = "runs/demo/data"
+    for name, steps in (("stage1", 120), ("stage2", 160), ("stage3", 160)):
+        config.stages[name].update({"steps": steps, "learning_rate": 1e-3, "warmup_steps": 20})
+    config.ema_decay = 0.99
+    config.checkpoint.update({"every": 100, "keep": 2})
+    config.log_every = 5
+    config.guidance.update({"scale": 3.0, "final_scale": 1.5})
+    config.sample.update({"steps": 12})
+    config.plan.buckets = ((6, 12, 12), (6, 16, 10), (6, 10, 14))
+    return config

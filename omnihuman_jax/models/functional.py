@@ -1,0 +1,37 @@
+"""Functional view of the NNX module: parameters are a plain nested dict of arrays, so jit, optax and Orbax see pytrees."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.mmdit import OmniHuman
+
+Params = dict[str, Any]
+
+
+class Network:
+    """init/apply pair of an `OmniHuman` module.
+
+    Attributes:
+      config: the model configuration.
+      abstract_params: nested dict of `jax.ShapeDtypeStruct`, built without allocating anything.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        abstract = nnx.eval_shape(lambda: OmniHuman(config, rngs=nnx.Rngs(0)))
+        self._graphdef, state = nnx.split(abstract)
+        self._state = state
+        self.abstract_params: Params = nnx.to_pure_dict(state)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters from a PRNG key (traceable)."""
+        return nnx.to_pure_dict(nnx.state(OmniHuman(self.config, rngs=nnx.Rngs(key))))
+
+    def apply(self, params: Params, *args, **kwargs) -> jax.Array:
+        """Calls the module with these parameters; see `OmniHuman.__call__`."""
+        state = jax.tree.map(lambda x: x, self._state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self._graphdef, state)(*args, **kwargs)

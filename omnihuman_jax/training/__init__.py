@@ -1,0 +1,1 @@
+"""Train state, step, curriculum, loop, checkpoints and metrics."""
