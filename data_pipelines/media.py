@@ -1,0 +1,209 @@
+"""Decodes and encodes video and audio files: frames at 25 per second by time stamp, mono sound, H.264 + AAC mp4.
+
+Times are seconds from the start of the file, the same for sound and picture, so that row i of anything at 25 fps is the
+picture shown at i/25 s and the sound heard then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import av
+import numpy as np
+
+from omnihuman_jax.errors import UserError
+
+FPS = 25
+AUDIO_RATE = 16_000
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+
+
+@contextlib.contextmanager
+def _open(path: str | pathlib.Path) -> Iterator[av.container.InputContainer]:
+    """An open file; whatever FFmpeg cannot read becomes one line for the person at the terminal."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"cannot read {path}: no such file; check the path")
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except av.FFmpegError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; is it a video or sound file?") from error
+
+
+def has_audio(path: str | pathlib.Path) -> bool:
+    """Whether the file has a sound stream. Raises UserError if it cannot be read."""
+    with _open(path) as container:
+        return bool(container.streams.audio)
+
+
+def has_video(path: str | pathlib.Path) -> bool:
+    """Whether the file has a video stream. Raises UserError if it cannot be read."""
+    with _open(path) as container:
+        return bool(container.streams.video)
+
+
+def _origin(container: av.container.InputContainer) -> float:
+    """Start of the file in seconds on its own clock."""
+    return (container.start_time or 0) / av.time_base
+
+
+def _timed_frames(container: av.container.InputContainer, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(seconds, frame) from the key frame before `start` on."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    origin = _origin(container)
+    if start > 0:
+        # A second of margin, because some containers seek past the wanted key frame.
+        container.seek(int((max(start - 1.0, 0.0) + origin) * av.time_base), backward=True)
+    period = 1 / float(stream.average_rate or stream.base_rate or FPS)
+    time = start - period
+    for frame in container.decode(stream):
+        time = time + period if frame.time is None else frame.time - origin
+        yield time, frame
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    """(H,W,3) uint8, turned upright where the file says that the camera was held sideways."""
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def iter_video(
+    path: str | pathlib.Path, *, fps: float = FPS, start: float = 0.0, end: float | None = None
+) -> Iterator[np.ndarray]:
+    """Yields (H,W,3) uint8 RGB frames for the times start, start + 1/fps, ... before `end` (seconds).
+
+    Each is the source frame nearest in time, so any source rate (also a varying one) becomes exactly `fps`.
+
+    Raises:
+      UserError: the file cannot be read, has no video stream, or no frame in the wanted span.
+    """
+    with _open(path) as container:
+        if not container.streams.video:
+            raise UserError(f"{path} has no video stream; give a video file")
+        wanted, previous, previous_time = 0, None, 0.0
+        period = 1 / float(container.streams.video[0].average_rate or fps)
+
+        def pending(limit: float) -> bool:
+            time = start + wanted / fps
+            return time < limit and (end is None or time < end - 0.01 / fps)
+
+        for time, frame in _timed_frames(container, start):
+            # `previous` is the nearest frame for all times before the middle between it and this one.
+            while previous is not None and pending((previous_time + time) / 2):
+                yield _rgb(previous)
+                wanted += 1
+            if end is not None and time > end + period:
+                break
+            previous, previous_time = frame, time
+        # The last frame is shown for one more period.
+        while previous is not None and pending(previous_time + 0.9 * period):
+            yield _rgb(previous)
+            wanted += 1
+    if not wanted:
+        raise UserError(f"{path} has no frame from {start:g} s on; check the file and the wanted seconds")
+
+
+def read_video(
+    path: str | pathlib.Path, *, fps: float = FPS, start: float = 0.0, end: float | None = None
+) -> np.ndarray:
+    """All frames of `iter_video` as (F,H,W,3) uint8; the whole span is in memory at once."""
+    return np.stack(list(iter_video(path, fps=fps, start=start, end=end)))
+
+
+def read_audio(
+    path: str | pathlib.Path, *, rate: int = AUDIO_RATE, start: float = 0.0, end: float | None = None
+) -> np.ndarray:
+    """Mono sound (N,) float32 in [-1,1] at `rate` Hz from `start` to `end` (seconds; None: to the end of the sound).
+
+    With `end` the result has exactly round((end-start)*rate) samples, silence where the stream has none.
+
+    Raises:
+      UserError: the file cannot be read, has no audio stream, or its sound has zero length.
+    """
+    with _open(path) as container:
+        if not container.streams.audio:
+            raise UserError(f"{path} has no audio stream; give a file with sound")
+        stream = container.streams.audio[0]
+        # Channels are averaged below: FFmpeg's own float downmix would make stereo louder by 3 dB.
+        resampler = av.AudioResampler(format="fltp", rate=rate)
+        chunks, first = [], None
+        for frame in container.decode(stream):
+            if first is None:
+                first = (frame.time or 0.0) - _origin(container)
+            frame.pts = None  # gaps are not filled; the first time stamp places the whole stream
+            chunks += [part.to_ndarray().mean(0) for part in resampler.resample(frame)]
+        if chunks:
+            chunks += [part.to_ndarray().mean(0) for part in resampler.resample(None)]
+    wave = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+    if not wave.size:
+        raise UserError(f"{path} holds sound of zero length; give a recording")
+    lead = round(first * rate)
+    wave = np.pad(wave, (lead, 0)) if lead > 0 else wave[-lead:]
+    begin = round(start * rate)
+    wave = wave[begin:]
+    if end is not None:
+        count = round((end - start) * rate)
+        wave = np.pad(wave[:count], (0, max(count - wave.size, 0)))
+    return np.clip(wave, -1.0, 1.0).astype(np.float32)
+
+
+def write_mp4(
+    path: str | pathlib.Path,
+    frames: np.ndarray,
+    *,
+    fps: int = FPS,
+    audio: np.ndarray | None = None,
+    audio_rate: int = AUDIO_RATE,
+    crf: int = 16,
+) -> None:
+    """Writes (F,H,W,3) uint8 frames and optional mono sound as H.264 (4:2:0) + AAC; even H and W.
+
+    Sound is cut or padded with silence to the length of the picture. The file appears complete or not at all.
+
+    Raises:
+      UserError: the place cannot be written.
+      ValueError: frames of another shape, or an odd size.
+    """
+    path = pathlib.Path(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"frames must be (F,H,W,3) uint8, got {frames.shape} {frames.dtype}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"H.264 in 4:2:0 needs an even size, got {frames.shape[1]}x{frames.shape[2]}")
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
+            _write_streams(container, frames, fps, audio, audio_rate, crf)
+        partial.replace(path)
+    except OSError as error:  # FFmpeg's errors are OSErrors too
+        raise UserError(f"cannot write {path}: {error.strerror}; name a file you may write") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def _write_streams(container, frames, fps, audio, audio_rate, crf) -> None:
+    video = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+    video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+    sound = None
+    if audio is not None:
+        sound = container.add_stream("aac", rate=audio_rate, layout="mono")
+        sound.bit_rate = 96_000
+        count = round(len(frames) / fps * audio_rate)
+        audio = np.pad(np.asarray(audio, np.float32)[:count], (0, max(count - len(audio), 0)))
+    for image in frames:
+        container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+    container.mux(video.encode())
+    if sound is None:
+        return
+    for begin in range(0, len(audio), 1024):
+        samples = np.clip(audio[begin : begin + 1024], -1.0, 1.0)
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = audio_rate, begin
+        container.mux(sound.encode(frame))
+    container.mux(sound.encode())
