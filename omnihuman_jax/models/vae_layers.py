@@ -1,0 +1,150 @@
+"""Layers of the causal 3D VAE, in the form of Wan2.1 (`wan/modules/vae.py`), channels last: (B, F, H, W, C).
+
+The reference runs a clip in chunks (1 frame, then 4 at a time) with a two-frame cache per convolution. Everything here
+takes the whole clip and gives the same numbers: a causal convolution over the clip equals the cached one, and the first
+frame is kept apart where the reference's first chunk skips the temporal resampling.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+_KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for convolutions
+
+
+def _conv3d(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1, stride, stride), ((0, 0), *spatial), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+def _conv2d_over_stacked_frames(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
+    """The same as `_conv3d`: the kernel's frames stacked on channels, the clip's frames folded into the batch."""
+    taps, rows, columns, cin, cout = kernel.shape
+    batch, frames = x.shape[0], x.shape[1] - taps + 1
+    stacked = jnp.concatenate([x[:, k : k + frames] for k in range(taps)], axis=-1) if taps > 1 else x
+    stacked = stacked.reshape(batch * frames, *stacked.shape[2:])
+    flat = kernel.transpose(1, 2, 0, 3, 4).reshape(rows, columns, taps * cin, cout)
+    out = lax.conv_general_dilated(stacked, flat, (stride, stride), spatial, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return out.reshape(batch, frames, *out.shape[1:])
+
+
+def conv(x: jax.Array, kernel: jax.Array, spatial: tuple = ((0, 0), (0, 0)), stride: int = 1) -> jax.Array:
+    """Convolution, not padded in time, chosen at lowering for the platform.
+
+    XLA's 3D convolution on CPU is 3-4 times slower than a 2D one of equal work, so CPU gets the 2D form.
+
+    Args:
+      x: (B, F, H, W, Cin).
+      kernel: (kt, kh, kw, Cin, Cout).
+      spatial: zero padding of rows and columns.
+      stride: of rows and columns.
+
+    Returns:
+      (B, F - kt + 1, H', W', Cout).
+    """
+
+    def form(function):
+        return lambda x, kernel: function(x, kernel, spatial, stride)
+
+    return lax.platform_dependent(x, kernel, cpu=form(_conv2d_over_stacked_frames), default=form(_conv3d))
+
+
+class CausalConv3d(nnx.Module):
+    """Convolution whose output frame f reads frames f-kt+1..f; frames before the clip are zeros."""
+
+    def __init__(self, cin: int, cout: int, kernel: tuple[int, int, int], *, dtype, rngs: nnx.Rngs, zero: bool = False):
+        shape = (*kernel, cin, cout)
+        init = nnx.initializers.zeros if zero else _KERNEL_INIT
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((cout,), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, spatial: tuple | None = None, stride: int = 1, causal: bool = True) -> jax.Array:
+        """(B, F, H, W, Cin) -> (B, F, H', W', Cout); `causal=False` leaves out the padding in time."""
+        kernel = self.kernel[...]
+        taps, rows, columns = kernel.shape[:3]
+        if spatial is None:
+            spatial = ((rows // 2, rows // 2), (columns // 2, columns // 2))
+        if causal and taps > 1:
+            x = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0), (0, 0)))
+        return conv(x.astype(self.dtype), kernel.astype(self.dtype), spatial, stride) + self.bias.astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / |x| * sqrt(C) * gamma over channels; |x| is clipped from below at 1e-12 as in torch's `normalize`."""
+
+    def __init__(self, channels: int):
+        self.gamma = nnx.Param(jnp.ones((channels,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        scale = (
+            lax.rsqrt(jnp.maximum(square, 1e-24)) * x.shape[-1] ** 0.5
+        )  # rsqrt of the clipped square: finite gradient
+        return (x * scale * self.gamma[...]).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1x1 convolution where the width changes)."""
+
+    def __init__(self, cin: int, cout: int, *, dtype, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(cin)
+        self.conv1 = CausalConv3d(cin, cout, (3, 3, 3), dtype=dtype, rngs=rngs)
+        self.norm2 = RMSNorm(cout)
+        self.conv2 = CausalConv3d(cout, cout, (3, 3, 3), dtype=dtype, rngs=rngs)
+        self.shortcut = CausalConv3d(cin, cout, (1, 1, 1), dtype=dtype, rngs=rngs) if cin != cout else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nnx.Module):
+    """Single-head self-attention over the pixels of each frame; the output projection starts at zero."""
+
+    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+        self.norm = RMSNorm(channels)
+        self.to_qkv = CausalConv3d(channels, 3 * channels, (1, 1, 1), dtype=dtype, rngs=rngs)
+        self.proj = CausalConv3d(channels, channels, (1, 1, 1), dtype=dtype, rngs=rngs, zero=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, frames, rows, columns, channels = x.shape
+        qkv = self.to_qkv(self.norm(x)).reshape(batch * frames, rows * columns, 1, 3 * channels)
+        out = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        return x + self.proj(out.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves rows and columns; with `temporal`, 1+2n frames become 1+n, the first passing as it is."""
+
+    def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
+        self.resample = CausalConv3d(channels, channels, (1, 3, 3), dtype=dtype, rngs=rngs)
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.resample(x, spatial=((0, 1), (0, 1)), stride=2)
+        if self.time_conv is None or x.shape[1] == 1:
+            return x
+        # Output n reads frames 2n-2..2n of this level, so frame 0 is the left neighbour of the first window.
+        return jnp.concatenate([x[:, :1], self.time_conv(x, causal=False)[:, ::2]], axis=1)
+
+
+class Upsample(nnx.Module):
+    """Doubles rows and columns, halves channels; with `temporal`, 1+n frames become 1+2n, the first passing as is."""
+
+    def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
+        self.resample = CausalConv3d(channels, channels // 2, (1, 3, 3), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.time_conv is not None and x.shape[1] > 1:
+            rest = x[:, 1:]  # frame 0 is not among the causal inputs: the second frame sees zeros before it
+            batch, frames, rows, columns, channels = rest.shape
+            pairs = self.time_conv(rest).reshape(batch, frames, rows, columns, 2, channels)
+            rest = jnp.moveaxis(pairs, 4, 2).reshape(batch, 2 * frames, rows, columns, channels)
+            x = jnp.concatenate([x[:, :1], rest], axis=1)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        return self.resample(x)
