@@ -1,0 +1,128 @@
+"""Attention within segments: XLA anywhere, or JAX's Pallas splash kernel on TPU.
+
+Both take q (B, Nq, heads, D), k and v (B, Nk, heads, D), and segment ids q_segment (B, Nq), kv_segment (B, Nk) int32.
+A query sees the keys of its own segment. Segment 0 means absent: such a query gives exactly 0, forward and backward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec
+
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding.rules import ACTIVATIONS, constrain
+
+LANES = 128
+BLOCK = 512
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segment: jax.Array,
+    kv_segment: jax.Array,
+    *,
+    implementation: str,
+    gather_tokens: bool = True,
+) -> jax.Array:
+    """Segment-masked softmax(q k^T / sqrt(D)) v, (B, Nq, heads, D) in the dtype of q.
+
+    Args:
+      q, k, v, q_segment, kv_segment: see the module.
+      implementation: "xla" or "splash".
+      gather_tokens: with a mesh, True reshards queries, keys and values from tokens to heads over the sequence axis
+        (Ulysses); False leaves the queries on their token shard and has all keys everywhere (few keys: audio).
+
+    Raises:
+      UserError: splash attention with a number of heads that the mesh does not divide.
+    """
+    kernel = {"xla": _xla, "splash": _splash}[implementation]
+    return kernel(q, k, v, q_segment, kv_segment, gather_tokens)
+
+
+def mesh_axis(name: str) -> int:
+    """Devices along a mesh axis of the mesh in context (`jax.set_mesh`); 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh is None or mesh.empty else mesh.shape.get(name, 1)
+
+
+def _xla(q, k, v, q_segment, kv_segment, gather_tokens):
+    tokens, heads = (None, "heads") if gather_tokens else ("tokens", None)
+    q = constrain(q, "batch", tokens, heads, None)
+    k, v = (constrain(x, "batch", None, heads, None) for x in (k, v))
+    visible = (q_segment[:, :, None] == kv_segment[:, None, :]) & (q_segment[:, :, None] > 0)
+    out = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="xla")
+    # A row that sees nothing comes out as the mean of all values; the definition above says 0.
+    return jnp.where(visible.any(-1)[:, :, None, None], out, 0)
+
+
+def _splash(q, k, v, q_segment, kv_segment, gather_tokens):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return splash_local(q, k, v, q_segment, kv_segment)
+    axes, heads = ACTIVATIONS["batch"], ACTIVATIONS["heads"] if gather_tokens else "tensor"
+    tokens = None if gather_tokens else _divides(ACTIVATIONS["tokens"], q.shape[1], mesh)
+    if not _divides(heads, q.shape[2], mesh) and _size(heads, mesh) > 1:
+        raise UserError(
+            f"attention=splash: {q.shape[2]} heads are not divisible by mesh sequence x tensor = {_size(heads, mesh)}; "
+            "change mesh.sequence, mesh.tensor or model.num_heads"
+        )
+    batch = _divides(axes, q.shape[0], mesh)
+    q_spec, q_ids = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, tokens)
+    kv_spec, kv_ids = PartitionSpec(batch, None, heads), PartitionSpec(batch, None)
+    sharded = jax.shard_map(
+        splash_local, in_specs=(q_spec, kv_spec, kv_spec, q_ids, kv_ids), out_specs=q_spec, check_vma=False
+    )
+    return sharded(q, k, v, q_segment, kv_segment)
+
+
+def _size(axes: Any, mesh: Any) -> int:
+    size = 1
+    for axis in (axes,) if isinstance(axes, str) else axes:
+        size *= mesh.shape.get(axis, 1)
+    return size
+
+
+def _divides(axes: Any, size: int, mesh: Any) -> Any:
+    """The mesh axes, or None where they do not divide the dimension."""
+    return axes if size % _size(axes, mesh) == 0 else None
+
+
+def splash_local(q, k, v, q_segment, kv_segment, *, interpret: bool = False) -> jax.Array:
+    """Splash attention on the arrays of one device, padded to blocks; `interpret` runs it without a TPU (slowly)."""
+    nq, heads, head_dim = q.shape[1:]
+    nk = k.shape[1]
+    block_q, block_kv = (min(BLOCK, -(-n // LANES) * LANES) for n in (nq, nk))
+    pad_q, pad_kv = -nq % block_q, -nk % block_kv
+
+    def prepare(x, extra):
+        return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, -head_dim % LANES))).transpose(0, 2, 1, 3)
+
+    kernel = _splash_kernel(heads, nq + pad_q, nk + pad_kv, block_q, block_kv, interpret)
+    ids = splash_kernel.SegmentIds(
+        jnp.pad(q_segment, ((0, 0), (0, pad_q))), jnp.pad(kv_segment, ((0, 0), (0, pad_kv)))
+    )
+    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    out = jax.vmap(kernel)(prepare(scaled, pad_q), prepare(k, pad_kv), prepare(v, pad_kv), ids)
+    out = out.transpose(0, 2, 1, 3)[:, :nq, :, :head_dim]
+    return jnp.where((q_segment > 0)[:, :, None, None], out, 0)
+
+
+def _splash_kernel(heads: int, nq: int, nk: int, block_q: int, block_kv: int, interpret: bool) -> Callable:
+    blocks = splash_kernel.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((nq, nk)) for _ in range(heads)])
+    make = partial(splash_kernel.make_splash_mha, head_shards=1, q_seq_shards=1)
+    return make(mask, block_sizes=blocks, interpret=interpret)
