@@ -1,0 +1,175 @@
+"""Samples the latents of clips of any length, segment by segment.
+
+Segments follow one another; the last M latent frames of one are the motion frames of the next,
+exactly as sampled (decoding and encoding them again would drift).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omnihuman_jax import conditions
+from omnihuman_jax.diffusion import guidance as cfg
+from omnihuman_jax.diffusion import sampler, time
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import segments
+from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.functional import Network
+
+# (segment, segments, step, steps), segment and step counted from 1.
+Progress = Callable[[int, int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample.
+
+    Attributes:
+      window: latent frames T of a segment, as trained.
+      steps: solver steps per segment.
+      solver: a name of `sampler.SOLVERS`.
+      shift: time shift; 0 means by the number of tokens, as in training.
+      guidance: classifier-free guidance.
+    """
+
+    window: int
+    steps: int = 50
+    solver: str = "euler"
+    shift: float = 0.0
+    guidance: cfg.Guidance = dataclasses.field(default_factory=cfg.Guidance)
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"sampling steps={self.steps}; the sampler needs at least 1")
+        sampler.get_solver(self.solver)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Settings:
+        """The settings of a training config.
+
+        Args:
+          config: resolved config (`guidance`, `sample`, `diffusion`, `data.latent_frames`).
+          **changes: fields to replace, those of `Guidance` by their own name; None keeps the config's.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        ours = {name: changes.pop(name) for name in ("window", "steps", "solver", "shift") if name in changes}
+        fields = {
+            "window": config["data"]["latent_frames"],
+            "steps": config["sample"]["steps"],
+            "shift": config["diffusion"]["shift"],
+        } | ours
+        guidance = cfg.Guidance.from_dict(config["guidance"])
+        return cls(**fields, guidance=dataclasses.replace(guidance, **changes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The conditions of B clips that share size, length and active row. Absent ones are None.
+
+    Attributes:
+      active: bool (4,), the conditions in force.
+      reference: normalised latents (B, H, W, C).
+      text: token states (B, L, Dt), padded.
+      text_mask: bool (B, L).
+      audio: speech features (B, Fa, Da), a row a pixel frame; frames beyond Fa repeat the last row.
+      keypoints: (B, Fk, K, 3), likewise.
+    """
+
+    active: np.ndarray
+    reference: jax.Array
+    text: jax.Array | None = None
+    text_mask: jax.Array | None = None
+    audio: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+
+    def __post_init__(self):
+        given = (self.text, self.reference, self.audio, self.keypoints)
+        for name, on, value in zip(conditions.CONDITIONS, self.active, given):
+            if on and value is None:
+                raise ValueError(f"condition {name} is active, but its array is missing")
+
+    def batch(self, segment: segments.Segment, window: int, model: ModelConfig) -> dict[str, Any]:
+        """The model's inputs of one segment but for `motion` and `active`, sample axis first."""
+        size = len(self.reference)
+        batch = {"reference": self.reference, "has_motion": np.full((size,), segment.has_motion)}
+        batch["text"], batch["text_mask"] = self.text, self.text_mask
+        if self.text is None:
+            batch["text"] = np.zeros((size, model.text_len, model.text_dim), np.float32)
+            batch["text_mask"] = np.zeros((size, model.text_len), bool)
+        tracks = (
+            ("audio", self.audio, model.audio_context, (model.audio_dim,)),
+            ("keypoints", self.keypoints, 0, (model.num_keypoints, 3)),
+        )
+        for name, track, context, row in tracks:
+            if track is None:
+                batch[name] = np.zeros((size, segments.window_rows(window, context), *row), np.float32)
+            else:
+                batch[name] = track[:, segments.frame_indices(segment.start, window, track.shape[1], context)]
+        return batch
+
+
+@functools.partial(jax.jit, static_argnames=("network", "solver", "guidance", "rows"))
+def _solver_step(params, batch, x, t, t_next, progress, *, network, solver, guidance, rows):
+    """One solver step; all guidance passes run as one batch."""
+    count, size = len(rows), x.shape[0]
+
+    def tile(value):
+        return jnp.tile(value, (count,) + (1,) * (value.ndim - 1))
+
+    inputs = jax.tree.map(tile, batch) | {"active": jnp.repeat(jnp.array(rows), size, axis=0)}
+
+    def velocity(x, t):
+        v = network.apply(params, tile(x), jnp.full((count * size,), t, jnp.float32), inputs)
+        return cfg.combine(v.reshape(count, *x.shape), np.array(rows), guidance, progress)
+
+    return sampler.get_solver(solver)(velocity, x, t, t_next)
+
+
+def sample_latents(
+    network: Network,
+    params: Any,
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    frames: int,
+    seeds: Sequence[int],
+    on_step: Progress | None = None,
+) -> jax.Array:
+    """Samples the latents of B clips.
+
+    Args:
+      network: the model.
+      params: its parameters.
+      inputs: what drives the clips.
+      settings: how to sample.
+      frames: pixel frames wanted of each.
+      seeds: B seeds; a clip's noise depends on its own seed and the segment only.
+      on_step: called after every step.
+
+    Returns:
+      Normalised latents (B, 1 + ceil((frames - 1) / 4), H, W, C), float32.
+    """
+    model, window = network.config, settings.window
+    size, *frame = inputs.reference.shape
+    tokens = window * frame[0] * frame[1] // int(np.prod(model.patch_size))
+    grid = time.time_grid(settings.steps, time.shift_from_config(settings.shift, tokens, is_image=window == 1))
+    rows = tuple(map(tuple, cfg.passes(inputs.active, settings.guidance).tolist()))
+    static = {"network": network, "solver": settings.solver, "guidance": settings.guidance, "rows": rows}
+
+    todo, done = segments.plan(frames, window), []
+    motion = jnp.zeros((size, model.motion_frames, *frame), jnp.float32)
+    for segment in todo:
+        batch = inputs.batch(segment, window, model) | {"motion": motion}
+        noise = jnp.stack([sampler.initial_noise(seed, segment.number, (window, *frame)) for seed in seeds])
+        step = functools.partial(_solver_step, params, batch, **static)
+        report = functools.partial(on_step, segment.number + 1, len(todo)) if on_step else None
+        done.append(sampler.integrate(step, noise, grid, report))
+        motion = jnp.concatenate([motion, done[-1]], axis=1)[:, -model.motion_frames :]
+    return jnp.concatenate(done, axis=1)[:, : segments.latent_frames(frames)]
