@@ -1,0 +1,1 @@
+"""How well a generated video obeys its conditions."""
