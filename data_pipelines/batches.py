@@ -1,0 +1,211 @@
+"""From records to batches: the schedule's rows are read, cut into windows and stacked, with Grain reading ahead.
+
+A batch is a pure function of (seed, step) and the rows asked for, so the state of the input is one integer, the next
+step, and a host reads only its slice of the global rows.
+"""
+
+import collections
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from data_pipelines.schedule import Schedule, StagePlan
+from data_pipelines.schema import Dataset
+from data_pipelines.windows import WindowConfig, cut_window
+from omnihuman_jax import conditions
+from omnihuman_jax.errors import UserError
+
+_NEEDED = ("latents", "references", "reference_frames", "audio", "keypoints", "text")
+
+
+def usable_records(index: Sequence[Mapping[str, Any]], frames: int, split: str = "train") -> list[int]:
+    """Index positions of a split's clips with at least `frames` latent frames; says how many are left out.
+
+    Raises:
+      UserError: the split is empty, or every clip is too short.
+    """
+    members = [i for i, entry in enumerate(index) if entry["split"] == split]
+    usable = [i for i in members if index[i]["shape"][0] >= frames]
+    if not members:
+        raise UserError(f"the data set has no clips of split {split!r}; prepare data that has some")
+    pixels = 1 + 4 * (frames - 1)
+    if not usable:
+        longest = max(index[i]["frames"] for i in members)
+        raise UserError(
+            f"all {len(members)} {split} clips are shorter than the training window of {frames} latent frames "
+            f"({pixels} frames; the longest has {longest}); use longer clips or a shorter window"
+        )
+    if len(usable) < len(members):
+        logging.warning(
+            "%d of %d %s clips are shorter than %d frames (the training window) and are left out",
+            len(members) - len(usable),
+            len(members),
+            split,
+            pixels,
+        )
+    return usable
+
+
+class _RecordCache:
+    """Decoded records, the least recently used leaving first when `max_bytes` is exceeded."""
+
+    def __init__(self, dataset: Dataset, max_bytes: int):
+        self._dataset, self._max_bytes = dataset, max_bytes
+        self._empty()
+
+    def _empty(self) -> None:
+        self._records: collections.OrderedDict[int, dict[str, np.ndarray]] = collections.OrderedDict()
+        self._bytes, self._lock = 0, threading.Lock()
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        with self._lock:
+            if i in self._records:
+                self._records.move_to_end(i)
+                return self._records[i]
+        whole = self._dataset.read(i)  # outside the lock: other threads may read meanwhile
+        record = {name: whole[name] for name in _NEEDED}
+        with self._lock:
+            if i not in self._records:
+                self._records[i] = record
+                self._bytes += _nbytes(record)
+            while self._bytes > self._max_bytes:
+                self._bytes -= _nbytes(self._records.popitem(last=False)[1])
+        return record
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_dataset": self._dataset, "_max_bytes": self._max_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._empty()
+
+
+def _nbytes(record: Mapping[str, np.ndarray]) -> int:
+    return sum(value.nbytes for value in record.values())
+
+
+class Batches:
+    """Batches by random access; picklable and safe to call from several threads."""
+
+    def __init__(self, dataset: Dataset, schedule: Schedule, window: WindowConfig, *, cache_bytes: int = 2**30):
+        """`cache_bytes` bounds the decoded records kept in memory."""
+        self.dataset, self.schedule, self.window = dataset, schedule, window
+        self._cache = _RecordCache(dataset, cache_bytes)
+
+    @classmethod
+    def open(
+        cls,
+        dataset: Dataset,
+        stages: Sequence[StagePlan],
+        window: WindowConfig,
+        *,
+        global_batch_size: int,
+        seed: int,
+        guidance_dropout: Mapping[str, float] | None = None,
+        cache_bytes: int = 2**30,
+    ) -> "Batches":
+        """Plans the schedule over the training clips that are long enough.
+
+        Raises:
+          UserError: no such clips, or a stage that they cannot feed (see `Schedule`).
+        """
+        longest = max((stage.window_frames or window.frames for stage in stages if stage.num_steps), default=1)
+        records = usable_records(dataset.index, longest)
+        schedule = Schedule(
+            stages,
+            dataset.index,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            guidance_dropout=guidance_dropout,
+            records=records,
+        )
+        return cls(dataset, schedule, window, cache_bytes=cache_bytes)
+
+    def frames_at(self, step: int) -> int:
+        """T, latent frames of the windows of a step."""
+        return self.schedule.stages[self.schedule.stage_at(step)].window_frames or self.window.frames
+
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
+        """The given global rows of a step's batch (steps count from 1).
+
+        Returns:
+          latents (B,T,H,W,C), motion (B,M,H,W,C), has_motion (B,), reference (B,H,W,C), text (B,L,Dt), text_mask (B,L),
+          audio (B,4T+2*context,Da), keypoints (B,4T,K,3), active and scheduled bool (B,4) in the order of
+          `conditions.CONDITIONS`, record int32 (B,) data set indices; latent_shape (H,W), the same for all rows.
+        """
+        selection, frames = self.schedule.select(step, rows), self.frames_at(step)
+        cut = [
+            cut_window(self._cache[int(i)], frames, self.window, start, reference)
+            for i, start, reference in zip(
+                selection.record, selection.start_draw, selection.reference_draw.tolist(), strict=True
+            )
+        ]
+        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {
+            "active": selection.active,
+            "scheduled": selection.scheduled,
+            "record": selection.record.astype(np.int32),
+            "latent_shape": selection.bucket,
+        }
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """What data_log.jsonl says about a step, in global row order.
+
+        Returns:
+          step; records, the ids; active and scheduled, the names of the conditions of each row.
+        """
+        selection = self.schedule.select(step)
+        return {
+            "step": step,
+            "records": [self.dataset.index[i]["id"] for i in selection.record],
+            "active": [list(conditions.names(row)) for row in selection.active],
+            "scheduled": [list(conditions.names(row)) for row in selection.scheduled],
+        }
+
+
+def host_rows(global_batch_size: int, host_index: int, host_count: int) -> slice:
+    """The global rows of one host.
+
+    Raises:
+      UserError: the batch does not divide by the hosts.
+    """
+    if global_batch_size % host_count:
+        raise UserError(
+            f"global_batch_size={global_batch_size} does not divide by {host_count} hosts; "
+            f"use {host_count * math.ceil(global_batch_size / host_count)}"
+        )
+    size = global_batch_size // host_count
+    return slice(host_index * size, (host_index + 1) * size)
+
+
+def make_dataset(
+    batches: Batches,
+    *,
+    start_step: int = 1,
+    num_steps: int | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.IterDataset:
+    """The steps from `start_step` on (by default to the end of the last stage) as a Grain data set of batches.
+
+    Args:
+      threads, prefetch: reading threads and batches made ahead; both only change the speed.
+    """
+    if num_steps is None:
+        num_steps = batches.schedule.num_steps - start_step + 1
+    rows = host_rows(batches.schedule.batch_size, host_index, host_count)
+    steps = grain.MapDataset.range(start_step, start_step + num_steps)
+    return steps.map(lambda step: batches.batch(int(step), rows)).to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    )
+
+
+def make_loader(batches: Batches, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Iterator over `make_dataset`; its get_state() and set_state() hold one integer, the steps already given."""
+    return iter(make_dataset(batches, **arguments))

@@ -1,0 +1,345 @@
+"""Which record, under which conditions, fills which row of which step: a pure function of (seed, step, row).
+
+Nothing is iterated from step 1: every count of earlier draws has a closed form, so step one million costs what step 1
+does, a resume is a step number, and hosts agree without talking. How it works, from the outside in:
+
+- Splits. A stream of draws numbered n = 0, 1, ... is dealt to several receivers by a balanced tree of two-way splits;
+  of the first n arrivals at a node, floor((n * left + phase) / total) went left. Counts are exact and low-discrepancy:
+  each split is off by less than one draw at any time, whatever the length. The phases come from the seed.
+- The steps of a stage are split over buckets (latent H,W): all rows of a step share one shape. The draws of a bucket
+  (its steps times the batch) are split by need (audio and pose, audio, pose, neither) and each need's draws over the
+  cells of `mixture.py`. A cell's position is its draws so far, those of earlier stages included, over all needs.
+- A cell's draws run through a new random permutation of its records every epoch, so that none repeats within an epoch.
+- Text and reference select no records: their ratios are met by shuffled blocks of `WINDOW` rows, in which every prefix
+  is within two rows of its share.
+
+Window of the ratios: over any 1,000 consecutive samples of a stage a condition is scheduled within 1 % of its ratio,
+and over a stage within a few rows (counted by tests/data_pipelines/test_schedule.py). One exception: where a bucket has
+no eligible records, others take over its quota; its steps then differ from theirs, and a span that cuts a round of the
+buckets is off by up to about one batch.
+
+A stage's plan never depends on later stages or on its own length, so changing a later stage moves nothing earlier, and
+a change of ratios during a run is one more row in the table: every cell goes on where it was.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data_pipelines import mixture
+from data_pipelines.counter_random import hash64, make_key, permutation, uniform
+from omnihuman_jax import conditions
+from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax.errors import UserError
+
+WINDOW = 1000  # samples over which the ratios are held
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One row of the stage table.
+
+    Attributes:
+      first_step: counted from 1 over all stages.
+      ratios: condition name -> share of the samples it is scheduled for.
+      bucket_weights: latent (H,W) -> share of the steps; None: by the data.
+      source_weights: source -> share of the samples; None: by the data.
+      window_frames: latent frames of a training window in this stage; 0: the loader's setting, 1: images.
+    """
+
+    name: str
+    first_step: int
+    num_steps: int
+    ratios: Mapping[str, float]
+    bucket_weights: Mapping[tuple[int, int], float] | None = None
+    source_weights: Mapping[str, float] | None = None
+    window_frames: int = 0
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.num_steps - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The rows of one step, [B] each. Draws are uniform in [0,1) and independent of everything else."""
+
+    step: int
+    stage: int  # position in the stage table
+    bucket: tuple[int, int]  # latent (H,W) of every row
+    record: np.ndarray  # int64 [B], data set index
+    scheduled: np.ndarray  # bool [B,4], by the ratios
+    active: np.ndarray  # bool [B,4], scheduled and not dropped for guidance
+    start_draw: np.ndarray  # float64 [B,2], for the window's start
+    reference_draw: np.ndarray  # float64 [B], for the reference frame
+
+
+class _Split:
+    """Deals draws to receivers in proportion to integer weights; `counts` is the closed form."""
+
+    def __init__(self, weights: Sequence[int], *key: object):
+        self._weights = [int(w) for w in weights]
+        # One node per split, in the order in which `_counts` meets them.
+        self._phases = hash64(make_key("split", *key), np.arange(max(len(weights), 2))).tolist()
+
+    def counts(self, n: int | np.ndarray) -> np.ndarray:
+        """int64 [receivers, *n.shape]: how many of the first n draws each receiver got."""
+        n = np.asarray(n, np.int64)
+        return np.stack(self._counts(n, 0, len(self._weights)))
+
+    def _counts(self, n: np.ndarray, begin: int, end: int) -> list[np.ndarray]:
+        if end - begin == 1:
+            return [n]
+        middle = (begin + end) // 2
+        left, total = sum(self._weights[begin:middle]), sum(self._weights[begin:end])
+        # The node between begin and end is named by its middle, which no other node shares.
+        to_left = (n * left + self._phases[middle] % total) // total if total else n
+        return self._counts(to_left, begin, middle) + self._counts(n - to_left, middle, end)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+    """The draws of one bucket in one stage, dealt to (need, cell) pairs."""
+
+    needs: _Split
+    cells: tuple[_Split | None, ...]  # by need
+    leaves: tuple[tuple[int, int], ...]  # (need, cell) in the order of `counts`
+
+    def counts(self, n: np.ndarray) -> np.ndarray:
+        """int64 [leaves, *n.shape]."""
+        by_need = self.needs.counts(n)
+        return np.concatenate(
+            [split.counts(by_need[need]) for need, split in enumerate(self.cells) if split is not None]
+        )
+
+
+class Schedule:
+    """The staged selection map over the records of one data set. Immutable and picklable."""
+
+    def __init__(
+        self,
+        stages: Sequence[StagePlan],
+        index: Sequence[Mapping],
+        *,
+        global_batch_size: int,
+        seed: int,
+        guidance_dropout: Mapping[str, float] | None = None,
+        records: Sequence[int] | None = None,
+    ):
+        """Plans every stage.
+
+        Args:
+          stages: the table; stage n+1 starts at the step after stage n. Stages of zero steps are allowed.
+          index: data set index, entries with source, split, shape [Tclip,H,W], audio, pose.
+          guidance_dropout: condition name -> probability that a scheduled condition is withheld for classifier-free
+            guidance, apart from the ratios.
+          records: index positions to use; default all of split "train".
+
+        Raises:
+          UserError: no records, or a stage whose ratios, sizes or sources they cannot give.
+        """
+        if global_batch_size < 1:
+            raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
+        self.stages = tuple(stages)
+        self._check_table()
+        self.batch_size, self.seed = int(global_batch_size), int(seed)
+        self._dropout = np.array([float((guidance_dropout or {}).get(name, 0.0)) for name in CONDITIONS])
+        self._check_dropout(guidance_dropout or {})
+        if records is None:
+            records = [i for i, entry in enumerate(index) if entry["split"] == "train"]
+        if not records:
+            raise UserError("the data set has no training clips; prepare data with some, or change the held-out ones")
+        self.cells = mixture.make_cells(index, records)
+        self._members = [np.array(cell.records, np.int64) for cell in self.cells]
+        self._cell_keys = [make_key("cell", self.seed, cell.name) for cell in self.cells]
+        self._mixtures, self._bucket_splits, self._streams = [], [], []
+        self._bases = [np.zeros(len(self.cells), np.int64)]  # draws of each cell before each stage
+        for number, stage in enumerate(self.stages):
+            self._add_stage(number, stage)
+
+    def _check_table(self) -> None:
+        if not self.stages:
+            raise UserError("stages: the table is empty; give at least one stage")
+        expected = 1
+        for stage in self.stages:
+            if stage.first_step != expected or stage.num_steps < 0:
+                raise UserError(
+                    f"stages.{stage.name}: starts at step {stage.first_step} with {stage.num_steps} steps; "
+                    f"expected a start at step {expected} and steps of 0 or more"
+                )
+            expected += stage.num_steps
+
+    def _check_dropout(self, given: Mapping[str, float]) -> None:
+        for name, value in given.items():
+            if name not in conditions.GUIDED or not 0 <= value <= 1:
+                raise UserError(
+                    f"guidance dropout {name}={value}: only {' and '.join(conditions.GUIDED)} can be dropped, with a "
+                    f"probability between 0 and 1"
+                )
+
+    def _add_stage(self, number: int, stage: StagePlan) -> None:
+        mix = mixture.plan_mixture(stage.name, stage.ratios, self.cells, stage.bucket_weights, stage.source_weights)
+        key = (self.seed, number)
+        streams = []
+        for b, size in enumerate(mix.buckets):
+            splits = [
+                _Split([rate for _, rate in mix.cell_rates[b][need]], *key, size, need)
+                if mix.cell_rates[b][need]
+                else None
+                for need in range(len(mixture.NEEDS))
+            ]
+            leaves = [(need, cell) for need in range(len(mixture.NEEDS)) for cell, _ in mix.cell_rates[b][need]]
+            streams.append(_Bucket(_Split(mix.need_rates[b], *key, size), tuple(splits), tuple(leaves)))
+        self._mixtures.append(mix)
+        self._bucket_splits.append(_Split(mix.bucket_rates, *key))
+        self._streams.append(streams)
+        self._bases.append(self._draws(number, stage.num_steps))
+
+    def _draws(self, number: int, steps: int) -> np.ndarray:
+        """Draws of every cell before stage `number` and in its first `steps` steps, [cells]."""
+        draws = self._bases[number].copy()
+        for bucket, done in zip(self._streams[number], self._bucket_splits[number].counts(steps), strict=True):
+            for (_, cell), count in zip(bucket.leaves, bucket.counts(done * self.batch_size), strict=True):
+                draws[cell] += count
+        return draws
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages together."""
+        return self.stages[-1].last_step
+
+    def stage_at(self, step: int) -> int:
+        """Position in the stage table of a step (from 1)."""
+        for number, stage in enumerate(self.stages):
+            if stage.first_step <= step <= stage.last_step:
+                return number
+        raise ValueError(f"step {step} is outside the stage table, 1..{self.num_steps}")
+
+    def bucket_at(self, step: int) -> tuple[int, int]:
+        """Latent (H,W) of a step."""
+        number, bucket, _ = self._bucket_of(step)
+        return self._mixtures[number].buckets[bucket]
+
+    def _bucket_of(self, step: int) -> tuple[int, int, int]:
+        """(stage, bucket, earlier steps of that bucket in the stage)."""
+        number = self.stage_at(step)
+        local = step - self.stages[number].first_step
+        counts = self._bucket_splits[number].counts(np.array([local, local + 1]))
+        bucket = int(np.argmax(counts[:, 1] - counts[:, 0]))
+        return number, bucket, int(counts[bucket, 0])
+
+    def buckets(self, number: int) -> tuple[tuple[int, int], ...]:
+        """Latent sizes that occur in a stage."""
+        mix = self._mixtures[number]
+        return tuple(size for size, rate in zip(mix.buckets, mix.bucket_rates, strict=True) if rate)
+
+    def positions(self, step: int) -> dict[tuple, int]:
+        """Draws of every cell before a step: {(source, (H,W), audio, pose): count}."""
+        number = self.stage_at(step)
+        draws = self._draws(number, step - self.stages[number].first_step)
+        return {cell.name: int(count) for cell, count in zip(self.cells, draws, strict=True)}
+
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the rows of the stages so far; equal on hosts that will agree."""
+        table = [(stage.name, stage.first_step, mix) for stage, mix in zip(self.stages, self._mixtures, strict=True)]
+        content = (self.seed, self.batch_size, self._dropout.tolist(), self.cells, table)
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def select(self, step: int, rows: slice = slice(None)) -> Selection:
+        """The selection of a step (from 1), for a slice of the global rows."""
+        number, bucket, before = self._bucket_of(step)
+        stream = self._streams[number][bucket]
+        counts = stream.counts(before * self.batch_size + np.arange(self.batch_size + 1))
+        leaf = np.argmax(np.diff(counts, axis=1), axis=0)  # of each draw of this step
+        needs, cells = np.array(stream.leaves).T
+        draws = self._draws_before(number, bucket, before)
+        position = np.empty(self.batch_size, np.int64)
+        for cell in np.unique(cells):
+            mine = cells == cell
+            so_far = counts[mine].sum(axis=0) - counts[mine, 0].sum()
+            chosen = mine[leaf]
+            position[chosen] = draws[cell] + so_far[:-1][chosen]
+        # Draws meet rows in random order: the splits are regular, and a row should not be.
+        order = np.argsort(hash64(make_key("order", self.seed), step, np.arange(self.batch_size)), kind="stable")[rows]
+        need = np.array(mixture.NEEDS)[needs[leaf[order]]]
+        row = np.arange(self.batch_size)[rows]
+        scheduled = np.stack([*(self._flag(name, step, number, row) for name in CONDITIONS[:2]), *need.T], axis=1)
+        dropped = np.stack([self._uniform(f"drop {name}", step, row) for name in CONDITIONS], axis=1) < self._dropout
+        return Selection(
+            step=step,
+            stage=number,
+            bucket=self._mixtures[number].buckets[bucket],
+            record=self._records(cells[leaf[order]], position[order]),
+            scheduled=scheduled,
+            active=scheduled & ~dropped,
+            start_draw=np.stack([self._uniform(f"start {i}", step, row) for i in range(2)], axis=1),
+            reference_draw=self._uniform("reference", step, row),
+        )
+
+    def _draws_before(self, number: int, bucket: int, before: int) -> np.ndarray:
+        """Draws of every cell, earlier stages included, before the bucket's step `before`: cells lie in one bucket."""
+        stream, draws = self._streams[number][bucket], self._bases[number].copy()
+        for (_, cell), count in zip(stream.leaves, stream.counts(before * self.batch_size), strict=True):
+            draws[cell] += count
+        return draws
+
+    def _records(self, cells: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Data set indices of the n-th draws of cells, [B]."""
+        records = np.empty(len(cells), np.int64)
+        for cell in np.unique(cells):
+            members, mine = self._members[cell], (cells == cell).nonzero()[0]
+            epochs, places = np.divmod(positions[mine], len(members))
+            for epoch in np.unique(epochs):
+                order = permutation(self._cell_keys[cell], int(epoch), len(members))
+                records[mine[epochs == epoch]] = members[order[places[epochs == epoch]]]
+        return records
+
+    def _flag(self, name: str, step: int, number: int, rows: np.ndarray) -> np.ndarray:
+        """bool [rows]: text or reference scheduled."""
+        stage = self.stages[number]
+        draw = (step - stage.first_step) * self.batch_size + rows
+        rate = round(mixture.UNIT * stage.ratios[name])
+        block = draw // WINDOW
+        result = np.empty(len(rows), bool)
+        for b in np.unique(block):
+            flags = _flag_block(make_key("flag", name, self.seed, number), int(b), rate)
+            result[block == b] = flags[draw[block == b] % WINDOW]
+        return result
+
+    def _uniform(self, purpose: str, step: int, rows: np.ndarray) -> np.ndarray:
+        return uniform(make_key(purpose, self.seed), step, rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _flag_block(key: int, block: int, rate: int) -> np.ndarray:
+    """bool [WINDOW] with a share rate/UNIT of True, randomly placed, every prefix within two of its share."""
+    total, phase = WINDOW * rate, int(hash64(key)[0] % np.uint64(mixture.UNIT))
+    ones = ((block + 1) * total + phase) // mixture.UNIT - (block * total + phase) // mixture.UNIT
+    # The k-th of n equals falls at random into the k-th n-th of the block; sorting gives both kinds whole places.
+    flags = np.arange(WINDOW) < ones
+    rank = np.where(flags, np.arange(WINDOW), np.arange(WINDOW) - ones)
+    size = np.where(flags, max(ones, 1), max(WINDOW - ones, 1))
+    return flags[np.argsort((rank + uniform(key, block, np.arange(WINDOW))) / size, kind="stable")]
+
+
+def ratio_report(schedule: Schedule, first_step: int, last_step: int) -> dict[str, dict[str, float]]:
+    """Counts the steps of a span (one stage's, or the targets are those of its first step).
+
+    Returns:
+      condition name -> {"target", "scheduled", "active"} shares; beside them "samples" -> {"count": rows counted}.
+    """
+    scheduled, active, rows = np.zeros(len(CONDITIONS)), np.zeros(len(CONDITIONS)), 0
+    for step in range(first_step, last_step + 1):
+        selection = schedule.select(step)
+        scheduled += selection.scheduled.sum(axis=0)
+        active += selection.active.sum(axis=0)
+        rows += len(selection.record)
+    target = schedule.stages[schedule.stage_at(first_step)].ratios
+    report = {
+        name: {"target": float(target[name]), "scheduled": float(s / rows), "active": float(a / rows)}
+        for name, s, a in zip(CONDITIONS, scheduled, active, strict=True)
+    }
+    return report | {"samples": {"count": float(rows)}}
