@@ -1,0 +1,212 @@
+"""Trains the causal VAE on a directory of video files; started again on the same --workdir it continues.
+
+python -m experiments.train_vae --config=experiments/configs/demo_vae.py --workdir=DIR --config.data.dir=VIDEOS
+    [--config.KEY=VALUE …]
+
+The workdir gets config.json, metrics.jsonl, checkpoints/STEP/ and, at the end, vae.safetensors (EMA parameters, config
+and latent statistics), which `vae.checkpoint` of the other commands takes.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data_pipelines.video_windows import Bucket, VideoFolder
+from experiments import cli
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.vae import VAEConfig, save_vae
+from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training import vae_train
+
+_CONFIG = cli.define_config_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
+
+
+def buckets_of(config: ConfigDict, devices: int) -> list[Bucket]:
+    """The training buckets, checked against the VAE and the number of devices.
+
+    Raises:
+      UserError: a row that is not five numbers, a size the VAE does not divide, a batch the devices do not divide.
+    """
+    settings = VAEConfig.from_dict(config.vae.to_dict())
+    buckets = []
+    for row in config.data.buckets:
+        if len(row) != 5:
+            raise UserError(f"data.buckets: {tuple(row)} is not (frames, height, width, batch, share)")
+        bucket = Bucket(*(int(n) for n in row[:4]), float(row[4]))
+        settings.check_clip(bucket.frames, bucket.height, bucket.width)
+        if bucket.batch < 1 or bucket.batch % devices:
+            raise UserError(f"data.buckets: batch {bucket.batch} is not divisible by the {devices} devices")
+        buckets.append(bucket)
+    if sum(bucket.share for bucket in buckets) <= 0 or any(bucket.share < 0 for bucket in buckets):
+        raise UserError("data.buckets: shares must not be negative, and one must be positive")
+    return buckets
+
+
+def batches(folder: VideoFolder, config: ConfigDict, buckets: list[Bucket], first_step: int) -> Iterator[np.ndarray]:
+    """Batches of steps first_step, …, read ahead by one in a thread."""
+
+    def make(step: int) -> np.ndarray:
+        return folder.batch(buckets, config.seed, step, min_scale=config.data.min_scale)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(make, first_step), pool.submit(make, first_step + 1)]
+        for step in range(first_step + 2, config.steps + 3):
+            yield waiting.pop(0).result()
+            waiting.append(pool.submit(make, step))
+
+
+class Checkpoints:
+    """Orbax checkpoints of the VAE's train state under `workdir`/checkpoints."""
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        self._config = cli.to_plain(config.vae)
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(), item_names=("state", "meta"), options=options
+        )
+
+    def restore(self, fresh: vae_train.VAEState) -> vae_train.VAEState:
+        """The newest state, or `fresh` (which also gives shapes and shardings) when there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return fresh
+        directory = self._manager.directory / str(step)
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if meta["vae"] != self._config:
+            raise UserError(
+                f"{directory}: checkpoint of another VAE ({meta['vae']}); use its config or another --workdir"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        return vae_train.VAEState(**restored.state)
+
+    def save(self, step: int, state: vae_train.VAEState) -> None:
+        """Saves in the background."""
+        items = {"state": ocp.args.StandardSave(state._asdict()), "meta": ocp.args.JsonSave({"vae": self._config})}
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def close(self) -> None:
+        """Waits for the saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+class Evaluator:
+    """PSNR of fixed windows of held-out videos, and the statistics of the latents of training videos."""
+
+    def __init__(self, config: ConfigDict, folder: VideoFolder):
+        e = config.evaluation
+        self._bucket = Bucket(e.frames, e.height, e.width, 1)
+        VAEConfig.from_dict(config.vae.to_dict()).check_clip(e.frames, e.height, e.width)
+        self._config, self._folder = config, folder
+        self._step = jax.jit(vae_train.make_eval_step(config))
+
+    def _windows(self, split: str, count: int) -> Iterator[np.ndarray]:
+        for index in range(count):  # whole frames, from a seed of their own: the same windows at every evaluation
+            yield self._folder.batch([self._bucket], self._config.seed + 1, index, min_scale=1.0, split=split)
+
+    def psnr(self, params: Any) -> np.ndarray:
+        """Held-out PSNR in dB of `evaluation.clips` windows."""
+        return np.array([self._step(params, v)[0][0] for v in self._windows("heldout", self._config.evaluation.clips)])
+
+    def statistics(self, params: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each latent channel over training windows."""
+        means = [
+            np.asarray(self._step(params, v)[1]) for v in self._windows("train", self._config.output.statistics_clips)
+        ]
+        flat = np.concatenate(means).reshape(-1, self._config.vae.z_dim).astype(np.float64)
+        if not np.isfinite(flat).all():
+            raise UserError("the VAE's latents are not finite: training diverged; lower optimizer.learning_rate")
+        return tuple(flat.mean(0).round(6).tolist()), tuple(np.maximum(flat.std(0), 1e-6).round(6).tolist())
+
+
+def train(config: ConfigDict, workdir: Path) -> Path:
+    """Runs the training and returns the path of vae.safetensors; the module's docstring says what lands in workdir."""
+    mesh = make_mesh({"data": -1})
+    buckets = buckets_of(config, mesh.size)
+    d = config.data
+    folder = VideoFolder(d.dir, exclude=d.exclude, heldout=d.heldout, cache_bytes=d.cache_mb << 20)
+    evaluator = Evaluator(config, folder)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(cli.to_plain(config), indent=2))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    checkpoints = Checkpoints(workdir, config)
+    state = checkpoints.restore(jax.jit(lambda: vae_train.create_state(config), out_shardings=whole)())
+    done = int(state.step)
+    print(f"{len(folder.splits['train'])} training videos, {len(folder.splits['heldout'])} held out; step {done}")
+    steps = {}  # with and without the adversarial term, built when first needed
+    with open(workdir / "metrics.jsonl", "a", buffering=1) as log:
+        clock = time.perf_counter()
+        bar = tqdm(batches(folder, config, buckets, done + 1), total=config.steps, initial=done, unit="step")
+        for step, video in enumerate(bar, done + 1):
+            adversarial = bool(config.adversarial.weight) and step > config.adversarial.start_step
+            if adversarial not in steps:
+                function = vae_train.make_train_step(config, adversarial=adversarial)
+                steps[adversarial] = jax.jit(function, donate_argnums=0)
+            state, metrics = steps[adversarial](state, jax.device_put(video, rows))
+            if step % config.log_every == 0 or step == config.steps:
+                line = {name: float(value) for name, value in metrics.items()}
+                _check_finite(line["loss"], step)
+                seconds, clock = (time.perf_counter() - clock) / config.log_every, time.perf_counter()
+                log.write(json.dumps({"step": step, "frames": video.shape[1], **line, "step_seconds": seconds}) + "\n")
+                bar.set_postfix(loss=f"{line['loss']:.4f}", psnr=f"{line['psnr']:.1f}")
+            if step % config.checkpoint.every == 0 or step == config.steps:
+                checkpoints.save(step, state)
+            if step % config.evaluation.every == 0 or step == config.steps:
+                values = evaluator.psnr(state.ema)
+                result = {"heldout_psnr": float(values.mean()), "heldout_psnr_std": float(values.std())}
+                log.write(json.dumps({"step": step, "heldout_clips": len(values), **result}) + "\n")
+                bar.write(f"step {step}: held-out PSNR {values.mean():.2f} dB (std {values.std():.2f})")
+    checkpoints.close()
+    return _finish(config, workdir, evaluator, state.ema)
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not np.isfinite(loss):
+        raise UserError(f"loss is {loss} at step {step}: training diverged; lower optimizer.learning_rate")
+
+
+def _finish(config: ConfigDict, workdir: Path, evaluator: Evaluator, ema: Any) -> Path:
+    """Measures the latent statistics and writes vae.safetensors."""
+    mean, std = evaluator.statistics(ema)
+    vae = vae_train.make_vae(config).bind(jax.tree.map(jnp.asarray, ema))
+    vae.config = dataclasses.replace(vae.config, latent_mean=mean, latent_std=std)
+    path, psnr = workdir / "vae.safetensors", evaluator.psnr(ema)
+    notes = {"command": "python -m experiments.train_vae", "steps": str(config.steps), "seed": str(config.seed)}
+    notes["heldout_psnr"] = f"{psnr.mean():.2f} dB over {len(psnr)} clips, std {psnr.std():.2f}"
+    save_vae(path, vae, dtype=config.output.dtype, notes=notes)
+    print(f"wrote {path}: held-out PSNR {notes['heldout_psnr']}")
+    return path
+
+
+def main(_: list[str]) -> None:
+    """Entry point."""
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    if config is None:
+        raise UserError("--config is missing; give a preset such as --config=experiments/configs/demo_vae.py")
+    if not workdir:
+        raise UserError("--workdir is missing; give the directory this run should live in")
+    if not config.data.dir:
+        raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory with video files")
+    if config.output.dtype not in ("float16", "float32"):
+        raise UserError(f"output.dtype={config.output.dtype!r}: must be float16 or float32")
+    cli.setup_platform(config)
+    train(config, Path(workdir))
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,198 @@
+"""Training of the causal VAE: losses, state and step, as pure functions over plain parameter trees.
+
+The loss is L1 at several scales, L1 between spatial differences (edges), and a small KL term. The edge term weighs thin
+structure (lips, eyes, fingers) by its contrast instead of its area, without knowing what a face is.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from omnihuman_jax.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from omnihuman_jax.models.vae import VAE, VAEConfig
+from omnihuman_jax.sharding.rules import path_name
+
+Params = dict[str, Any]
+
+
+class VAEState(NamedTuple):
+    """Everything a step changes; the discriminator's two trees are empty when adversarial.weight is 0."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params
+    critic: Params
+    critic_opt_state: Any
+
+
+class Functional:
+    """A module as functions of a plain parameter tree."""
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
+        self._build = build
+        self._graph, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters (traceable)."""
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key))))
+
+    def bind(self, params: Params) -> Any:
+        """The module with these parameters."""
+        state = jax.tree.map(lambda x: x, self._state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self._graph, state)
+
+
+def make_vae(config: ConfigDict) -> Functional:
+    """The VAE of a config, as functions."""
+    settings = VAEConfig.from_dict(config.vae.to_dict())
+    return Functional(lambda rngs: VAE(settings, rngs=rngs))
+
+
+def make_critic(config: ConfigDict) -> Functional:
+    """The discriminator of a config, as functions."""
+    return Functional(lambda rngs: PatchDiscriminator(config.adversarial.width, rngs=rngs))
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to a hundredth of the peak at the last step."""
+    opt = config.optimizer
+    warmup = min(opt.warmup_steps, max(config.steps - 1, 1))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, opt.learning_rate, warmup, max(config.steps, warmup + 1), opt.learning_rate / 100
+    )
+
+
+def _optimizer(config: ConfigDict, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    opt = config.optimizer
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith("kernel"), params)
+
+    adamw = optax.adamw(rate, b1=opt.b1, b2=opt.b2, weight_decay=opt.weight_decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(opt.clip), adamw)
+
+
+def create_state(config: ConfigDict) -> VAEState:
+    """A fresh state from `config.seed` (traceable)."""
+    vae_key, critic_key = jax.random.split(jax.random.key(config.seed))
+    params = make_vae(config).init(vae_key)
+    critic = make_critic(config).init(critic_key) if config.adversarial.weight else {}
+    return VAEState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=_optimizer(config, learning_rate(config)).init(params),
+        ema=params,
+        critic=critic,
+        critic_opt_state=_optimizer(config, config.adversarial.learning_rate).init(critic) if critic else {},
+    )
+
+
+def halve(video: jax.Array) -> jax.Array:
+    """(B, F, H, W, C) -> (B, F, H/2, W/2, C), means of 2x2 pixels (an odd last row or column is left out)."""
+    b, f, h, w, c = video.shape
+    video = video[:, :, : h // 2 * 2, : w // 2 * 2]
+    return video.reshape(b, f, h // 2, 2, w // 2, 2, c).mean((3, 5))
+
+
+def reconstruction_losses(video: jax.Array, output: jax.Array, scales: int) -> dict[str, jax.Array]:
+    """Mean absolute errors of pixels and of neighbour differences, averaged over `scales` octaves.
+
+    Args:
+      video: target (B, F, Hp, Wp, 3) in [-1, 1].
+      output: reconstruction of the same shape.
+      scales: how many sizes: 1 the pixels as they are, each further one half the size.
+
+    Returns:
+      "l1": at full size only. "pyramid": mean over the scales. "edge": the same for differences along rows and columns.
+    """
+    error = output - video
+    l1, pyramid, edge = jnp.mean(jnp.abs(error)), 0.0, 0.0
+    for scale in range(scales):
+        error = error if scale == 0 else halve(error)  # all terms are linear inside |.|, so the error can be pooled
+        pyramid += jnp.mean(jnp.abs(error)) / scales
+        rows, columns = jnp.diff(error, axis=2), jnp.diff(error, axis=3)
+        edge += 0.5 * (jnp.mean(jnp.abs(rows)) + jnp.mean(jnp.abs(columns))) / scales
+    return {"l1": l1, "pyramid": pyramid, "edge": edge}
+
+
+def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+    """KL of N(mean, exp(logvar)) from N(0, 1) in nats, averaged over the latent's elements."""
+    return 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+
+
+def psnr(video: jax.Array, output: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio of each clip, (B,), in dB, for values in [-1, 1] (peak to peak 2)."""
+    mse = jnp.mean(jnp.square(jnp.clip(output, -1.0, 1.0) - video), axis=(1, 2, 3, 4))
+    return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))
+
+
+def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callable[..., tuple[VAEState, dict]]:
+    """step(state, video (B, F, Hp, Wp, 3) in [-1, 1]) -> (state, metrics); jit it with the state donated.
+
+    The posterior's noise is a function of (seed, step), so a run that is started again repeats itself.
+
+    Args:
+      config: the resolved configuration.
+      adversarial: with the discriminator's term and its own update (`config.adversarial.weight` must not be 0).
+    """
+    vae, critic = make_vae(config), make_critic(config)
+    schedule = learning_rate(config)
+    optimizer = _optimizer(config, schedule)
+    critic_optimizer = _optimizer(config, config.adversarial.learning_rate)
+    weights = config.loss
+
+    def loss_fn(params, critic_params, video, key):
+        module = vae.bind(params)
+        mean, logvar = module.encode_moments(video)
+        noise = jax.random.normal(key, mean.shape)
+        output = module.decode_raw(mean + jnp.exp(0.5 * logvar) * noise)
+        terms = reconstruction_losses(video, output, weights.scales)
+        terms["kl"] = kl_divergence(mean, logvar)
+        loss = terms["pyramid"] + weights.edge * terms["edge"] + weights.kl * terms["kl"]
+        if adversarial:
+            terms["generator"] = generator_loss(critic.bind(critic_params)(output))
+            loss += config.adversarial.weight * terms["generator"]
+        return loss, (terms | {"loss": loss, "psnr": jnp.mean(psnr(video, output))}, output)
+
+    def critic_update(state, video, output):
+        def critic_loss(params):
+            module = critic.bind(params)
+            return discriminator_loss(module(video), module(jax.lax.stop_gradient(output)))
+
+        loss, grads = jax.value_and_grad(critic_loss)(state.critic)
+        updates, opt_state = critic_optimizer.update(grads, state.critic_opt_state, state.critic)
+        return optax.apply_updates(state.critic, updates), opt_state, loss
+
+    def step(state: VAEState, video: jax.Array) -> tuple[VAEState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, (metrics, output) = jax.grad(loss_fn, has_aux=True)(state.params, state.critic, video, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        critic_params, critic_opt_state = state.critic, state.critic_opt_state
+        if adversarial:
+            critic_params, critic_opt_state, metrics["critic"] = critic_update(state, video, output)
+        return VAEState(state.step + 1, params, opt_state, ema, critic_params, critic_opt_state), metrics
+
+    return step
+
+
+def make_eval_step(config: ConfigDict) -> Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]:
+    """eval(params, video) -> (PSNR of each clip (B,) in dB, posterior means (B, T, H, W, C)), without noise."""
+    vae = make_vae(config)
+
+    def evaluate(params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        module = vae.bind(params)
+        mean, _ = module.encode_moments(video)
+        return psnr(video, module.decode_raw(mean)), mean
+
+    return evaluate
