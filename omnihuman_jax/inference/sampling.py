@@ -103,14 +103,9 @@ class Inputs:
         if self.text is None:
             batch["text"] = np.zeros((size, model.text_len, model.text_dim), np.float32)
             batch["text_mask"] = np.zeros((size, model.text_len), bool)
-        tracks = (
-            ("audio", self.audio, model.audio_context, (model.audio_dim,)),
-            ("keypoints", self.keypoints, 0, (model.num_keypoints, 3)),
-        )
-        for name, track, context, row in tracks:
-            if track is None:
-                batch[name] = np.zeros((size, segments.window_rows(window, context), *row), np.float32)
-            else:
+        # A track that is left out is absent for all; the model then skips its work.
+        for name, track, context in (("audio", self.audio, model.audio_context), ("keypoints", self.keypoints, 0)):
+            if track is not None:
                 batch[name] = track[:, segments.frame_indices(segment.start, window, track.shape[1], context)]
         return batch
 

@@ -64,8 +64,3 @@ def frame_indices(start: int, window: int, num_frames: int, context: int = 0) ->
     first = TEMPORAL_FACTOR * start - (TEMPORAL_FACTOR - 1) - context
     last = TEMPORAL_FACTOR * (start + window - 1) + context
     return np.clip(np.arange(first, last + 1), 0, num_frames - 1)
-
-
-def window_rows(window: int, context: int = 0) -> int:
-    """Rows that `frame_indices` gives: 4T + 2 * context."""
-    return TEMPORAL_FACTOR * window + 2 * context

@@ -43,7 +43,7 @@ def test_one_pass_when_there_is_nothing_to_guide():
 
 
 def test_joint_guidance_is_linear_extrapolation(velocities):
-    settings = g.Guidance(scale=6.5, anneal="constant")
+    settings = g.Guidance(scale=6.5, schedule="constant")
     uncond, cond = velocities[:2].astype(np.float64)
     got = g.combine(velocities[:2], g.passes(ALL, settings), settings, 0.3)
     np.testing.assert_allclose(got, uncond + 6.5 * (cond - uncond), rtol=1e-5, atol=1e-5)
@@ -95,7 +95,7 @@ def test_annealing_starts_at_scale_and_ends_at_final_scale(anneal, ends, quarter
 
 
 def test_bad_settings_are_refused():
-    for bad in ({"mode": "both"}, {"anneal": "steps"}, {"scale": -1.0}, {"final_scale": float("nan")}):
+    for bad in ({"mode": "both"}, {"schedule": "steps"}, {"scale": -1.0}, {"final_scale": float("nan")}):
         with pytest.raises(UserError, match="guidance"):
             g.Guidance(**bad)
 

@@ -1,0 +1,62 @@
+"""A tiny random model and VAE, for tests of everything that samples."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.vae import VAE, VAEConfig
+
+MODEL = {
+    "latent_channels": 4,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_dual_blocks": 1,
+    "num_single_blocks": 1,
+    "mlp_hidden": 32,
+    "text_dim": 6,
+    "text_len": 5,
+    "audio_dim": 3,
+    "audio_tokens": 2,
+    "audio_hidden": 8,
+    "pose_channels": 4,
+    "pose_widths": (4, 4),
+}
+
+
+@functools.cache
+def network() -> Network:
+    """The network, one object for all tests of a process, so that compiled steps are shared."""
+    return Network(ModelConfig.from_dict(MODEL))
+
+
+@functools.cache
+def params() -> Any:
+    """Random parameters; the zero-initialised ones are moved too, or every velocity would be zero."""
+    fresh = network().init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@functools.cache
+def vae() -> VAE:
+    """A random VAE with the strides of the real one (4 x 8 x 8)."""
+    config = VAEConfig(dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, z_dim=4)
+    return VAE(config, rngs=nnx.Rngs(0))
+
+
+def portrait(height: int = 50, width: int = 40) -> np.ndarray:
+    """A picture of noise, uint8."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def latents(size: int = 1, rows: int = 4, columns: int = 6) -> jax.Array:
+    """Random reference latents (size, rows, columns, C)."""
+    return jax.random.normal(jax.random.key(2), (size, rows, columns, MODEL["latent_channels"]), jnp.float32)
