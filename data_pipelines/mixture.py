@@ -53,7 +53,7 @@ class Cell:
 class Mixture:
     """Integer rates of one stage. `cells` are positions in the cell list given to `plan_mixture`."""
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...]  # those that get steps
     bucket_rates: tuple[int, ...]  # share of steps
     need_rates: tuple[tuple[int, ...], ...]  # [bucket][need], out of UNIT
     # [bucket][need]: ((cell, rate), ...), out of UNIT; empty where the need has rate 0
@@ -234,19 +234,15 @@ def plan_mixture(
     x = _fit(needs[need, bucket_of[cell]] * wanted[cell], [(cell, wanted), rows], iterations=2000, tolerance=1e-9)
     x = _fit(x, [(source_of[cell], source_target), rows], iterations=500, tolerance=1e-9)
 
-    need_rates, cell_rates = [], []
-    for b, weight in enumerate(weights):
-        need_rates.append(tuple(round(UNIT * needs[s, b] / weight) if weight > 0 else 0 for s in range(len(NEEDS))))
-        rates = []
-        for s in range(len(NEEDS)):
-            members = ((need == s) & (bucket_of[cell] == b)).nonzero()[0] if need_rates[b][s] else ()
-            rates.append(
-                tuple((used[cell[e]], rate) for e in members if (rate := round(UNIT * x[e] / needs[s, b])) > 0)
-            )
-        cell_rates.append(tuple(rates))
-    return Mixture(
-        buckets=tuple(buckets),
-        bucket_rates=tuple(round(UNIT * float(w)) for w in weights),
-        need_rates=tuple(need_rates),
-        cell_rates=tuple(cell_rates),
-    )
+    rates, need_rates, cell_rates = [], [], []
+    served = [b for b in range(len(buckets)) if round(UNIT * float(weights[b])) > 0]
+    for b in served:
+        rates.append(round(UNIT * float(weights[b])))
+        need_rates.append(tuple(round(UNIT * needs[s, b] / weights[b]) for s in range(len(NEEDS))))
+        by_need = []
+        for s, need_rate in enumerate(need_rates[-1]):
+            members = ((need == s) & (bucket_of[cell] == b)).nonzero()[0] if need_rate else ()
+            pairs = [(used[cell[e]], round(UNIT * x[e] / needs[s, b])) for e in members]
+            by_need.append(tuple((c, rate) for c, rate in pairs if rate > 0))
+        cell_rates.append(tuple(by_need))
+    return Mixture(tuple(buckets[b] for b in served), tuple(rates), tuple(need_rates), tuple(cell_rates))

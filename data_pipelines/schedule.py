@@ -232,9 +232,8 @@ class Schedule:
         return number, bucket, int(counts[bucket, 0])
 
     def buckets(self, number: int) -> tuple[tuple[int, int], ...]:
-        """Latent sizes that occur in a stage."""
-        mix = self._mixtures[number]
-        return tuple(size for size, rate in zip(mix.buckets, mix.bucket_rates, strict=True) if rate)
+        """Latent sizes (H,W) that occur in a stage."""
+        return self._mixtures[number].buckets
 
     def positions(self, step: int) -> dict[tuple, int]:
         """Draws of every cell before a step: {(source, (H,W), audio, pose): count}."""
@@ -253,18 +252,17 @@ class Schedule:
         number, bucket, before = self._bucket_of(step)
         stream = self._streams[number][bucket]
         counts = stream.counts(before * self.batch_size + np.arange(self.batch_size + 1))
-        leaf = np.argmax(np.diff(counts, axis=1), axis=0)  # of each draw of this step
-        needs, cells = np.array(stream.leaves).T
-        draws = self._draws_before(number, bucket, before)
+        # The splits are regular and a row should not be: which row gets which draw is shuffled.
+        order = np.argsort(hash64(make_key("order", self.seed), step, np.arange(self.batch_size)), kind="stable")
+        leaf = np.argmax(np.diff(counts, axis=1), axis=0)[order]  # of each row
+        needs, cells = np.array(stream.leaves).T[:, leaf]
         position = np.empty(self.batch_size, np.int64)
+        draws = self._bases[number].copy()
+        np.add.at(draws, [cell for _, cell in stream.leaves], counts[:, 0])  # a cell lies in one bucket only
         for cell in np.unique(cells):
             mine = cells == cell
-            so_far = counts[mine].sum(axis=0) - counts[mine, 0].sum()
-            chosen = mine[leaf]
-            position[chosen] = draws[cell] + so_far[:-1][chosen]
-        # Draws meet rows in random order: the splits are regular, and a row should not be.
-        order = np.argsort(hash64(make_key("order", self.seed), step, np.arange(self.batch_size)), kind="stable")[rows]
-        need = np.array(mixture.NEEDS)[needs[leaf[order]]]
+            position[mine] = draws[cell] + np.arange(np.count_nonzero(mine))  # in row order, so epochs end cleanly
+        need = np.array(mixture.NEEDS)[needs[rows]]
         row = np.arange(self.batch_size)[rows]
         scheduled = np.stack([*(self._flag(name, step, number, row) for name in CONDITIONS[:2]), *need.T], axis=1)
         dropped = np.stack([self._uniform(f"drop {name}", step, row) for name in CONDITIONS], axis=1) < self._dropout
@@ -272,19 +270,12 @@ class Schedule:
             step=step,
             stage=number,
             bucket=self._mixtures[number].buckets[bucket],
-            record=self._records(cells[leaf[order]], position[order]),
+            record=self._records(cells[rows], position[rows]),
             scheduled=scheduled,
             active=scheduled & ~dropped,
             start_draw=np.stack([self._uniform(f"start {i}", step, row) for i in range(2)], axis=1),
             reference_draw=self._uniform("reference", step, row),
         )
-
-    def _draws_before(self, number: int, bucket: int, before: int) -> np.ndarray:
-        """Draws of every cell, earlier stages included, before the bucket's step `before`: cells lie in one bucket."""
-        stream, draws = self._streams[number][bucket], self._bases[number].copy()
-        for (_, cell), count in zip(stream.leaves, stream.counts(before * self.batch_size), strict=True):
-            draws[cell] += count
-        return draws
 
     def _records(self, cells: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Data set indices of the n-th draws of cells, [B]."""
