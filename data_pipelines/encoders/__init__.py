@@ -1,0 +1,1 @@
+"""Pretrained encoders that load offline: speech features, caption token states, keypoints."""

