@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.checkpoints import load_for_inference
+from omnihuman_jax.training.checkpoints import find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.training.state import make_network
 
 FORMATS = ("safetensors",)
@@ -257,6 +257,17 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     config = ConfigDict(head.pop("config"))
     config.vae.checkpoint = str(path / VAE_FILE)
     return config, head
+
+
+def load_config(path: str | Path) -> ConfigDict:
+    """The resolved config of a training checkpoint or an exported directory, without its weights.
+
+    Raises:
+      UserError: nothing there, or it cannot be read.
+    """
+    if is_exported(path):
+        return read_config(path)[0]
+    return ConfigDict(read_meta(find_checkpoint(path))["config"])
 
 
 def load(path: str | Path, *, use_ema: bool | None = None) -> tuple[ConfigDict, Any, dict[str, Any]]:

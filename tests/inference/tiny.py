@@ -35,21 +35,24 @@ def network() -> Network:
     return Network(ModelConfig.from_dict(MODEL))
 
 
+def _random(shapes: Any) -> Any:
+    """Small random arrays for a tree of shapes. NumPy, because initialising layer by layer compiles for a minute."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape), s.dtype), shapes)
+
+
 @functools.cache
 def params() -> Any:
-    """Random parameters; the zero-initialised ones are moved too, or every velocity would be zero."""
-    fresh = network().init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, moved)
+    """Random parameters; none is zero, or every velocity would be."""
+    return _random(network().abstract_params)
 
 
 @functools.cache
 def vae() -> VAE:
     """A random VAE with the strides of the real one (4 x 8 x 8)."""
     config = VAEConfig(dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, z_dim=4)
-    return VAE(config, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, _random(state))
 
 
 def portrait(height: int = 50, width: int = 40) -> np.ndarray:
