@@ -122,6 +122,20 @@ def setup_platform(config: ConfigDict) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def make_workdir(path: str) -> Path:
+    """Makes a run directory.
+
+    Raises:
+      UserError: it is a file, or cannot be made.
+    """
+    workdir = Path(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={path}: {error.strerror}; name a directory you may write") from error
+    return workdir
+
+
 def to_plain(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON types."""
     return json.loads(json.dumps(config.to_dict()))

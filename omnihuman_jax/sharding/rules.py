@@ -23,9 +23,8 @@ ACTIVATIONS: dict[str, Any] = {
 # Ordered (path pattern, mesh axes of the trailing dimensions). First match wins; a leading scan axis is never sharded.
 # Column-parallel layers split the output over tensor, row-parallel ones the input; the other dimension is ZeRO-3 fsdp.
 PARAMETERS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"(^|/)(q|k|v|qkv|fc1|gate|mlp_in|mlp_gate)/kernel$", ("fsdp", "tensor")),
-    (r"(^|/)(out|fc2|mlp_out)/kernel$", ("tensor", "fsdp")),
-    (r"(^|/)\w*mod/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(\w+_)?(q|k|v|fc1|gate|mlp_in|mod)/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(\w+_)?(out|fc2)/kernel$", ("tensor", "fsdp")),
     (r"/kernel$", ("fsdp", None)),
     (r".*", ()),
 )

@@ -30,7 +30,7 @@ def draw_noise(config: ConfigDict, step: jax.Array, shape: tuple[int, ...]) -> t
     t = time.sample_times(time_key, shape[0], mean=d.time_mean, std=d.time_std)
     patch = config.model.patch_size
     tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
-    shift = time.shift_from_config(d, tokens, latent_frames=shape[1])
+    shift = time.shift_from_config(d.shift, tokens, is_image=shape[1] == 1)
     return time.shift(t, shift), jax.random.normal(noise_key, shape, jnp.float32)
 
 
