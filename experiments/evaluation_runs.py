@@ -342,8 +342,12 @@ def mouth_correlation(observed: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _measure(unit: str, better: str, clips: Sequence[HeldOut], table: dict[str, list[float]]) -> dict[str, Any]:
+    """JSON of one measure; "gap" is how much better right is than wrong, clip by clip."""
     rows = {name: measures.summarise(values) for name, values in table.items()}
-    return {"unit": unit, "better": better, "clips": [clip.record["id"] for clip in clips], "rows": rows}
+    sign = 1 if better == "higher" else -1
+    gap = measures.summarise(sign * (np.array(table["right"]) - np.array(table["wrong"])))
+    names = [clip.record["id"] for clip in clips]
+    return {"unit": unit, "better": better, "clips": names, "rows": rows, "gap": gap}
 
 
 def _comparisons(clips: Sequence[HeldOut], videos: dict[str, list], labels: dict[str, str]) -> list[Comparison]:

@@ -1,0 +1,152 @@
+"""The report's pictures: SVG text by matplotlib, and strips of frames."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from omnihuman_jax.conditions import CONDITIONS
+
+RIGHT, WRONG, LIMIT, INK = "#1f6fb2", "#d5702a", "#8a8f98", "#30343b"
+STAGE_COLOURS = ("#3a7ca5", "#6a9a3b", "#a8557f", "#8d7a3c", "#5d5aa6")
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "report",  # the same data give the same file
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def _svg(figure: Figure) -> str:
+    """A figure as an <svg> element without XML head."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def smooth(values: Sequence[float], span: int) -> np.ndarray:
+    """Centred running mean over up to `span` values, shorter at the ends."""
+    values, half = np.asarray(values, np.float64), max(0, span // 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def loss_curves(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Loss over steps, a colour a stage: logged values pale, their running mean strong; by condition on the right."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.5, 3.0))
+        left, right = figure.subplots(1, 2, sharey=True)
+        stages = list(dict.fromkeys(line["stage"] for line in lines))
+        for stage, colour in zip(stages, STAGE_COLOURS):
+            part = [line for line in lines if line["stage"] == stage]
+            steps, losses = [line["step"] for line in part], [line["loss"] for line in part]
+            left.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
+            left.plot(steps, smooth(losses, max(3, len(losses) // 8)), color=colour, linewidth=2, label=stage)
+        names = ("no_audio_no_pose", "audio", "pose")
+        for name, colour in zip(names, (LIMIT, RIGHT, WRONG)):
+            known = [(x["step"], x["loss_by_condition"][name]) for x in lines if name in x["loss_by_condition"]]
+            if known:
+                steps, losses = zip(*known)
+                label = name.replace("_", " ").replace("no audio no pose", "neither audio nor pose")
+                right.plot(steps, smooth(losses, max(3, len(losses) // 8)), color=colour, linewidth=2, label=label)
+        left.set_title("loss by stage", loc="left")
+        right.set_title("loss of the samples that had …", loc="left")
+        for axes in (left, right):
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.25)
+            if axes.lines:
+                axes.legend(frameon=False)
+        left.set_ylabel("flow-matching loss")
+        return _svg(figure)
+
+
+def ratio_bars(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Target, realised and (after guidance dropout) effective share of each condition, a panel a stage."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.5, 2.4))
+        panels = np.atleast_1d(figure.subplots(1, max(1, len(stages)), sharey=True))
+        where = np.arange(len(CONDITIONS))
+        kinds = (("target", "#c9ccd1"), ("realised", RIGHT), ("after guidance dropout", "#8fb8d9"))
+        for axes, (stage, ratios) in zip(panels, stages.items()):
+            for i, (kind, colour) in enumerate(kinds):
+                values = [ratios[kind].get(name, 0.0) for name in CONDITIONS]
+                axes.bar(where + (i - 1) * 0.28, values, 0.26, color=colour, label=kind)
+            axes.set_xticks(where, CONDITIONS)
+            axes.set_title(stage, loc="left")
+            axes.set_ylim(0, 1)
+        panels[0].set_ylabel("share of samples")
+        if stages:
+            panels[-1].legend(frameon=False, loc="upper right", fontsize=8)
+        return _svg(figure)
+
+
+def measure_dots(measure: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Every clip as a dot, the mean as a bar with its 95 % interval, a line for each row of a measure."""
+    rows = [name for name in labels if name in measure["rows"]]
+    colours = {"right": RIGHT, "wrong": WRONG}
+    rng = np.random.default_rng(0)  # spreads dots that would lie on one another
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 0.42 * len(rows) + 0.7))
+        axes = figure.subplots()
+        for y, name in enumerate(rows):
+            row, colour = measure["rows"][name], colours.get(name, LIMIT)
+            values = [v for v in row["values"] if v is not None]
+            axes.scatter(values, y + rng.uniform(-0.16, 0.16, len(values)), s=14, color=colour, alpha=0.45, linewidth=0)
+            if row["mean"] is not None:
+                axes.plot([row["mean"]] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.5)
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
+        axes.set_yticks(range(len(rows)), [labels[name] for name in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(f"{measure['unit']} ({measure['better']} is better)")
+        axes.grid(axis="x", alpha=0.25)
+        return _svg(figure)
+
+
+def time_bar(phases: Mapping[str, float]) -> str:
+    """Wall time of each phase, in seconds, as horizontal bars."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 0.3 * len(phases) + 0.6))
+        axes = figure.subplots()
+        axes.barh(range(len(phases)), list(phases.values()), color=RIGHT, height=0.6)
+        for y, seconds in enumerate(phases.values()):
+            axes.text(seconds, y, f" {seconds:.0f} s", va="center")
+        axes.set_yticks(range(len(phases)), list(phases))
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds")
+        return _svg(figure)
+
+
+def write_strip(path: str | Path, videos: Sequence[np.ndarray], *, count: int = 8) -> Path:
+    """Writes a PNG with a row for each video (F,h,w,3) uint8, `count` frames spread over its length.
+
+    All videos have one frame size. The first and the last frame are always shown.
+    """
+    gap, rows = 2, []
+    for video in videos:
+        shown = video[np.linspace(0, len(video) - 1, min(count, len(video))).round().astype(int)]
+        padded = np.pad(shown, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+        rows.append(np.concatenate(list(padded), axis=1))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(path)
+    return path
