@@ -1,0 +1,116 @@
+"""Draws a posed mesh: camera, light, and quads painted from far to near with OpenCV at twice the size."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+
+from data_pipelines.synthetic.people import Person, quad_normals, vertex_sum
+
+SUPERSAMPLE = 2
+SHIFT = 4  # binary places of the corners' pixel coordinates
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """A camera that looks along -z. centre (2,) dm is seen in the middle of a height x width picture, `scale` pixels
+    per dm at depth 0 and `distance` dm away."""
+
+    height: int
+    width: int
+    centre: tuple[float, float]
+    scale: float
+    distance: float
+
+    def project(self, points: np.ndarray) -> np.ndarray:
+        """Pixel positions (...,2) of points (...,3) in dm; x to the right, y down, pixel i covering i..i+1."""
+        zoom = self.scale * self.distance / (self.distance - points[..., 2])
+        x = self.width / 2 + (points[..., 0] - self.centre[0]) * zoom
+        y = self.height / 2 - (points[..., 1] - self.centre[1]) * zoom
+        return np.stack([x, y], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Light:
+    """direction (3,) to the lamp; strength of the lamp and of the light from everywhere; tint (3,) of both."""
+
+    direction: np.ndarray
+    lamp: float
+    ambient: float
+    tint: np.ndarray
+
+    def shade(self, normals: np.ndarray) -> np.ndarray:
+        """Brightness (...,) of surfaces with unit normals (...,3)."""
+        # Wrapped Lambert: skin lets light through, so the terminator is soft.
+        lambert = np.clip((normals @ self.direction + 0.25) / 1.25, 0, 1)
+        sky = 0.5 + 0.5 * normals[..., 1]
+        return self.lamp * lambert + self.ambient * (0.8 + 0.2 * sky)
+
+
+def reduce(person: Person, keep: np.ndarray) -> Person:
+    """The person with only the quads in the mask `keep` (Q,), and the vertices that they or the landmarks use."""
+    used = np.zeros(len(person.rest), bool)
+    used[person.quads[keep]] = True
+    for ids in person.landmarks.values():
+        used[ids] = True
+    new = np.cumsum(used) - 1
+    moved = used[person.unit_vertices]
+    return dataclasses.replace(
+        person,
+        rest=person.rest[used],
+        quads=new[person.quads[keep]].astype(np.int32),
+        albedo=person.albedo[keep],
+        bias=person.bias[keep],
+        two_sided=person.two_sided[keep],
+        units=person.units[:, moved],
+        unit_vertices=new[person.unit_vertices[moved]],
+        weights=person.weights[used],
+        shade=person.shade[used],
+        landmarks={name: new[ids] for name, ids in person.landmarks.items()},
+    )
+
+
+class Painter:
+    """Draws frames of one person in front of one background."""
+
+    def __init__(self, person: Person, camera: Camera, light: Light, background: np.ndarray):
+        """background: (H,W,3) float in 0..1 at SUPERSAMPLE times the camera's size."""
+        cv2.setNumThreads(1)
+        self._quads, self._bias, self._two_sided = person.quads, person.bias, person.two_sided
+        self._albedo = person.albedo * person.shade[person.quads].mean(1)[:, None] * light.tint
+        self._around = vertex_sum(person.quads, len(person.rest))
+        self._camera, self._light = camera, light
+        self._background = np.ascontiguousarray((background * 255).round().astype(np.uint8))
+
+    def frame(self, points: np.ndarray) -> np.ndarray:
+        """One picture (H,W,3) uint8 RGB of posed points (V,3)."""
+        quads, camera = self._quads, self._camera
+        flat = camera.project(points) * SUPERSAMPLE
+        corners = flat[quads]
+        low, high = corners.min(1), corners.max(1)
+        size = np.array([camera.width, camera.height]) * SUPERSAMPLE
+        area = _turn(corners)
+        seen = ((area < 0) | self._two_sided) & (high > 0).all(1) & (low < size).all(1)
+        shown = np.flatnonzero(seen)
+        normals = self._around @ quad_normals(points, quads)
+        normals = normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9)
+        facing = normals[quads[shown]].mean(1)
+        # The far side of a two-sided quad is lit as if turned around.
+        facing = np.where((self._two_sided[shown] & (facing[:, 2] < 0))[:, None], -facing, facing)
+        colours = self._albedo[shown] * self._light.shade(facing)[:, None]
+        depth = points[quads[shown], 2].mean(1) + self._bias[shown]
+        order = np.argsort(depth, kind="stable")
+        polygons = np.round(corners[shown][order] * (1 << SHIFT)).astype(np.int32)
+        paints = np.clip(colours[order] * 255, 0, 255).tolist()
+        image = self._background.copy()
+        for polygon, paint in zip(polygons, paints, strict=True):
+            cv2.fillConvexPoly(image, polygon, paint, cv2.LINE_8, SHIFT)
+        return cv2.resize(image, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
+
+
+def _turn(corners: np.ndarray) -> np.ndarray:
+    """Twice the signed area (Q,) of projected quads (Q,4,2); negative where the front side is seen."""
+    first, second = corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1]
+    return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]

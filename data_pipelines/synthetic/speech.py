@@ -1,0 +1,145 @@
+"""Synthesised speech with the time of every phoneme, by espeak-ng.
+
+espeak-ng is GPL: it is fetched at run time (the `espeakng-loader` wheel, or the system's libespeak-ng) and runs in a
+process of its own; see espeak_child.py.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from data_pipelines import fetch
+from omnihuman_jax.errors import UserError
+
+PACKAGE = fetch.Package(
+    "pypi", "espeakng-loader", "0.2.4", "08721baf27d13d461f6be6eed9a65277e70d68234ff484fd8b9897b222cdcb6d"
+)
+SAMPLE_RATE = 16_000
+ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-us")
+VARIANTS = {
+    "female": ("f1", "f2", "f3", "f4", "Annie", "linda", "steph", "belinda", "Alicia", "anika"),
+    "male": ("m1", "m2", "m3", "m4", "m5", "m7", "adam", "Andy", "Alex", "michael", "travis", "david"),
+}
+LOUDNESS = 0.09  # root mean square of the spoken sound
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """An espeak-ng library and its data directory (None: the library's own default)."""
+
+    library: str
+    data: str | None
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """voice: an espeak-ng voice with variant; rate words per minute; pitch and range 0..100."""
+
+    name: str
+    rate: int
+    pitch: int
+    range: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """wave (N,) float32 at SAMPLE_RATE; starts (P,) seconds at which symbols (IPA, "" for silence) begin."""
+
+    wave: np.ndarray
+    starts: np.ndarray
+    symbols: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        return len(self.wave) / SAMPLE_RATE
+
+
+def find_engine(cache: str | os.PathLike | None = None) -> Engine:
+    """The espeak-ng library of the fetched wheel or, saying so, the system's.
+
+    Raises:
+      fetch.PackageUnavailableError: (a UserError) there is neither.
+    """
+    try:
+        root = fetch.fetch_tree(PACKAGE, "espeakng_loader/", cache=cache) / "espeakng_loader"
+        engine = Engine(str(root / "libespeak-ng.so"), str(root), f"{PACKAGE.name} {PACKAGE.version}")
+        _speak_once(engine)
+        return engine
+    except UserError as error:
+        system = ctypes.util.find_library("espeak-ng")
+        if not system:
+            raise fetch.PackageUnavailableError(
+                f"no speech synthesis: {error}; the system has no libespeak-ng either (Debian package espeak-ng)"
+            ) from error
+        engine = Engine(system, None, f"system {system}")
+        _speak_once(engine)
+        print(f"speech: {error}; using the system's {system}", file=sys.stderr, flush=True)
+        return engine
+
+
+def _speak_once(engine: Engine) -> None:
+    speak(engine, "Hello.", Voice("en-us", 160, 50, 50))
+
+
+def speak(engine: Engine, text: str, voice: Voice) -> Speech:
+    """Speaks English text.
+
+    Raises:
+      UserError: the library cannot be loaded, or does not know the voice.
+    """
+    request = {"library": engine.library, "data": engine.data, "voice": voice.name, "rate": voice.rate}
+    request |= {"pitch": voice.pitch, "range": voice.range, "text": text}
+    child = pathlib.Path(__file__).with_name("espeak_child.py")
+    command = [sys.executable, "-I", "-S", str(child), json.dumps(request)]
+    result = subprocess.run(command, capture_output=True, check=False)
+    if result.returncode:
+        lines = result.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {result.returncode}"]
+        raise UserError(f"espeak-ng ({engine.name}) cannot speak: {lines[-1]}")
+    head, _, pcm = result.stdout.partition(b"\n")
+    answer = json.loads(head)
+    wave = np.frombuffer(pcm, np.int16).astype(np.float64) / 32768
+    wave = resample(wave, answer["rate"], SAMPLE_RATE)
+    spoken = np.abs(wave) > 0.01
+    level = np.sqrt(np.mean(wave[spoken] ** 2)) if spoken.any() else 1.0
+    wave = np.clip(wave * (LOUDNESS / level), -0.95, 0.95).astype(np.float32)
+    starts = np.array([time for time, _ in answer["phonemes"]], np.float64)
+    return Speech(wave, starts, tuple(symbol for _, symbol in answer["phonemes"]))
+
+
+@functools.lru_cache(maxsize=4)
+def _filter(up: int, down: int) -> np.ndarray:
+    """Windowed-sinc low pass for resampling by up/down, at the upsampled rate."""
+    widest = max(up, down)
+    n = np.arange(-16 * widest, 16 * widest + 1)
+    return np.sinc(n / widest) * np.kaiser(len(n), 7.0) * (up / widest)
+
+
+def resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
+    """Resamples (N,) from `source` to `target` Hz without delay; the result has round(N*target/source) samples."""
+    if source == target:
+        return wave
+    ratio = np.gcd(source, target)
+    up, down = target // ratio, source // ratio
+    taps = _filter(up, down)
+    count = round(len(wave) * target / source)
+    half = len(taps) // 2
+    reach = half // up + 1
+    padded = np.pad(wave, (reach, reach))
+    # Output i sits at i*down on the upsampled axis; only every up-th tap meets a sample.
+    position = np.arange(count, dtype=np.int64) * down
+    centre = position // up
+    offsets = np.arange(-reach + 1, reach + 1)
+    tap = position[:, None] - (centre[:, None] + offsets) * up + half
+    inside = (tap >= 0) & (tap < len(taps))
+    index = (centre[:, None] + offsets + reach).clip(0, len(padded) - 1)
+    return np.sum(np.where(inside, taps[tap.clip(0, len(taps) - 1)], 0) * padded[index], axis=1)
