@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.counter_random import hash64, permutation, uniform
@@ -14,6 +14,8 @@ from omnihuman_jax.conditions import AUDIO, CONDITIONS, POSE
 from omnihuman_jax.errors import UserError
 
 FULL = {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25}
+# Whole schedules are slow to shrink, and a failing example is small as it is.
+NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)
 SIZES = ((12, 12), (16, 10), (10, 14), (8, 20), (20, 8))
 
 
@@ -126,6 +128,17 @@ def test_conditions_are_drawn_independently_of_each_other():
     assert (scheduled[:, POSE] & ~scheduled[:, AUDIO]).any()
 
 
+def test_window_and_reference_draws_are_uniform_and_independent_of_each_other_and_of_the_conditions():
+    schedule = Schedule(_table((500, FULL)), _index(300), global_batch_size=8, seed=0)
+    selections = [schedule.select(step) for step in range(1, 501)]
+    columns = np.concatenate([np.column_stack([s.start_draw, s.reference_draw, s.scheduled]) for s in selections]).T
+    assert (
+        np.abs(columns[:3].mean(axis=1) - 0.5).max() < 0.02 and np.abs(columns[:3].var(axis=1) - 1 / 12).max() < 0.005
+    )
+    correlation = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(correlation).max() < 0.06
+
+
 def test_rows_do_not_repeat_a_pattern_from_step_to_step():
     scheduled = _select(Schedule(_table((400, FULL)), _index(300), global_batch_size=8, seed=0), 1, 400)[1]
     by_row = scheduled.reshape(400, 8, 4).mean(axis=0)
@@ -169,7 +182,7 @@ def test_no_record_repeats_within_an_epoch_of_its_source():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 3, 8]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, phases=NO_SHRINK)
 def test_every_epoch_of_a_cell_holds_each_of_its_records_once(seed, sources, sizes, batch_size):
     index = _index(60, seed=seed, sources=sources, sizes=sizes)
     schedule = Schedule(_table((150, _ratios(audio=0.3)), (150, FULL)), index, global_batch_size=batch_size, seed=seed)
@@ -315,7 +328,7 @@ def test_a_change_of_ratios_mid_run_continues_every_source():
 
 
 @given(st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, phases=NO_SHRINK)
 def test_random_tables_are_random_access_and_independent_of_the_host_count(data):
     seed = data.draw(st.integers(0, 10**9))
     hosts = data.draw(st.sampled_from([1, 2, 4]))
