@@ -39,7 +39,7 @@ def uniform(key: int, *counters: int | np.ndarray) -> np.ndarray:
     return (hash64(key, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def permutation(key: int, number: int, size: int) -> np.ndarray:
     """Permutation `number` of range(size), int64 [size], read-only."""
     order = np.argsort(hash64(key, number, np.arange(size)), kind="stable")
