@@ -96,14 +96,14 @@ def cover_points(points: np.ndarray, size: tuple[int, int], height: int, width: 
       width: pixels of the new frame.
 
     Returns:
-      (..., 3) in [0, 1] of the new frame; a point that is cropped away gets confidence 0.
+      (..., 3) in [0, 1] of the new frame; all three values of a point that is absent or cropped away are 0.
     """
     scale = max(height / size[0], width / size[1])
     seen_x, seen_y = width / (size[1] * scale), height / (size[0] * scale)
     x = (points[..., 0] - 0.5) / seen_x + 0.5
     y = (points[..., 1] - 0.5) / seen_y + 0.5
-    inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
-    return np.stack([x, y, np.where(inside, points[..., 2], 0.0)], axis=-1).astype(np.float32)
+    seen = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1) & (points[..., 2] > 0)
+    return np.where(seen[..., None], np.stack([x, y, points[..., 2]], axis=-1), 0.0).astype(np.float32)
 
 
 def to_model(image: np.ndarray) -> np.ndarray:

@@ -1,16 +1,19 @@
 """A tiny random model and VAE, for tests of everything that samples."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
+from experiments.configs import base
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.functional import Network
-from omnihuman_jax.models.vae import VAE, VAEConfig
+from omnihuman_jax.models.vae import VAE, VAEConfig, save_vae
 
 MODEL = {
     "latent_channels": 4,
@@ -63,3 +66,18 @@ def portrait(height: int = 50, width: int = 40) -> np.ndarray:
 def latents(size: int = 1, rows: int = 4, columns: int = 6) -> jax.Array:
     """Random reference latents (size, rows, columns, C)."""
     return jax.random.normal(jax.random.key(2), (size, rows, columns, MODEL["latent_channels"]), jnp.float32)
+
+
+def config(directory: pathlib.Path, **model: Any) -> ConfigDict:
+    """A resolved config of the tiny model, as a checkpoint holds it; the VAE's file is written into `directory`."""
+    config = base.get_config()
+    config.model = ConfigDict(ModelConfig.from_dict(MODEL | model).to_dict())
+    config.vae.checkpoint = str(directory / "vae.safetensors")
+    save_vae(config.vae.checkpoint, vae())
+    config.compilation_cache = ""
+    config.sample.steps = 2
+    config.data.latent_frames = 2
+    config.guidance.update({"scale": 2.0, "final_scale": 1.5})
+    config.plan.buckets = ((2, 4, 6), (2, 6, 4))
+    config.dataset = ConfigDict({"audio_encoder": "log-mel", "text_encoder": "minilm-l6-v2"})
+    return config
