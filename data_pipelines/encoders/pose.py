@@ -30,7 +30,9 @@ def interpreter() -> pathlib.Path:
     default = pathlib.Path(__file__).resolve().parents[2] / ".venv-prepare/bin/python"
     path = pathlib.Path(os.environ.get("OMNIHUMAN_PREPARE_PYTHON") or default)
     if not path.is_file():
-        raise UserError(f"keypoint detection needs its own environment, and {path} does not exist; run make .venv-prepare")
+        raise UserError(
+            f"keypoint detection needs its own environment, and {path} does not exist; run make .venv-prepare"
+        )
     return path
 
 

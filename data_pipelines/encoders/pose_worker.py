@@ -1,9 +1,9 @@
 """Detects the keypoints of one person in frames; runs in the environment of requirements-prepare.txt.
 
-Started by pose.py as a child, because MediaPipe needs another protobuf than the rest. It imports nothing of this project.
-Standard input: for each clip one JSON line {"frames": F, "height": H, "width": W, "names": [...]} and then F*H*W*3 bytes
-of RGB. Standard output: for each clip F*K*3 float32 values (x and y as fractions of the frame, confidence), K names;
-once at the start the line "ready".
+Started by pose.py as a child, because MediaPipe needs another protobuf than the rest; imports nothing of this project.
+Standard input: for each clip one JSON line {"frames": F, "height": H, "width": W, "names": [...]}, then F*H*W*3 bytes
+of RGB. Standard output: the line "ready"; then for each clip F*K*3 float32 values (x and y as fractions of the frame,
+confidence) for its K names.
 """
 
 import json
@@ -14,8 +14,8 @@ import cv2
 import mediapipe
 import numpy as np
 
-# Source of each point in MediaPipe's numbering. Body points: BlazePose's 33. Face points: face mesh of 468. "left" is the
-# person's own left in all of them, given pictures that are not mirrored.
+# Source of each point in MediaPipe's numbering. Body points: BlazePose's 33. Face points: face mesh of 468. "left" is
+# the person's own left in all of them, given pictures that are not mirrored.
 BODY = {
     "nose": 0, "left_eye": 2, "right_eye": 5, "left_ear": 7, "right_ear": 8, "left_shoulder": 11, "right_shoulder": 12,
     "left_elbow": 13, "right_elbow": 14, "left_wrist": 15, "right_wrist": 16, "left_hip": 23, "right_hip": 24,

@@ -1,12 +1,14 @@
 """Speech features at 25 fps, one row a pixel frame.
 
-"whisper-tiny.en": the encoder output of Whisper tiny.en (Radford et al. 2022), run by CTranslate2, its 50 Hz rows averaged
-in pairs. "log-mel": 80 mel channels at 50 Hz, two rows a frame, where Whisper cannot be had. Which one made a data
-set is recorded in it, and generation asks for that one by name: features of one are meaningless to a model of the other.
+"whisper-tiny.en": the encoder output of Whisper tiny.en (Radford et al. 2022), run by CTranslate2, its 50 Hz rows
+averaged in pairs. "log-mel": 80 mel channels at 50 Hz, two rows a frame, where Whisper cannot be had. Which one made a
+data set is recorded in it, and generation asks for that one by name: features of one are meaningless to a model of the
+other.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -64,7 +66,7 @@ class SpeechEncoder:
         wave = np.pad(wave, (0, max(0, num_frames * SAMPLES_PER_FRAME - wave.size)))
         features = np.zeros((num_frames, self.dim), np.float32)
         starts = window_starts(num_frames)
-        edges = [0, *((a + WINDOW_FRAMES + b) // 2 for a, b in zip(starts[:-1], starts[1:], strict=True)), num_frames]
+        edges = [0, *((a + WINDOW_FRAMES + b) // 2 for a, b in itertools.pairwise(starts)), num_frames]
         for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
             end = min(start + WINDOW_FRAMES, num_frames)
             rows = self._rows(wave[start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME])

@@ -1,0 +1,106 @@
+"""Entry point of `python -m data_pipelines.prepare`; see the package's description."""
+
+import os
+
+# Before NumPy loads: the caption encoder's small products are far quicker on one thread when cores are busy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import contextlib
+import pathlib
+import time
+
+from absl import flags
+
+from data_pipelines import raw
+from data_pipelines.cli import run_main
+from data_pipelines.encoders import pose, speech, text
+from data_pipelines.fetch import sha256_of
+from data_pipelines.prepare import conditions, pipeline
+from data_pipelines.prepare.cut import parse_sizes
+from omnihuman_jax.errors import UserError
+
+_INPUT = flags.DEFINE_list(
+    "input", [], "Directories of raw clips: with a manifest.json, or plain videos (and .txt captions)."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The data set directory to write.")
+_VAE = flags.DEFINE_string("vae", None, "VAE weights (safetensors) that make the latents.")
+_SIZES = flags.DEFINE_string(
+    "sizes", "96x96,128x80,80x112", "Training sizes, HEIGHTxWIDTH; each clip takes the nearest shape."
+)
+_CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames of every clip at 25 fps; 1 + 4n.")
+_WORKERS = flags.DEFINE_integer("workers", 2, "Threads that decode and detect.")
+_BATCH = flags.DEFINE_integer("vae_batch", 8, "Clips that the VAE encodes at a time.")
+_AUDIO = flags.DEFINE_string(
+    "audio_encoder", None, "whisper-tiny.en or log-mel; default whisper-tiny.en if it can be had."
+)
+_POSE = flags.DEFINE_enum(
+    "pose", "auto", ["auto", "required", "none"],
+    "Detect keypoints where clips have none: if the detector is installed, always, or never.",
+)  # fmt: skip
+_CACHE = flags.DEFINE_string("cache", None, "Where fetched packages are kept; default $OMNIHUMAN_CACHE or cache/.")
+
+
+def _detector_needed(clips: list[raw.RawClip]) -> bool:
+    return any(clip.pose and clip.annotations is None for clip in clips)
+
+
+def _detector(clips: list[raw.RawClip]) -> bool:
+    """Whether keypoints are detected in this run; says so where they are wanted and cannot be."""
+    if _POSE.value == "none" or not _detector_needed(clips):
+        return False
+    try:
+        pose.interpreter()
+    except UserError as error:
+        if _POSE.value == "required":
+            raise
+        print(f"clips without keypoints stay without: {error}", flush=True)
+        return False
+    return True
+
+
+def _settings() -> pipeline.Settings:
+    for name, flag in (("input", _INPUT), ("output", _OUTPUT), ("vae", _VAE)):
+        if not flag.value:
+            raise UserError(f"--{name} is missing; see --help")
+    if _CLIP_FRAMES.value < 5 or _CLIP_FRAMES.value % 4 != 1:
+        raise UserError(f"--clip_frames={_CLIP_FRAMES.value} must be 1 + 4n and at least 5, for example 49")
+    if _WORKERS.value < 1 or _BATCH.value < 1:
+        raise UserError("--workers and --vae_batch must be at least 1")
+    vae = pathlib.Path(_VAE.value)
+    if not vae.is_file():
+        raise UserError(f"--vae={vae}: no such file; train one with python -m experiments.train_vae")
+    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, sha256_of(vae))
+
+
+def main() -> None:
+    """Checks everything that can be checked before the first compile, then runs the pipeline."""
+    settings = _settings()
+    clips = [clip for directory in _INPUT.value for clip in raw.read(directory)]
+    detects = _detector(clips)
+    encoders = conditions.Encoders(text.load(cache=_CACHE.value), speech.load(_AUDIO.value, _CACHE.value), None)
+    digest = pipeline.inputs_digest(clips, settings, encoders, pose.NAME if detects else "")
+    output = pathlib.Path(_OUTPUT.value)
+    dataset = pipeline.finished(output, digest)
+    if dataset is not None:
+        print(f"{output} is up to date: {len(dataset)} clips")
+        return
+    from omnihuman_jax.models import vae as vaes  # JAX is only needed from here on
+
+    vae = vaes.load_vae(_VAE.value)
+    encode, _ = vaes.compiled(vae)
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if detects:
+            detector = stack.enter_context(pose.PoseDetector())
+            encoders = conditions.Encoders(encoders.text, encoders.speech, detector.detect)
+        summary = pipeline.run(
+            clips, output, settings, encoders, encode,
+            latent_channels=vae.config.z_dim, workers=_WORKERS.value, batch=_BATCH.value,
+            extra={"inputs_sha256": digest, "pose_detector": pose.NAME if detects else None},
+        )  # fmt: skip
+    print(summary.table())
+    print(f"{output}: audio features {encoders.speech.name}, {time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,87 @@
+"""What one raw clip can give besides its picture: speech features, keypoints, truth of rendered clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from data_pipelines import keypoints as kp
+from data_pipelines import media
+from data_pipelines.encoders.speech import SpeechEncoder
+from data_pipelines.encoders.text import TextEncoder
+from data_pipelines.prepare.cut import Cut
+from data_pipelines.raw import RawClip
+from omnihuman_jax.errors import UserError
+
+# Root mean square below which sound counts as silence (-70 dB of full scale).
+SILENCE = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The encoders of one run.
+
+    Attributes:
+      text: captions -> token states.
+      speech: sound -> features.
+      detect: frames (F,H,W,3) uint8 -> keypoints (F,K,3) or (0,K,3); None where no detector is available.
+    """
+
+    text: TextEncoder
+    speech: SpeechEncoder
+    detect: Callable[[np.ndarray], np.ndarray] | None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
+def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
+    """The clip's sound (num_frames * 640,) at 16 kHz, or None without a sound stream or with a silent one."""
+    if not media.has_audio(clip.path):
+        return None
+    wave = media.read_audio(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
+    return wave if np.sqrt(np.mean(wave**2)) > SILENCE else None
+
+
+def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
+    """The arrays of the clip's annotation file; empty without one.
+
+    Raises:
+      UserError: it cannot be read or its keypoints have another shape than (F,K,3).
+    """
+    if clip.annotations is None:
+        return {}
+    try:
+        with np.load(clip.annotations, allow_pickle=False) as file:
+            notes = {name: file[name] for name in ("keypoints", "mouth", "attributes") if name in file}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {clip.annotations} ({error}); make the raw clips again") from error
+    points = notes.get("keypoints")
+    if points is not None and points.shape[1:] != (kp.NUM_KEYPOINTS, 3):
+        raise UserError(f"{clip.annotations}: keypoints have shape {points.shape}, not (F,{kp.NUM_KEYPOINTS},3)")
+    return notes
+
+
+def keypoints(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], encoders: Encoders) -> np.ndarray:
+    """Keypoints (F,K,3) in the cut's own picture, exact where the clip is annotated; (0,K,3) if there are none."""
+    none = np.zeros((0, kp.NUM_KEYPOINTS, 3), np.float32)
+    if not clip.pose:
+        return none
+    if "keypoints" in notes:
+        points = notes["keypoints"][cut.first : cut.first + len(cut.source)]
+        if not len(points):
+            return none
+        _, height, width, _ = cut.source.shape
+        box = cut.box
+        return kp.crop(points, box.left / width, box.top / height, box.width / width, box.height / height)
+    if encoders.detect is None:
+        return none
+    with encoders.lock:  # one detector serves all threads
+        return encoders.detect(np.ascontiguousarray(cut.cropped()))
+
+
+def truth(name: str, cut: Cut, notes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The annotated "mouth" (F,) of the cut or "attributes" (A,) of its clip; (0,) where it is not annotated."""
+    values = np.asarray(notes.get(name, np.zeros(0)), np.float32)
+    return values[cut.first : cut.first + len(cut.source)] if name == "mouth" else values

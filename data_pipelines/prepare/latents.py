@@ -1,0 +1,58 @@
+"""Encodes clips with the VAE in batches of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+REFERENCES = 4
+
+Item = TypeVar("Item")
+
+
+def reference_frames(num_frames: int) -> np.ndarray:
+    """(R,) int32: the frames of a clip that serve as reference images, spread over it."""
+    return np.linspace(0, num_frames - 1, REFERENCES).round().astype(np.int32)
+
+
+def _normalise(frames: np.ndarray) -> np.ndarray:
+    return frames.astype(np.float32) / 127.5 - 1.0
+
+
+def encode_clips(
+    items: Iterable[tuple[np.ndarray, Item]], encode: Callable[[Any], Any], batch: int
+) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
+    """Encodes clips as they come; yields them when the batch of their shape is full, and the rest at the end.
+
+    Args:
+      items: pairs of frames (F,H,W,3) uint8 and whatever belongs to them.
+      encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C). It is only called with full
+        batches, so it compiles once a shape.
+      batch: clips encoded at a time.
+
+    Yields:
+      (item, latents (T,h,w,C) float16, references (R,h,w,C) float16).
+    """
+    waiting: dict[tuple[int, ...], list[tuple[np.ndarray, Item]]] = {}
+    for frames, item in items:
+        group = waiting.setdefault(frames.shape, [])
+        group.append((frames, item))
+        if len(group) == batch:
+            yield from _encode(waiting.pop(frames.shape), encode, batch)
+    for group in waiting.values():
+        yield from _encode(group, encode, batch)
+
+
+def _encode(
+    group: list[tuple[np.ndarray, Item]], encode: Callable[[Any], Any], batch: int
+) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
+    clips = np.stack([frames for frames, _ in group] + [group[0][0]] * (batch - len(group)))
+    chosen = clips[:, reference_frames(clips.shape[1])]
+    images = chosen.reshape(-1, 1, *chosen.shape[2:])
+    latents = np.asarray(encode(_normalise(clips)), np.float16)
+    references = np.asarray(encode(_normalise(images)), np.float16)[:, 0]
+    references = references.reshape(batch, REFERENCES, *references.shape[1:])
+    for (_, item), latent, reference in zip(group, latents, references, strict=False):
+        yield item, latent, reference

@@ -1,0 +1,220 @@
+"""The whole run: raw clips in, a data set directory out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines import media
+from data_pipelines.fetch import sha256_of
+from data_pipelines.keypoints import NUM_KEYPOINTS
+from data_pipelines.prepare import conditions
+from data_pipelines.prepare.cut import cuts
+from data_pipelines.prepare.latents import encode_clips, reference_frames
+from data_pipelines.prepare.summary import Summary
+from data_pipelines.raw import RawClip
+from data_pipelines.schema import Dataset, DatasetWriter, Meta
+from omnihuman_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the content of a data set besides its raw clips.
+
+    Attributes:
+      sizes: training sizes (height, width) in pixels, each divisible by 16.
+      clip_frames: frames of every clip, 1 + 4n.
+      vae_sha256: digest of the VAE's file.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    clip_frames: int
+    vae_sha256: str
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A clip that lacks only its latents: a record without them, and its mp4 (a path, or frames and sound)."""
+
+    record: dict[str, Any]
+    frames: np.ndarray
+    file: pathlib.Path | None
+    sound: np.ndarray | None
+
+
+def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: conditions.Encoders, detector: str) -> str:
+    """Hex sha256 of everything that decides the result: file contents, manifest entries, settings and encoders."""
+    digest = hashlib.sha256(
+        json.dumps([dataclasses.asdict(settings), encoders.text.name, encoders.speech.name]).encode()
+    )
+    digest.update(detector.encode())
+    for clip in clips:
+        values = dataclasses.asdict(clip) | {"path": sha256_of(clip.path)}
+        values["annotations"] = clip.annotations and sha256_of(clip.annotations)
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def finished(output: pathlib.Path, digest: str) -> Dataset | None:
+    """The data set at `output` if it was made from the same inputs; None if nothing is there.
+
+    Raises:
+      UserError: something else is there.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    dataset = Dataset.open(output)
+    if dataset.extra.get("inputs_sha256") != digest:
+        raise UserError(f"{output} was made from other clips or settings; delete it or name another --output")
+    return dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What is kept of a cut: not its source frames, which would not fit into memory for a long clip."""
+
+    first: int
+    frames: np.ndarray
+    arrays: dict[str, np.ndarray]
+    untouched: bool
+
+
+def _pieces(clip: RawClip, settings: Settings, encoders: conditions.Encoders) -> Iterator[_Piece]:
+    notes = conditions.annotations(clip)
+    for cut in cuts(clip, settings.sizes, settings.clip_frames):
+        arrays = {name: conditions.truth(name, cut, notes) for name in ("mouth", "attributes")}
+        arrays["keypoints"] = conditions.keypoints(clip, cut, notes, encoders)
+        yield _Piece(cut.first, cut.resized(), arrays, cut.untouched)
+
+
+def prepare_clip(clip: RawClip, settings: Settings, encoders: conditions.Encoders, text: np.ndarray) -> list[Prepared]:
+    """Everything but the latents of all cuts of one raw clip; none if it is too short.
+
+    Args:
+      text: (L,Dt) token states of its caption.
+
+    Raises:
+      UserError: a file of the clip cannot be used.
+    """
+    pieces = list(_pieces(clip, settings, encoders))
+    if not pieces:
+        return []
+    total = pieces[-1].first + settings.clip_frames
+    wave = conditions.sound(clip, total)
+    spoken = wave is not None and clip.speech
+    audio = encoders.speech.encode(wave, total) if spoken else np.zeros((0, encoders.speech.dim), np.float32)
+    samples = media.AUDIO_RATE // media.FPS
+    # A raw clip that is one training clip already is copied, not coded again.
+    whole = len(pieces) == 1 and pieces[0].untouched and clip.end is None and clip.path.suffix == ".mp4"
+    prepared = []
+    for number, piece in enumerate(pieces):
+        end = piece.first + settings.clip_frames
+        record = {
+            "id": f"{clip.source}/{clip.id}" + (f"-{number}" if len(pieces) > 1 else ""),
+            **{name: getattr(clip, name) for name in ("source", "split", "caption", "speaker", "sentence")},
+            "reference_frames": reference_frames(settings.clip_frames),
+            "audio": audio[piece.first : end],
+            "text": text,
+            **piece.arrays,
+            "frames": settings.clip_frames,
+            "height": piece.frames.shape[1],
+            "width": piece.frames.shape[2],
+        }
+        sound = None if wave is None else wave[piece.first * samples : end * samples]
+        prepared.append(Prepared(record, piece.frames, clip.path if whole else None, sound))
+    return prepared
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
+) -> Iterator[tuple[Any, Future]]:
+    """(item, future) in the items' order, with at most `ahead` results waiting: memory stays bounded."""
+    pending: deque[tuple[Any, Future]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > ahead:
+            yield pending.popleft()
+    while pending:
+        yield pending.popleft()
+
+
+def run(
+    clips: Sequence[RawClip],
+    output: pathlib.Path,
+    settings: Settings,
+    encoders: conditions.Encoders,
+    encode: Callable[[Any], Any],
+    *,
+    latent_channels: int,
+    extra: dict[str, Any],
+    workers: int = 2,
+    batch: int = 8,
+) -> Summary:
+    """Prepares all clips and writes the data set.
+
+    Args:
+      encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C).
+      latent_channels: C.
+      extra: further entries of dataset.json.
+      workers: threads that decode and detect beside the VAE.
+      batch: clips that the VAE encodes at a time.
+
+    Raises:
+      UserError: no clip could be used, or the output cannot be written.
+    """
+    summary = Summary()
+    texts = {caption: encoders.text.encode(caption) for caption in sorted({clip.caption for clip in clips})}
+
+    def prepare(clip: RawClip) -> list[Prepared]:
+        return prepare_clip(clip, settings, encoders, texts[clip.caption])
+
+    def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, Prepared]]:
+        progress = tqdm(_in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
+        for clip, future in progress:
+            try:
+                prepared = future.result()
+            except UserError as error:  # one bad file must not cost the others; the summary names it
+                summary.reject(clip, str(error))
+                continue
+            if not prepared:
+                summary.reject(clip, f"shorter than {settings.clip_frames} frames ({settings.clip_frames / 25:g} s)")
+            yield from ((piece.frames, piece) for piece in prepared)
+
+    meta = Meta(
+        latent_channels=latent_channels,
+        audio_dim=encoders.speech.dim,
+        audio_encoder=encoders.speech.name,
+        text_dim=encoders.text.dim,
+        text_encoder=encoders.text.name,
+        num_keypoints=NUM_KEYPOINTS,
+        vae_sha256=settings.vae_sha256,
+    )
+    try:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            ThreadPoolExecutor(workers) as pool,
+            DatasetWriter(output, meta, extra) as writer,
+        ):
+            for piece, latents, references in encode_clips(pieces(pool), encode, batch):
+                record = piece.record | {"latents": latents, "references": references}
+                writer.add(record, piece.file or _write_clip(piece, pathlib.Path(scratch)))
+                summary.add(record)
+    except UserError as error:
+        raise UserError(f"{error}{summary.reasons()}") from error
+    return summary
+
+
+def _write_clip(piece: Prepared, scratch: pathlib.Path) -> pathlib.Path:
+    path = scratch / "clip.mp4"
+    media.write_mp4(path, piece.frames, audio=piece.sound)
+    return path

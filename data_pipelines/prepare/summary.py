@@ -1,0 +1,50 @@
+"""Counts what became of the raw clips, for the one table that is printed at the end."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.raw import RawClip
+from data_pipelines.schema import FPS
+
+COLUMNS = ("source", "clips", "seconds", "audio", "pose", "heldout", "sizes")
+
+
+class Summary:
+    """Accepted clips by source, and rejected raw clips with the reason."""
+
+    def __init__(self):
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self._sizes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.rejected: list[tuple[str, str]] = []
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Counts an accepted record."""
+        counts = self._counts[record["source"]]
+        counts["clips"] += 1
+        counts["frames"] += record["frames"]
+        counts["audio"] += len(record["audio"]) > 0
+        counts["pose"] += len(record["keypoints"]) > 0
+        counts["heldout"] += record["split"] == "heldout"
+        self._sizes[record["source"]][f"{record['height']}x{record['width']}"] += 1
+
+    def reject(self, clip: RawClip, reason: str) -> None:
+        """Notes that nothing of a raw clip is used."""
+        self.rejected.append((f"{clip.source}/{clip.id}", reason))
+
+    def reasons(self) -> str:
+        """ "; first rejected: ..." or nothing."""
+        return f"; rejected: {self.rejected[0][0]}: {self.rejected[0][1]}" if self.rejected else ""
+
+    def table(self) -> str:
+        """One line a source, then one line a rejected clip."""
+        rows = [COLUMNS]
+        for source, counts in sorted(self._counts.items()):
+            sizes = ", ".join(f"{count} of {size}" for size, count in sorted(self._sizes[source].items()))
+            numbers = [str(counts[name]) for name in ("audio", "pose", "heldout")]
+            rows.append((source, str(counts["clips"]), f"{counts['frames'] / FPS:.1f}", *numbers, sizes))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"rejected {name}: {reason}" for name, reason in self.rejected)])
