@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from experiments.exporting import export_checkpoint
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import export
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.training.checkpoints import Checkpoints
+from omnihuman_jax.training.state import TrainState, make_network
 from tests.inference import tiny
 
 INFO = {"step": 12, "stage": "stage2", "path": "somewhere"}
@@ -41,7 +43,7 @@ def test_parameters_come_back_bit_for_bit(tmp_path, config, max_bytes):
 
 
 def test_bfloat16_parameters_come_back_bit_for_bit(tmp_path, config):
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), tiny.params())
     made = export.save(tmp_path / "out", config, params, INFO, ema=False)
     assert_same(export.load(made, use_ema=False)[1], params)
 
@@ -133,3 +135,19 @@ def test_unknown_formats_name_those_there_are():
     with pytest.raises(UserError, match="safetensors"):
         export.check_format("onnx")
     export.check_format("safetensors")
+
+
+def test_a_training_checkpoint_exports_its_ema_or_its_raw_parameters(tmp_path, config, capsys):
+    raw, ema = tiny.params(), jax.tree.map(lambda x: jnp.asarray(2 * np.asarray(x)), tiny.params())
+    checkpoints = Checkpoints(tmp_path / "run", every=1, keep=1)
+    state = TrainState(jnp.int32(7), raw, {"count": jnp.int32(7)}, ema)
+    meta = {"step": 7, "stage": "stage1", "config": json.loads(json.dumps(config.to_dict()))}
+    checkpoints.save_stage("stage1", state, meta)
+    checkpoints.close()
+    for use_ema, expected in ((True, ema), (False, raw)):
+        output = tmp_path / f"out-{use_ema}"
+        export_checkpoint(str(tmp_path / "run"), str(output), ema=use_ema)
+        _, params, info = export.load(output)
+        assert_same(params, expected)
+        assert (info["step"], info["stage"], info["ema"]) == (7, "stage1", use_ema)
+    assert "step 7 (stage1), raw parameters" in capsys.readouterr().out
