@@ -28,7 +28,7 @@ from omnihuman_jax.conditions import AUDIO, TEXT
 from omnihuman_jax.errors import UserError
 
 MODES = ("joint", "separate")
-SHAPES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Guidance:
       mode: "joint" or "separate" (see the module).
       text_scale: separate mode only: scale of text at the first step; None means `scale`. It is
         annealed by the same factor as `scale`.
-      anneal: "cosine" (half a cosine: slow, fast, slow), "linear", or "constant" (`scale` throughout).
+      schedule: "cosine" (half a cosine: slow, fast, slow), "linear", or "constant" (`scale` throughout).
     """
 
     scale: float = 6.5
     final_scale: float = 3.5
     mode: str = "joint"
     text_scale: float | None = None
-    anneal: str = "cosine"
+    schedule: str = "cosine"
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise UserError(f"guidance.mode={self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.anneal not in SHAPES:
-            raise UserError(f"guidance.anneal={self.anneal!r}; choose one of {', '.join(SHAPES)}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"guidance.schedule={self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         for name in ("scale", "final_scale", "text_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -70,16 +70,16 @@ class Guidance:
     @property
     def is_off(self) -> bool:
         """True when every step would weigh the conditional pass alone."""
-        last = self.scale if self.anneal == "constant" else self.final_scale
+        last = self.scale if self.schedule == "constant" else self.final_scale
         return self.scale == last == 1.0 and self.text_scale in (None, 1.0)
 
 
-def annealed(first: float, last: float, progress: jax.Array | float, anneal: str = "cosine") -> jax.Array:
+def annealed(first: float, last: float, progress: jax.Array | float, schedule: str = "cosine") -> jax.Array:
     """The scale at `progress` in [0, 1] (0 the first sampling step, 1 the last)."""
     progress = jnp.asarray(progress, dtype=jnp.float32)
-    if anneal == "constant":
+    if schedule == "constant":
         return jnp.full_like(progress, first)
-    fallen = progress if anneal == "linear" else 0.5 * (1.0 - jnp.cos(jnp.pi * progress))
+    fallen = progress if schedule == "linear" else 0.5 * (1.0 - jnp.cos(jnp.pi * progress))
     return first + (last - first) * fallen
 
 
@@ -117,10 +117,10 @@ def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progres
     """
     if len(rows) == 1:
         return velocities[0]
-    scale = annealed(guidance.scale, guidance.final_scale, progress, guidance.anneal)
+    scale = annealed(guidance.scale, guidance.final_scale, progress, guidance.schedule)
     text_first = guidance.scale if guidance.text_scale is None else guidance.text_scale
     ratio = guidance.final_scale / guidance.scale if guidance.scale else 1.0
-    text_scale = annealed(text_first, text_first * ratio, progress, guidance.anneal)
+    text_scale = annealed(text_first, text_first * ratio, progress, guidance.schedule)
     if len(rows) == 3:
         unguided, text, full = velocities
         return unguided + text_scale * (text - unguided) + scale * (full - text)
