@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from omnihuman_jax.models.attention import mesh_axis
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.sharding.rules import constrain
 
@@ -14,17 +15,40 @@ XAVIER = nnx.initializers.xavier_uniform()
 TIME_FREQUENCIES = 256
 
 
+class Linear(nnx.Module):
+    """x @ kernel + bias with kernel (inputs, outputs), bias (outputs,); computes in `dtype`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype, param_dtype, init, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), param_dtype))
+        self.use_bias = bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, shape = self.kernel[...].astype(self.dtype), x.shape
+        x = x.astype(self.dtype)
+        if mesh_axis("sequence") == 1:
+            # XLA's CPU backend takes twice the time for a weight gradient that contracts two dimensions. Where the tokens
+            # are sharded, merging them with the batch would move them, so there the shape stays.
+            x = x.reshape(-1, shape[-1])
+        x = x @ kernel
+        if self.use_bias:
+            x = x + self.bias[...].astype(self.dtype)
+        return x.reshape(*shape[:-1], -1)
+
+
 def linear(
     config: ModelConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs, bias: bool = True, init=XAVIER, dtype=None
-) -> nnx.Linear:
-    """Projection with kernel (inputs, outputs) in the config's dtypes; `dtype` overrides the compute dtype."""
-    return nnx.Linear(
+) -> Linear:
+    """A `Linear` in the config's dtypes; `dtype` overrides the compute dtype."""
+    return Linear(
         inputs,
         outputs,
-        use_bias=bias,
+        bias=bias,
         dtype=dtype or config.compute_dtype,
         param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=init,
+        init=init,
         rngs=rngs,
     )
 
