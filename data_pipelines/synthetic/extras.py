@@ -17,21 +17,24 @@ HEAD_LOW, HEAD_HIGH = np.array([-0.82, 6.17, -0.98]), np.array([0.82, 8.49, 1.53
 
 @dataclasses.dataclass
 class Part:
-    """points (N,3); quads (M,4) into them; albedo (M,3); bias (M,) towards the camera, dm; two_sided; bones (N,) the
-    weight of the head bone, the rest going to the chest; gaze (N,3) offsets for eyes turned right and (N,3) up, or None."""
+    """points (N,3); quads (M,4) into them; albedo (M,3); bias dm towards the camera.
+
+    tied: (N,) vertices of the body whose bones and face units the points follow; else head: (N,) weight of the head
+    bone, the rest going to the chest (None: all head); gaze: (2,N,3) offsets per radian of eyes turned right and up.
+    """
 
     points: np.ndarray
     quads: np.ndarray
     albedo: np.ndarray
     bias: float = 0.0
     two_sided: bool = True
-    tied: np.ndarray | None = None  # vertex of the body whose face units each point follows
+    tied: np.ndarray | None = None
     head: np.ndarray | None = None
     gaze: np.ndarray | None = None
 
 
 def grid(rows: int, columns: int, wrap: bool = False) -> np.ndarray:
-    """Quads (M,4) of a rows x columns lattice of points in row-major order; `wrap` joins the last column to the first."""
+    """Quads (M,4) of a rows x columns lattice of points, row by row; `wrap` joins the last column to the first."""
     r, c = np.meshgrid(np.arange(rows - 1), np.arange(columns if wrap else columns - 1), indexing="ij")
     n = (c + 1) % columns
     return np.stack([r * columns + c, r * columns + n, (r + 1) * columns + n, (r + 1) * columns + c], -1).reshape(-1, 4)
@@ -105,10 +108,10 @@ def irises(colour) -> Part:
 def glasses() -> Part:
     """Dark frames: a ring around each eye, a bridge, temples."""
     angle = np.arange(10) * 2 * np.pi / 10
-    rings = [EYE + np.stack([s * 0.225 * np.cos(angle), s * 0.16 * np.sin(angle), 0 * angle + 0.36], 1) for s in (1, 0.86)]
-    points = np.concatenate(rings)
+    ring = np.stack([0.225 * np.cos(angle), 0.16 * np.sin(angle), 0 * angle], 1)
+    points = np.concatenate([EYE + np.array([0, 0, 0.36]) + size * ring for size in (1, 0.86)])
     quads = [grid(2, 10, wrap=True)]
-    arm = np.array([[0.52, 7.33, 1.58], [0.52, 7.29, 1.58], [0.86, 7.29, 0.6], [0.86, 7.33, 0.6]])
+    arm = np.array([[0.52, 7.33, 1.58], [0.52, 7.29, 1.58], [0.78, 7.29, 0.8], [0.78, 7.33, 0.8]])
     bridge = np.array([[0.0, 7.33, 1.66], [0.0, 7.30, 1.66], [0.1, 7.29, 1.61], [0.1, 7.32, 1.61]])
     points = np.concatenate([points, arm, bridge])
     quads += [np.array([[20, 21, 22, 23], [24, 25, 26, 27]])]
@@ -128,10 +131,12 @@ def curtain(colour, end: float, rng: np.random.Generator) -> Part:
         wave = 1 + 0.025 * rng.standard_normal(columns)
         # Below the chin the hair draws back so that it lies behind and beside the neck.
         back = 0.12 * np.clip((6.6 - y) / 1.0, 0, 1)
-        rows.append(np.stack([0.97 * bulge * wave * np.sin(phi), 0 * phi + y, 0.22 - back - 1.22 * bulge * wave * np.cos(phi)], 1))
+        width, depth = 0.97 * bulge * wave, 1.22 * bulge * wave
+        rows.append(np.stack([width * np.sin(phi), 0 * phi + y, 0.22 - back - depth * np.cos(phi)], 1))
     points = np.concatenate(rows)
     quads = grid(len(heights), columns)
-    strands = 1 + 0.10 * rng.standard_normal((1, columns - 1)) + 0.03 * rng.standard_normal((len(heights) - 1, columns - 1))
+    strands = 1 + 0.08 * rng.standard_normal((1, columns - 1))
+    strands = strands + 0.02 * rng.standard_normal((len(heights) - 1, columns - 1))
     albedo = np.array(colour) * np.clip(strands.reshape(-1, 1), 0.6, 1.4)
     head = np.clip(1 - 0.5 * (6.4 - points[:, 1]) / 1.5, 0.4, 1)
     return Part(points, quads, albedo, 0.0, head=head)
@@ -142,22 +147,4 @@ def bun(colour) -> Part:
     u, v = np.meshgrid(np.linspace(0, np.pi, 6), np.arange(10) * np.pi / 5, indexing="ij")
     ball = 0.42 * np.stack([np.sin(u) * np.cos(v), np.cos(u), np.sin(u) * np.sin(v)], -1).reshape(-1, 3)
     quads = grid(6, 10, wrap=True)
-    return Part(ball + [0, 8.62, -0.35], quads, np.tile(colour, (len(quads), 1)))
-
-
-def hair_mask(points: np.ndarray, hairline: float, fringe: bool) -> np.ndarray:
-    """How far inside the hair template points (N,3) of the head lie: <= 0 outside, growing to 1 away from the hairline."""
-    x, y, z = points.T
-    front = 7.92 + hairline - (0.22 if fringe else 0.0) - 0.25 * np.clip(np.abs(x) - 0.35, 0, 1)
-    s = np.clip((z - 0.62) / (1.28 - 0.62), 0, 1)
-    line = np.where(z > 0.62, 6.95 + (front - 6.95) * s * s * (3 - 2 * s), 6.95)
-    line = np.where(z < 0.45, 6.45, line)
-    return np.clip((y - line) / 0.35, -1, 1)
-
-
-def beard_mask(points: np.ndarray) -> np.ndarray:
-    """Whether template points (N,3) of the head lie on beard or moustache."""
-    x, y, z = points.T
-    jaw = (y < 6.62 + 0.5 * np.clip(np.abs(x) - 0.25, 0, 0.6)) & (z > 0.62) & (y > 6.12)
-    moustache = (np.abs(x) < 0.30) & (y > 6.66) & (y < 6.83) & (z > 1.38)
-    return jaw | moustache
+    return Part(ball + np.array([0, 8.62, -0.35]), quads, np.tile(colour, (len(quads), 1)))

@@ -51,7 +51,7 @@ EYES: tuple[Colour, ...] = ((0.28, 0.17, 0.08), (0.20, 0.12, 0.07), (0.25, 0.42,
 HAIR_STYLES = {"female": ("long", "bob", "bun", "short", "afro"), "male": ("short", "buzz", "bald", "afro", "short")}
 HAIR_LENGTH = {"bald": 0.0, "buzz": 0.1, "short": 0.3, "afro": 0.5, "bun": 0.4, "bob": 0.7, "long": 1.0}
 NECKLINES = ("crew", "v", "scoop", "turtle")
-SLEEVES = ("long", "short", "none")
+SLEEVES = ("long", "short", "cap")
 ATTRIBUTE_NAMES = tuple(
     [f"{part}_{c}" for part in ("skin", "hair", "top", "trousers", "background") for c in "rgb"]
     + ["gender", "age", "muscle", "weight", *body.RACES, "hair_length", "beard", "glasses"]
@@ -120,8 +120,10 @@ def draw(rng: np.random.Generator) -> Look:
     low = int(tone)
     skin = np.array(SKINS[low]) * (1 - tone + low) + np.array(SKINS[low + 1]) * (tone - low)
     age = float(rng.beta(1.1, 2.0) * 0.9)
-    hair_weights = np.array([3.0, 3.0, 2.0, 2.0, 1.0, 0.2]) * ([1, 1, 1, 1, 1, 1] if tone < 3 else [3, 2, 0.3, 0, 0, 1])
-    hair_name = "grey" if age > 0.6 and rng.random() < 0.75 else str(rng.choice(list(HAIRS), p=hair_weights / hair_weights.sum()))
+    chances = np.array([3.0, 3.0, 2.0, 2.0, 1.0, 0.2] if tone < 3 else [9.0, 6.0, 0.6, 0.0, 0.0, 0.2])
+    hair_name = str(rng.choice(list(HAIRS), p=chances / chances.sum()))
+    if age > 0.6 and rng.random() < 0.75:
+        hair_name = "grey"
     top_name, trousers_name = _pick(rng, list(CLOTHES)), _pick(rng, list(TROUSERS))
     details = {name: float(np.clip(rng.normal(0, 0.45), -1, 1)) for name in (*body.DETAILS, *body.PAIRED_DETAILS)}
     details["eye_size"] = max(details["eye_size"], -0.4)

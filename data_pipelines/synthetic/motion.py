@@ -44,7 +44,7 @@ def smooth_noise(rng: np.random.Generator, times: np.ndarray, low: float = 0.15,
 
 
 def energy(speech: Speech | None, times: np.ndarray) -> np.ndarray:
-    """Loudness (F,) around each time, smoothed over about 0.2 s, relative to the sentence's loudest; 0 without speech."""
+    """Loudness (F,) around each time, smoothed over 0.2 s, about 1 for loud syllables; 0 without speech."""
     if speech is None:
         return np.zeros(len(times))
     power = np.concatenate([[0.0], np.cumsum(speech.wave.astype(np.float64) ** 2)])
@@ -90,7 +90,7 @@ def face(rng: np.random.Generator, speech: Speech | None, times: np.ndarray, str
 
 
 def hand_path(rng: np.random.Generator, times: np.ndarray, places: list[str], every: float, size: float) -> np.ndarray:
-    """Wrist places (F,3) moving through random `places`, a new one every `every` seconds on average, without corners."""
+    """Wrist places (F,3) moving smoothly through random `places`, a new one every `every` seconds on average."""
     knots, at = [], times[0] - rng.uniform(0, every)
     while at < times[-1] + 2 * every:
         knots.append((at, np.array(HANDS[places[rng.integers(len(places))]]) + rng.normal(0, 0.06 * size, 3)))

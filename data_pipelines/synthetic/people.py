@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 
 from data_pipelines.synthetic import body as body_lib
-from data_pipelines.synthetic import extras
+from data_pipelines.synthetic import clothes, extras
 from data_pipelines.synthetic.body import FACE_UNITS, ZONE, Body
 from data_pipelines.synthetic.looks import Look
 
@@ -22,6 +22,8 @@ LANDMARKS = {
     "mouth_right": (527,),
     "chin": (5225,),
 }
+# Zones that are painted as if they lay this far (dm) nearer to the camera, against errors of painting by depth.
+BIAS = {"eye": -0.06, "mouth": -0.05, "tongue": -0.15, "tooth": -0.16}
 EYE_VERTICES = {"left_eye": range(14598, 14670), "right_eye": range(14670, 14742)}
 
 
@@ -96,17 +98,15 @@ def build(body: Body, look: Look, rng: np.random.Generator) -> Person:
     mixed = np.zeros(len(body.target_names), np.float32)
     for name, weight in shape_weights(look).items():
         mixed[body.target_names.index(name)] = weight
-    rest = body.vertices + np.tensordot(mixed, body.targets, 1)
+    # From here on the person's shape is the only target, so that cutting seams is cheap.
+    shape = np.tensordot(mixed, body.targets, 1)[None]
+    body = clothes.cut_seams(dataclasses.replace(body, targets=shape, target_names=("person",)), look)
+    rest = body.vertices + body.targets[0]
     heads, tails = rest[body.heads].mean(1), rest[body.tails].mean(1)
     normals = _unit(vertex_sum(body.quads, len(rest)) @ quad_normals(rest, body.quads))
-    albedo, cloth = _dress(body, look, rng)
-    head_zone = np.zeros(len(rest), bool)
-    head_zone[body.quads[body.zones == ZONE["head"]]] = True
-    thickness = _hair_thickness(look)
-    mask = extras.hair_mask(body.vertices, look.hairline, look.hair_style == "bob")
-    swell = np.where(head_zone, thickness * np.sqrt(np.clip(mask, 0, 1)), 0) + cloth
+    albedo, lift = clothes.paint(body, look, rng)
     hollow = _hollows(rest, normals, body.quads)
-    rest = rest + swell[:, None] * normals
+    rest = rest + lift[:, None] * normals
     units = np.zeros((len(UNITS), len(body.face_vertices), 3), np.float32)
     units[: len(FACE_UNITS)] = body.face_units
     person = Person(
@@ -116,7 +116,7 @@ def build(body: Body, look: Look, rng: np.random.Generator) -> Person:
         rest=rest.astype(np.float32),
         quads=body.quads,
         albedo=albedo,
-        bias=np.select([body.zones == ZONE["eye"], body.zones == ZONE["mouth"]], [-0.06, -0.05], 0.0).astype(np.float32),
+        bias=np.select([body.zones == ZONE[name] for name in BIAS], list(BIAS.values()), 0.0).astype(np.float32),
         two_sided=body.zones == ZONE["lash"],
         units=units,
         unit_vertices=body.face_vertices,
@@ -131,7 +131,7 @@ def build(body: Body, look: Look, rng: np.random.Generator) -> Person:
     ears = np.unique(body.quads[body.zones == ZONE["ear"]])
     person.landmarks["left_ear"] = ears[body.vertices[ears, 0] > 0]
     person.landmarks["right_ear"] = ears[body.vertices[ears, 0] < 0]
-    _add_extras(person, body, rng, head_zone)
+    _add_extras(person, body, rng)
     gaps = lip_gap(person, person.rest + unit_offsets(person, {"jawOpen": np.array([0.0, 1.0])}, 2))
     person.lip_gap, person.jaw_open = float(gaps[0]), float(gaps[1] - gaps[0])
     return person
@@ -154,10 +154,6 @@ def lip_gap(person: Person, points: np.ndarray) -> np.ndarray:
     return np.linalg.norm(top - bottom, axis=-1)
 
 
-def _hair_thickness(look: Look) -> float:
-    return {"bald": 0.0, "buzz": 0.03, "short": 0.14, "afro": 0.5, "bun": 0.08, "bob": 0.16, "long": 0.12}[look.hair_style]
-
-
 def _hollows(rest: np.ndarray, normals: np.ndarray, quads: np.ndarray) -> np.ndarray:
     """Light (V,) that reaches each vertex: less where the surface is hollow (nostrils, lids, the line of the lips)."""
     corners = vertex_sum(quads, len(rest))
@@ -169,91 +165,16 @@ def _hollows(rest: np.ndarray, normals: np.ndarray, quads: np.ndarray) -> np.nda
     return (0.5 * light + 0.5 * smooth).astype(np.float32)
 
 
-def _dress(body: Body, look: Look, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Colours (Q,3) of the body's quads, and how far (V,) clothes lift the surface, dm."""
-    where = body.vertices[body.quads].mean(1)
-    zones = body.zones
-    skin = np.array(look.skin)
-    albedo = np.tile(skin, (len(zones), 1)) * (1 + 0.015 * rng.standard_normal((len(zones), 1)))
-    colours = {
-        "ear": skin * [0.97, 0.90, 0.88],
-        "lip": skin * [0.90, 0.62, 0.62] * (1.0 if look.gender == "female" else 1.08),
-        "mouth": np.array([0.16, 0.04, 0.04]),
-        "eye": np.array([0.93, 0.92, 0.90]),
-        "lash": np.array([0.10, 0.07, 0.06]),
-        "tooth": np.array([0.88, 0.86, 0.80]),
-        "tongue": np.array([0.50, 0.20, 0.20]),
-    }
-    for name, colour in colours.items():
-        albedo[zones == ZONE[name]] = colour
-    on_head = zones == ZONE["head"]
-    cheek = on_head & (np.hypot(np.abs(where[:, 0]) - 0.45, where[:, 1] - 6.9) < 0.25) & (where[:, 2] > 0.9)
-    albedo[cheek] *= [1.02, 0.94, 0.93]
-    if look.beard:
-        beard = (on_head | (zones == ZONE["skin"])) & extras.beard_mask(where)
-        albedo[beard] = (1 - look.beard) * skin + look.beard * np.array(look.hair)
-    hair = on_head & (extras.hair_mask(where, look.hairline, look.hair_style == "bob") > 0)
-    if look.hair_style != "bald":
-        mix = 0.75 if look.hair_style == "buzz" else 1.0
-        strands = np.clip(1 + 0.09 * rng.standard_normal((hair.sum(), 1)), 0.7, 1.3)
-        albedo[hair] = (1 - mix) * skin + mix * np.array(look.hair) * strands
-    cloth = _clothes(body, look, where, albedo)
-    lift = np.zeros(len(body.vertices), np.float32)
-    for quads, height in cloth:
-        lift[body.quads[quads]] = height
-    return albedo.astype(np.float32), lift
-
-
-def _clothes(body: Body, look: Look, where: np.ndarray, albedo: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Paints clothes into `albedo`; returns (mask of quads, thickness in dm) of each garment."""
-    bone = body.weights[body.quads].mean(1).argmax(1)
-
-    def of(*names: str) -> np.ndarray:
-        ids = [i for i, bone_name in enumerate(body.bones) if bone_name.rsplit("_", 1)[0] in names or bone_name in names]
-        return np.isin(bone, ids) & np.isin(body.zones, [ZONE["skin"], ZONE["foot"], ZONE["hand"], ZONE["head"]])
-
-    x, y, z = where.T
-    torso = of("spine_01", "spine_02", "spine_03", "clavicle") & (y > 1.05)
-    ring = np.hypot(x, z - 0.05)
-    bare = {
-        "crew": (ring < 0.78) & (y > 5.45),
-        "turtle": np.zeros(len(x), bool),
-        "v": ((z > 0.2) & (np.abs(x) < 0.5 * (y - 4.45))) | ((ring < 0.85) & (y > 5.4)),
-        "scoop": ((z > 0) & (np.abs(x) < 1.0) & (y > 4.95)) | ((ring < 1.0) & (y > 5.3)),
-    }[look.neckline]
-    upper, lower = of("upperarm"), of("lowerarm")
-    i = body.bones.index("upperarm_l")
-    shoulder, elbow = body.vertices[body.heads[i]].mean(0), body.vertices[body.tails[i]].mean(0)
-    along = ((np.abs(x) - shoulder[0]) * (elbow - shoulder)[0] + (y - shoulder[1]) * (elbow - shoulder)[1]) / np.sum(
-        (elbow - shoulder)[:2] ** 2
-    )
-    hand = body.zones == ZONE["hand"]
-    reach = {"long": upper | (lower & ~hand), "short": upper & (along < 0.62), "none": upper & (along < 0.06)}
-    top = (torso & ~bare) | reach[look.sleeves]
-    if look.neckline == "turtle":
-        top |= of("neck_01") & (y < 6.05) & (body.zones != ZONE["head"])
-    albedo[top] = look.top
-    if look.stripes is not None:
-        albedo[top & (np.floor(y / 0.42) % 2 == 0)] = look.stripes
-    if look.jacket is not None:
-        albedo[top & ~((z > 0.3) & (np.abs(x) < 0.18 + 0.14 * np.clip(y - 1.0, 0, 5)) & torso)] = look.jacket
-    legs = (of("pelvis", "spine_01") & (y <= 1.05)) | of("pelvis", "thigh")
-    legs |= of("calf") if not look.shorts else legs
-    legs &= ~top
-    albedo[legs] = look.trousers
-    feet = of("foot", "ball") | ((body.zones == ZONE["foot"]) & (y < -7.0))
-    albedo[feet] = look.shoes
-    return [(legs, 0.07), (top, 0.10), (feet, 0.05)]
-
-
-def _add_extras(person: Person, body: Body, rng: np.random.Generator, head_zone: np.ndarray) -> None:
+def _add_extras(person: Person, body: Body, rng: np.random.Generator) -> None:
     look = person.look
+    head_zone = np.zeros(len(body.vertices), bool)
+    head_zone[body.quads[body.zones == ZONE["head"]]] = True
     front = np.flatnonzero(head_zone & (body.vertices[:, 2] > 0.7))
     skull = np.flatnonzero(head_zone)
     colour = np.array(look.hair)
-    # The box of the bare skull on this person: hair swells the surface, so the template's swelling is not in it.
+    # The box of the bare skull on this person, without the hair that lifts the surface.
     low, high = extras.HEAD_LOW.copy(), extras.HEAD_HIGH.copy()
-    moved = person.rest[skull] - body.vertices[skull]
+    moved = body.targets[0, skull]
     for axis in range(3):
         for bound, pick in ((low, np.argmin), (high, np.argmax)):
             bound[axis] += moved[pick(body.vertices[skull, axis]), axis]

@@ -89,11 +89,10 @@ class Painter:
         quads, camera = self._quads, self._camera
         flat = camera.project(points) * SUPERSAMPLE
         corners = flat[quads]
-        low, high = corners.min(1), corners.max(1)
-        size = np.array([camera.width, camera.height]) * SUPERSAMPLE
-        area = _turn(corners)
-        seen = ((area < 0) | self._two_sided) & (high > 0).all(1) & (low < size).all(1)
-        shown = np.flatnonzero(seen)
+        # Quads are small, so those whose corners all lie outside are not seen.
+        inside = ((flat > 0) & (flat < np.array([camera.width, camera.height]) * SUPERSAMPLE)).all(1)
+        a, b, c, d = inside[quads].T
+        shown = np.flatnonzero(((_turn(corners) < 0) | self._two_sided) & (a | b | c | d))
         normals = self._around @ quad_normals(points, quads)
         normals = normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9)
         facing = normals[quads[shown]].mean(1)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ctypes.util
 import dataclasses
-import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import scipy.signal
 
 from data_pipelines import fetch
 from omnihuman_jax.errors import UserError
@@ -116,30 +117,7 @@ def speak(engine: Engine, text: str, voice: Voice) -> Speech:
     return Speech(wave, starts, tuple(symbol for _, symbol in answer["phonemes"]))
 
 
-@functools.lru_cache(maxsize=4)
-def _filter(up: int, down: int) -> np.ndarray:
-    """Windowed-sinc low pass for resampling by up/down, at the upsampled rate."""
-    widest = max(up, down)
-    n = np.arange(-16 * widest, 16 * widest + 1)
-    return np.sinc(n / widest) * np.kaiser(len(n), 7.0) * (up / widest)
-
-
 def resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Resamples (N,) from `source` to `target` Hz without delay; the result has round(N*target/source) samples."""
-    if source == target:
-        return wave
-    ratio = np.gcd(source, target)
-    up, down = target // ratio, source // ratio
-    taps = _filter(up, down)
-    count = round(len(wave) * target / source)
-    half = len(taps) // 2
-    reach = half // up + 1
-    padded = np.pad(wave, (reach, reach))
-    # Output i sits at i*down on the upsampled axis; only every up-th tap meets a sample.
-    position = np.arange(count, dtype=np.int64) * down
-    centre = position // up
-    offsets = np.arange(-reach + 1, reach + 1)
-    tap = position[:, None] - (centre[:, None] + offsets) * up + half
-    inside = (tap >= 0) & (tap < len(taps))
-    index = (centre[:, None] + offsets + reach).clip(0, len(padded) - 1)
-    return np.sum(np.where(inside, taps[tap.clip(0, len(taps) - 1)], 0) * padded[index], axis=1)
+    """Resamples (N,) from `source` to `target` Hz without delay, by a windowed-sinc polyphase filter."""
+    ratio = math.gcd(source, target)
+    return scipy.signal.resample_poly(wave, target // ratio, source // ratio, window=("kaiser", 7.0))

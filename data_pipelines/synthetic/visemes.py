@@ -1,10 +1,11 @@
 """Phonemes to mouth shapes: a small table of articulation targets, blended over time, then ARKit face units.
 
 The blending follows the idea of dominance functions (Cohen and Massaro 1993, "Modeling coarticulation in synthetic
-visual speech"): each phoneme pulls each articulator towards its target with a strength that decays away from its centre,
-and a closure (p, b, m) pulls the lips hardest.
+visual speech"): each phoneme pulls each articulator towards its target with a strength that decays away from its
+centre, and a closure (p, b, m) pulls the lips hardest.
 """
 
+# ruff: noqa: RUF001 (IPA letters look like others)
 from __future__ import annotations
 
 import numpy as np
