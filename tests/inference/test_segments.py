@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data_pipelines import windows
 from omnihuman_jax.inference import segments
 
 
@@ -44,3 +45,9 @@ def test_audio_windows_add_context_on_both_sides_and_clamp_into_the_clip():
     assert indices[:3].tolist() == [19, 20, 21]  # 4 * 6 - 3 - 2
     np.testing.assert_array_equal(indices[-2:], [44, 44])  # 4 * 11 + 2 = 46 is past the end
     assert segments.frame_indices(0, 6, 45, context=2)[:6].tolist() == [0] * 6
+
+
+@pytest.mark.parametrize(("start", "context"), [(0, 0), (0, 2), (6, 2), (12, 0)])
+def test_generation_reads_the_frames_that_training_read(start, context):
+    trained = windows.pixel_indices(start, 6, context, 70)
+    np.testing.assert_array_equal(segments.frame_indices(start, 6, 70, context), trained)
