@@ -65,6 +65,10 @@ lock: .venv/.done  ## resolve requirements.in into requirements.txt
 clean-runs:  ## remove everything under runs/
 	rm -rf runs
 
+# The environments by name: `make .venv-prepare`.
+.PHONY: .venv .venv-parity .venv-prepare
+.venv .venv-parity .venv-prepare: %: %/.done
+
 .venv/.done: requirements.txt requirements-test.txt
 	$(call make_venv,.venv)
 	@echo "==> .venv: installing requirements-test.txt (the runtime and the tests)"

@@ -104,6 +104,8 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         raise UserError(f"--topology={name}: libtpu refuses it ({str(error).strip()}); {offered}") from error
     expected = math.prod(int(size) for size in layout.split("x")) * generation.devices_per_chip * num_slices
     if len(devices) != expected:

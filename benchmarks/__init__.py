@@ -1,0 +1,1 @@
+"""Timings of what the framework does most."""

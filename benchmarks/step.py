@@ -1,0 +1,116 @@
+"""Times the train step on random data: step time, tokens per second, peak memory.
+
+python -m benchmarks.step --config=experiments/configs/demo.py [--steps=10] [--output=FILE.json]
+"""
+
+import json
+import math
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import cli
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding import mesh as mesh_lib
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.training.state import batch_shapes, init_state, make_network
+from omnihuman_jax.training.step import jit_train_step
+
+_CONFIG = cli.define_config_flag()
+_STEPS = flags.DEFINE_integer(
+    "steps", 10, "Steps to time, after the one that compiles and one to warm up.", lower_bound=1
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers.")
+
+
+def random_batch(config: ConfigDict, bucket: tuple[int, int, int], seed: int = 0) -> dict[str, np.ndarray]:
+    """A global batch of the shapes that training sees for a bucket (T, H, W), with every condition active."""
+    rng = np.random.default_rng(seed)
+    batch = {}
+    for name, (shape, dtype) in batch_shapes(config, *bucket).items():
+        values = np.ones(shape) if dtype == jnp.bool_ else rng.uniform(-1, 1, shape)
+        batch[name] = values.astype(dtype)
+    return batch
+
+
+def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> dict[str, Any]:
+    """Runs the step of training `steps` times; times in seconds, memory in bytes.
+
+    Returns:
+      `compile_seconds`, `step_seconds` (median), `step_seconds_range`, `tokens_per_second` (noisy visual tokens),
+      `peak_memory_bytes` and `peak_memory_of` ("process" on CPU, "device" elsewhere).
+    """
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch(config.global_batch_size, mesh)
+    network = make_network(config)
+    tokens = config.global_batch_size * math.prod(bucket) // math.prod(config.model.patch_size)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(random_batch(config, bucket), rules.batch_sharding(mesh))
+        state, rate = init_state(config, mesh, network), jnp.float32(1e-4)
+        start = time.perf_counter()
+        step = jit_train_step(config, network, mesh).lower(state, batch, rate).compile()
+        compile_seconds = time.perf_counter() - start
+        seconds = []
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            state, metrics = step(state, batch, rate)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - start)
+    seconds = sorted(seconds[1:])
+    median = statistics.median(seconds)
+    peak, of = peak_memory()
+    return {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "bucket": bucket,
+        "global_batch_size": config.global_batch_size,
+        "compile_seconds": compile_seconds,
+        "step_seconds": median,
+        "step_seconds_range": [seconds[0], seconds[-1]],
+        "tokens_per_second": tokens / median,
+        "peak_memory_bytes": peak,
+        "peak_memory_of": of,
+    }
+
+
+def peak_memory() -> tuple[int, str]:
+    """Peak memory in bytes: of the fullest device where devices count theirs, else of this process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(entry["peak_bytes_in_use"] for entry in stats), "device"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    del argv
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
+    cli.setup_platform(config)
+    results = []
+    for size in config.plan.buckets:
+        bucket = (size[0] or config.data.latent_frames, *size[1:])
+        result = time_steps(config, bucket, _STEPS.value)
+        low, high = result["step_seconds_range"]
+        print(
+            f"{'x'.join(map(str, bucket))}: step {result['step_seconds']:.3f} s (of {_STEPS.value}: {low:.3f} to "
+            f"{high:.3f}), {result['tokens_per_second']:.0f} video tokens/s, peak memory "
+            f"{result['peak_memory_bytes'] / 2**30:.2f} GiB of the {result['peak_memory_of']}, compiled in "
+            f"{result['compile_seconds']:.1f} s, {result['devices']}",
+            flush=True,
+        )
+        results.append(result)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,153 @@
+"""Compiling train steps for a TPU topology on this machine."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.configs import demo
+from omnihuman_jax.errors import UserError
+from tpu import plan, topologies
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TINY = {
+    "hidden_size": 32,
+    "num_heads": 2,
+    "head_dim": 16,
+    "rope_axes": (4, 6, 6),
+    "num_dual_blocks": 1,
+    "num_single_blocks": 1,
+    "mlp_hidden": 64,
+    "text_dim": 16,
+    "text_len": 4,
+    "audio_dim": 16,
+    "audio_hidden": 16,
+    "audio_tokens": 2,
+    "num_keypoints": 4,
+    "pose_channels": 4,
+    "pose_widths": (4, 4, 4),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+
+def tiny_config(**changes) -> ConfigDict:
+    """The demo preset with a network that compiles in seconds."""
+    config = demo.get_config()
+    config.model.update(TINY)
+    config.plan.buckets = ((2, 4, 4),)
+    config.update(changes)
+    return config
+
+
+def test_a_step_that_fits_reports_memory_flops_and_times():
+    lines = []
+    report = plan.plan(tiny_config(), topologies.get_topology("v5e:2x4"), say=lines.append)
+    json.dumps(report)
+    assert report["fits"] and report["chips"] == 8
+    assert report["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+    assert [(step["stage"], step["same_as"]) for step in report["steps"]] == [
+        ("stage1", "stage1"),
+        ("stage2", "stage1"),
+        ("stage3", "stage1"),
+    ]
+    step, memory = report["steps"][0], report["steps"][0]["memory"]
+    assert step["hbm_needed"] == memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
+    # Parameters, two moments and EMA in float32 at the least, sharded over fsdp at the best.
+    assert step["hbm_needed"] > 4 * 4 * report["parameters"] / 4
+    assert step["flops_per_chip"] == pytest.approx(step["model_flops"] / 8)
+    assert step["seconds_at_mfu"]["50%"] == pytest.approx(step["flops_per_chip"] / 197e12 / 0.5)
+    assert step["compiler_seconds"] > 0 and step["unknown_loops"] == 0 and step["collectives"] > 0
+    text = "\n".join(lines)
+    assert "estimated by the TPU compiler" in text and "measured" not in text
+    assert "stage2 2x4x4: the same step as stage1's" in text
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_gives_the_compilers_numbers():
+    config = tiny_config()
+    config.plan.buckets = ((64, 512, 512),)
+    report = plan.plan(config, topologies.get_topology("v5e:2x4"), say=lambda line: None)
+    step = report["steps"][0]
+    assert not report["fits"] and not step["fits"]
+    assert "Ran out of memory" in step["error"]
+    assert step["hbm_needed"] > step["hbm_available"]
+
+
+@pytest.mark.slow
+def test_splash_attention_compiles_for_two_slices_with_data_between_them():
+    config = tiny_config()
+    config.model.attention = "splash"
+    report = plan.plan(config, topologies.get_topology("v5p:2x2x1", 2), say=lambda line: None)
+    assert report["fits"] and report["num_slices"] == 2 and report["mesh"]["data"] == 2
+    assert report["steps"][0]["pallas_calls"] >= 6  # forward, dq and dkv in each of two blocks
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory ... requirement (1.50G) exceeds available HBM (0.5G).", 1.5 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 300.25G of 95.74G hbm. Exceeded",
+            300.25 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: words only", None),
+    ],
+)
+def test_the_needed_memory_is_read_from_the_compilers_words(message, needed):
+    fixed = dict.fromkeys(("bucket", "hbm_available", "model_flops", "flops_per_chip", "seconds_at_mfu"), 0)
+    step = plan._too_large(fixed, message, 1, 1.0)
+    assert step.hbm_needed == needed and step.error == message
+
+
+def test_a_stages_own_window_length_wins_over_the_buckets():
+    config = tiny_config()
+    config.stages.pretrain_image.update({"steps": 1, "latent_frames": 1})
+    config.plan.buckets = ((2, 4, 4), (0, 8, 4))
+    table = plan.stage_buckets(config)
+    assert table["pretrain_image"] == [(1, 4, 4), (1, 8, 4)]
+    assert table["stage1"] == [(2, 4, 4), (config.data.latent_frames, 8, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "topology", "words"),
+    [
+        ({"global_batch_size": 12}, "v5e:2x4", "not divisible"),
+        ({"mesh": {"data": 3, "fsdp": -1}}, "v5e:2x4", "cannot be divided"),
+        ({"plan": {"buckets": ((2, 5, 4),)}}, "v5e:2x4", "patch_size"),
+        ({"plan": {"buckets": ()}}, "v5e:2x4", "plan.buckets is empty"),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_compiling(change, topology, words):
+    with pytest.raises(UserError, match=words):
+        plan.plan(tiny_config(**change), topologies.get_topology(topology), say=lambda line: None)
+
+
+def test_an_odd_number_of_data_shards_over_two_slices_is_refused():
+    with pytest.raises(UserError, match="multiple of the 2 slices"):
+        plan.plan(tiny_config(mesh={"data": 1}), topologies.get_topology("v5e:2x2", 2), say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v5p:2x2x2"], "--config is missing"),
+        (["--config=experiments/configs/demo.py"], "--topology is missing"),
+        (["--config=experiments/configs/demo.py", "--topology=v5x:2x2"], "unknown TPU generation"),
+        (["--config=experiments/configs/demo.py", "--topology=v5e:2x4", "--output=nowhere/plan.json"], "no directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "tpu.plan", *arguments],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

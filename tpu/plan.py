@@ -1,0 +1,289 @@
+"""Compiles every stage's train step for a TPU topology, without a TPU: fits or not, HBM per chip, FLOPs, step time.
+
+python -m tpu.plan --config=experiments/configs/omni_2b.py --topology=v5p:4x4x4 [--num_slices=2] [--output=plan.json]
+
+The step is the one that training runs (`omnihuman_jax.training.step.jit_train_step`), with the preset's mesh over the
+topology's devices, for every (T, H, W) of `config.plan.buckets`. Exit status: 0 all fit, 1 one does not, 2 bad input.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from experiments import cli
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models import flops as flops_lib
+from omnihuman_jax.models.functional import Network
+from omnihuman_jax.sharding import mesh as mesh_lib
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.state import abstract_batch, abstract_state, make_network
+from omnihuman_jax.training.step import jit_train_step
+from tpu import hlo
+from tpu.topologies import GIB, Topology, get_topology
+
+MFU_ASSUMPTIONS = (0.3, 0.4, 0.5)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+Bucket = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What the compiler says of one train step on one bucket. Memory in bytes of a chip, times in seconds.
+
+    Attributes:
+      bucket: latent (T, H, W) of the noisy window.
+      fits: whether it compiles within the HBM.
+      hbm_needed: arguments + temporaries + outputs - donated; None when the compiler does not say.
+      hbm_available: HBM that the compiler may use.
+      memory: the parts of hbm_needed, and the program itself.
+      error: the compiler's words when it does not fit.
+      model_flops: forward and backward of the global batch, counted analytically, without recomputation.
+      flops_per_chip: the same divided by the number of chips.
+      seconds_at_mfu: step time if this share of the chip's peak were reached; an assumption.
+      compiler_seconds: estimated by the TPU compiler, without Pallas kernels and collectives; never measured.
+      pallas_calls: Pallas calls a step, which compiler_seconds leaves out.
+      collectives: collectives a step, which compiler_seconds leaves out.
+      unknown_loops: loops counted once in compiler_seconds because their trips could not be read.
+      compile_seconds: time that compilation took on this machine.
+    """
+
+    bucket: Bucket
+    fits: bool
+    hbm_needed: int | None
+    hbm_available: int
+    memory: dict[str, int]
+    error: str
+    model_flops: float
+    flops_per_chip: float
+    seconds_at_mfu: dict[str, float]
+    compiler_seconds: float | None
+    pallas_calls: float
+    collectives: float
+    unknown_loops: int
+    compile_seconds: float
+
+
+def stage_buckets(config: ConfigDict) -> dict[str, list[Bucket]]:
+    """Stage name -> latent (T, H, W) of its steps: `plan.buckets`, with the stage's own T where it sets one.
+
+    Raises:
+      UserError: no buckets, or one that the patch size does not divide.
+    """
+    buckets = [tuple(int(size) for size in bucket) for bucket in config.plan.buckets]
+    if not buckets:
+        raise UserError("plan.buckets is empty; give latent sizes as ((T, H, W),)")
+    patch = tuple(config.model.patch_size)
+    table = {}
+    for stage in curriculum(config):
+        own = config.stages[stage.name].latent_frames
+        sizes = [(own or t or config.data.latent_frames, h, w) for t, h, w in buckets]
+        for size in sizes:
+            if any(n < 1 or n % p for n, p in zip(size, patch, strict=True)):
+                raise UserError(f"plan.buckets: {size} is not divisible by model.patch_size {patch}; change the bucket")
+        table[stage.name] = list(dict.fromkeys(sizes))
+    return table
+
+
+def plan(config: ConfigDict, topology: Topology, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Compiles each distinct step of a resolved config for `topology`; the report as plain JSON types.
+
+    Raises:
+      UserError: the mesh or the batch does not divide over the devices, or wrong stages or buckets.
+    """
+    table = stage_buckets(config)
+    mesh = mesh_lib.make_mesh(config.mesh, topology.devices, num_slices=topology.num_slices)
+    mesh_lib.check_batch(config.global_batch_size, mesh)
+    network = make_network(config)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract_params))
+    header = _header(config, topology, mesh, parameters)
+    say(_describe_header(header))
+    plans: dict[Bucket, StepPlan] = {}
+    first_stage: dict[Bucket, str] = {}
+    rows = []
+    for stage, buckets in table.items():
+        for bucket in buckets:
+            if bucket in plans:
+                say(f"{stage} {_size(bucket)}: the same step as {first_stage[bucket]}'s")
+            else:
+                first_stage[bucket] = stage
+                plans[bucket] = compile_step(config, network, mesh, bucket, topology)
+                say(f"{stage} {_describe(config, plans[bucket], topology)}")
+            rows.append({"stage": stage, "same_as": first_stage[bucket], **dataclasses.asdict(plans[bucket])})
+    fits = all(step.fits for step in plans.values())
+    say("plan: every step fits" if fits else "plan: does NOT fit")
+    return {**header, "fits": fits, "steps": rows}
+
+
+def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucket, topology: Topology) -> StepPlan:
+    """Lowers and compiles the train step for one bucket; too large for the HBM is a result, not an exception."""
+    devices_per_chip = topology.generation.devices_per_chip
+    flops = flops_lib.train_step_flops(network.config, config.global_batch_size, bucket)
+    per_chip = flops / topology.chips
+    fixed = {
+        "bucket": bucket,
+        "hbm_available": topology.hbm_bytes * devices_per_chip,
+        "model_flops": flops,
+        "flops_per_chip": per_chip,
+        "seconds_at_mfu": {f"{mfu:.0%}": per_chip / topology.generation.peak_flops / mfu for mfu in MFU_ASSUMPTIONS},
+    }
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
+        state, batch = abstract_state(config, mesh, network), abstract_batch(config, bucket, mesh)
+        lowered = jit_train_step(config, network, mesh).lower(state, batch, rate)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _too_large(fixed, str(error), devices_per_chip, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    stats, cost = compiled.memory_analysis(), hlo.estimate(compiled.as_text())
+    memory = {
+        "arguments": stats.argument_size_in_bytes * devices_per_chip,
+        "temporaries": stats.temp_size_in_bytes * devices_per_chip,
+        "outputs": stats.output_size_in_bytes * devices_per_chip,
+        "donated": stats.alias_size_in_bytes * devices_per_chip,
+        "program": stats.generated_code_size_in_bytes * devices_per_chip,
+    }
+    needed = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
+    return StepPlan(
+        **fixed,
+        fits=needed <= fixed["hbm_available"],
+        hbm_needed=needed,
+        memory=memory,
+        error="",
+        compiler_seconds=cost.cycles / topology.generation.clock_hz,
+        pallas_calls=cost.kernels,
+        collectives=cost.collectives,
+        unknown_loops=cost.unknown_loops,
+        compile_seconds=seconds,
+    )
+
+
+def _too_large(fixed: dict[str, Any], message: str, devices_per_chip: int, seconds: float) -> StepPlan:
+    """The compiler ran out of memory: its own words, and the total where they name one."""
+    words = " ".join(message.split())
+    named = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|\(([\d.]+)([KMGT])\) exceeds available HBM", words)
+    needed = None
+    if named:
+        number, unit = (part for part in named.groups() if part)
+        needed = int(float(number) * _UNITS[unit]) * devices_per_chip
+    return StepPlan(
+        **fixed,
+        fits=False,
+        hbm_needed=needed,
+        memory={},
+        error=words[:400],
+        compiler_seconds=None,
+        pallas_calls=0,
+        collectives=0,
+        unknown_loops=0,
+        compile_seconds=seconds,
+    )
+
+
+def _header(config: ConfigDict, topology: Topology, mesh: Mesh, parameters: int) -> dict[str, Any]:
+    generation = topology.generation
+    return {
+        "topology": topology.name,
+        "num_slices": topology.num_slices,
+        "chips": topology.chips,
+        "devices": len(topology.devices),
+        "hbm_per_chip_gib": generation.hbm_gib * generation.devices_per_chip,
+        "peak_bf16_flops_per_chip": generation.peak_flops,
+        "clock_hz": generation.clock_hz,
+        "mesh": dict(mesh.shape),
+        "global_batch_size": config.global_batch_size,
+        "parameters": parameters,
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+
+
+def _describe_header(header: dict[str, Any]) -> str:
+    slices = f" x {header['num_slices']} slices" if header["num_slices"] > 1 else ""
+    mesh = " x ".join(f"{name} {size}" for name, size in header["mesh"].items())
+    return (
+        f"plan: {header['topology']}{slices}: {header['chips']} chips, {header['hbm_per_chip_gib']:.1f} GiB HBM each "
+        f"for the program, {header['peak_bf16_flops_per_chip'] / 1e12:.0f} TFLOP/s bfloat16\n"
+        f"      mesh {mesh}; global batch {header['global_batch_size']}; {header['parameters'] / 1e9:.3f}B parameters; "
+        f"JAX {header['jax']}, libtpu {header['libtpu']}"
+    )
+
+
+def _size(bucket: Bucket) -> str:
+    return "x".join(str(size) for size in bucket)
+
+
+def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
+    """A few lines for the terminal; every time is named an assumption or an estimate."""
+    tokens = math.prod(step.bucket) // math.prod(config.model.patch_size)
+    need = "?" if step.hbm_needed is None else f"{step.hbm_needed / GIB:.2f}"
+    lines = [
+        f"{_size(step.bucket)} ({tokens} video tokens a sample): {'fits' if step.fits else 'does NOT fit'}, "
+        f"{need} of {step.hbm_available / GIB:.1f} GiB HBM per chip"
+    ]
+    if step.memory:
+        parts = (f"{name} {size / GIB:.2f}" for name, size in step.memory.items())
+        lines.append("GiB per chip: " + ", ".join(parts) + " (needed = arguments + temporaries + outputs - donated)")
+    else:
+        lines.append(f"compiler: {step.error}")
+    lines.append(f"model FLOPs {step.model_flops:.3e} a step, {step.flops_per_chip:.3e} per chip")
+    assumed = ", ".join(f"{seconds:.3g} s at {mfu}" for mfu, seconds in step.seconds_at_mfu.items())
+    lines.append(f"step time assumed: {assumed} of the chip's peak")
+    if step.compiler_seconds is not None:
+        unknown = f", {step.unknown_loops} loops of unknown length counted once" if step.unknown_loops else ""
+        lines.append(
+            f"step time estimated by the TPU compiler: {step.compiler_seconds:.3g} s, without {step.pallas_calls:.0f} "
+            f"Pallas calls and {step.collectives:.0f} collectives{unknown}, at "
+            f"{topology.generation.clock_hz / 1e9:.2f} GHz"
+        )
+    lines.append(f"compiled in {step.compile_seconds:.0f} s on this machine")
+    return "\n      ".join(lines)
+
+
+_CONFIG = cli.define_config_flag()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology, as v5p:4x4x4 or v5e:16x16.")
+_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "Slices of that topology; data parallelism goes over the network between."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report.")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    del argv
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
+    if not _TOPOLOGY.value:
+        raise UserError("--topology is missing; give one, as --topology=v5p:2x2x2")
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output and not output.absolute().parent.is_dir():
+        raise UserError(f"--output={output}: {output.absolute().parent} is no directory; make it first")
+    # Programs for another machine cannot be read back from the cache, so writing them is waste.
+    jax.config.update("jax_enable_compilation_cache", False)
+    report = plan(_CONFIG.value, get_topology(_TOPOLOGY.value, _SLICES.value))
+    if output:
+        temporary = output.with_suffix(output.suffix + ".tmp")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.replace(output)
+    return 0 if report["fits"] else 1
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
