@@ -116,9 +116,7 @@ def splash_local(q, k, v, q_segment, kv_segment, *, interpret: bool = False) -> 
         return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, -head_dim % LANES))).transpose(0, 2, 1, 3)
 
     kernel = _splash_kernel(heads, nq + pad_q, nk + pad_kv, block_q, block_kv, interpret)
-    ids = splash_kernel.SegmentIds(
-        jnp.pad(q_segment, ((0, 0), (0, pad_q))), jnp.pad(kv_segment, ((0, 0), (0, pad_kv)))
-    )
+    ids = splash_kernel.SegmentIds(jnp.pad(q_segment, ((0, 0), (0, pad_q))), jnp.pad(kv_segment, ((0, 0), (0, pad_kv))))
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     out = jax.vmap(kernel)(prepare(scaled, pad_q), prepare(k, pad_kv), prepare(v, pad_kv), ids)
     out = out.transpose(0, 2, 1, 3)[:, :nq, :, :head_dim]

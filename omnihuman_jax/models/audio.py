@@ -1,4 +1,4 @@
-"""Audio condition: speech features -> audio tokens per latent frame -> frame-wise cross-attention (paper section 3.2)."""
+"""Audio condition: features -> audio tokens per latent frame -> frame-wise cross-attention (paper section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class AudioAdapter(nnx.Module):
     def __call__(self, features: jax.Array, present: jax.Array) -> Tokens:
         """features (B, 4T + 2*context, audio_dim), present (B,) bool -> Tokens (B, T * audio_tokens, hidden).
 
-        The tokens carry their latent frame as position t; those of absent audio have segment 0 and do not depend on
+        The tokens carry their latent frame (in patches) as position t; those of absent audio have segment 0 and do not depend on
         the features.
         """
         config = self.config
@@ -57,7 +57,7 @@ class AudioAdapter(nnx.Module):
         x = self.window2(x)
         b, frames, _ = x.shape
         x = x.reshape(b, frames * config.audio_tokens, config.hidden_size)
-        time = jnp.repeat(jnp.arange(frames, dtype=jnp.float32), config.audio_tokens)
+        time = jnp.repeat(jnp.arange(frames) // config.patch_size[0], config.audio_tokens).astype(jnp.float32)
         return Tokens(
             layer_norm(x, config.norm_eps).astype(config.compute_dtype),
             jnp.stack([time, jnp.zeros_like(time), jnp.zeros_like(time)], -1)[None],

@@ -82,7 +82,11 @@ class DualBlock(nnx.Module):
     def _project(self, stream: str, x: jax.Array, turn: rope.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normalised, rotated queries and keys, and values, each (B, n, heads, D)."""
         q, k, v, q_norm, k_norm = (getattr(self, f"{stream}_{name}") for name in ("q", "k", "v", "q_norm", "k_norm"))
-        return _turned(self.config, q_norm, q(x), turn), _turned(self.config, k_norm, k(x), turn), _heads(self.config, v(x))
+        return (
+            _turned(self.config, q_norm, q(x), turn),
+            _turned(self.config, k_norm, k(x), turn),
+            _heads(self.config, v(x)),
+        )
 
     def __call__(
         self, streams: tuple[jax.Array, jax.Array], shared: Shared, span: slice

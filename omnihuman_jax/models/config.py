@@ -132,7 +132,9 @@ class ModelConfig:
         if self.pose_scale < 1 or self.pose_scale & (self.pose_scale - 1):
             raise UserError(f"model.pose_scale={self.pose_scale}: must be a power of two")
         if len(self.pose_widths) < self.pose_scale.bit_length():
-            raise UserError(f"model.pose_widths={self.pose_widths}: needs more convolutions for pose_scale={self.pose_scale}")
+            raise UserError(
+                f"model.pose_widths={self.pose_widths}: needs more convolutions for pose_scale={self.pose_scale}"
+            )
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "ModelConfig":

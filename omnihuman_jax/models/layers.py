@@ -29,8 +29,8 @@ class Linear(nnx.Module):
         kernel, shape = self.kernel[...].astype(self.dtype), x.shape
         x = x.astype(self.dtype)
         if mesh_axis("sequence") == 1:
-            # XLA's CPU backend takes twice the time for a weight gradient that contracts two dimensions. Where the tokens
-            # are sharded, merging them with the batch would move them, so there the shape stays.
+            # XLA's CPU backend takes twice the time for a weight gradient that contracts two dimensions. Where the
+            # tokens are sharded, merging them with the batch would move them, so there the shape stays.
             x = x.reshape(-1, shape[-1])
         x = x @ kernel
         if self.use_bias:

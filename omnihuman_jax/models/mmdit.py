@@ -168,13 +168,12 @@ class OmniHuman(nnx.Module):
     def _vectors(self, t: jax.Array, has_text: jax.Array, pooled, guidance) -> jax.Array:
         """Modulation vectors (B, 2, hidden): of the noisy tokens at t, and of the clean ones at 0."""
         config = self.config
-        for name, value, wanted in (
-            ("pooled", pooled, config.pooled_text_dim > 0),
-            ("guidance", guidance, config.guidance_embed),
-        ):
-            if (value is not None) != wanted:
-                key = "pooled_text_dim" if name == "pooled" else "guidance_embed"
-                raise UserError(f"model: {name} is {'missing' if wanted else 'given'}, against model.{key} of this model")
+        for name, value, key in (("pooled", pooled, "pooled_text_dim"), ("guidance", guidance, "guidance_embed")):
+            setting = getattr(config, key)
+            if (value is not None) != bool(setting):
+                raise UserError(
+                    f"{name} is {'missing' if setting else 'given'}, but the model has model.{key}={setting}"
+                )
         vec = self.time_embed(sinusoid(1000 * jnp.stack([t, jnp.zeros_like(t)], 1)))
         if pooled is not None:
             vec += self.pooled_embed(jnp.where(has_text[:, None], pooled, 0))[:, None]
@@ -218,7 +217,7 @@ class OmniHuman(nnx.Module):
             visual_row=rows(visual),
             text_row=rows(words),
             visual_rope=turn(visual.position),
-            text_rope=turn(words.position) if config.rope_on_text else rope.identity(words.value.shape[1], config.head_dim),
+            text_rope=turn(words.position if config.rope_on_text else jnp.zeros_like(words.position)),
             visual_segment=visual.segment,
             text_segment=words.segment,
         )

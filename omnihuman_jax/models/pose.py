@@ -1,5 +1,7 @@
 """Pose condition: keypoint heatmaps -> pose guider -> channels stacked on the noisy latents (paper section 3.2)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -46,7 +48,7 @@ class PoseGuider(nnx.Module):
         halvings = config.pose_scale.bit_length() - 1
         widths = (config.num_keypoints, *config.pose_widths)
         self.convolutions = len(config.pose_widths)
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             setattr(self, f"conv{i}", _conv(config, inputs, outputs, 2 if i < halvings else 1, rngs=rngs))
         self.out = _conv(config, widths[-1], config.pose_channels, 1, rngs=rngs, init=ZEROS)
         self.merge = linear(config, STRIDE * config.pose_channels, config.pose_channels, rngs=rngs, bias=False)

@@ -33,11 +33,6 @@ def rotation(positions: jax.Array, axes: tuple[int, int, int], theta: float) -> 
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def identity(tokens: int, head_dim: int) -> Rotation:
-    """The rotation that leaves `tokens` tokens as they are, (1, N, D)."""
-    return Rotation(jnp.ones((1, tokens, head_dim), jnp.float32), jnp.zeros((1, tokens, head_dim), jnp.float32))
-
-
 def concatenate(*parts: Rotation) -> Rotation:
     """Joins rotations along the tokens."""
     rows = max(part.cos.shape[0] for part in parts)

@@ -42,7 +42,8 @@ def text_tokens(embedded: jax.Array, mask: jax.Array, null: jax.Array) -> Tokens
     value = jnp.where((absent[:, None] & first)[..., None], null.astype(embedded.dtype), value)
     index = jnp.arange(embedded.shape[1], dtype=jnp.float32)
     position = jnp.stack([index] * 3, -1)[None]
-    return Tokens(value, position, (mask | (absent[:, None] & first)).astype(jnp.int32), jnp.zeros((1, index.size), bool))
+    segment = (mask | (absent[:, None] & first)).astype(jnp.int32)
+    return Tokens(value, position, segment, jnp.zeros((1, index.size), bool))
 
 
 class RefinerBlock(nnx.Module):
@@ -85,7 +86,7 @@ class TokenRefiner(nnx.Module):
             setattr(self, f"block{i}", RefinerBlock(config, rngs=rngs))
 
     def __call__(self, x: jax.Array, states: jax.Array, mask: jax.Array, t: jax.Array) -> jax.Array:
-        """x (B, L, hidden) embedded text, states (B, L, text_dim), mask (B, L) bool, t (B,) in [0, 1] -> (B, L, hidden)."""
+        """Embedded x (B, L, hidden), states (B, L, text_dim), mask (B, L) bool, t (B,) in [0, 1] -> (B, L, hidden)."""
         weight = mask[..., None].astype(jnp.float32)
         mean = (jnp.where(mask[..., None], states, 0) * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
         vec = self.time_embed(sinusoid(1000 * t)) + self.text_embed(mean)
