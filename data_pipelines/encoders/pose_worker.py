@@ -26,6 +26,8 @@ FACE = {
     "nose": (1,), "left_eye": (362, 263), "right_eye": (33, 133), "mouth_left": (291,), "mouth_right": (61,),
     "mouth_top": (13,), "mouth_bottom": (14,), "chin": (152,), "brow_left": (334,), "brow_right": (105,),
 }  # fmt: skip
+# BlazePose also guesses points that it does not see; those below this visibility count as not found.
+MIN_VISIBILITY = 0.5
 HAND = {"index_tip": 8, "thumb_tip": 4}
 # The detectors look for people of a certain size in pixels; small pictures are enlarged to this shorter side.
 SHORTER_SIDE = 256
@@ -50,8 +52,8 @@ def keypoints(result, names) -> np.ndarray:
     if face is not None:
         found |= {name: np.array([*face[list(i), :2].mean(0), 1]) for name, i in FACE.items()}
     points = np.stack([np.asarray(found.get(name, np.zeros(3)), np.float32) for name in names])
-    inside = ((points[:, :2] >= 0) & (points[:, :2] <= 1)).all(1)
-    return np.where(inside[:, None], np.clip(points, 0, 1), 0)
+    seen = ((points[:, :2] >= 0) & (points[:, :2] <= 1)).all(1) & (points[:, 2] >= MIN_VISIBILITY)
+    return np.where(seen[:, None], np.clip(points, 0, 1), 0)
 
 
 def detect(frames: np.ndarray, names) -> np.ndarray:
