@@ -5,7 +5,9 @@ import math
 import os
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -201,25 +203,19 @@ def build_request(options: Options, inputs: Inputs, config: ConfigDict, height: 
 
 
 class Progress:
-    """A progress bar over all segments' steps, and the time of a step once compiled."""
+    """A progress bar over the steps of all segments, and the time of a step once compiled."""
 
-    def __init__(self):
-        self.bar, self.seconds, self.clock = None, [], time.perf_counter()
+    def __init__(self, total: int):
+        self.seconds, self.clock = [], time.perf_counter()
+        self.bar = tqdm(total=total, unit="step", desc="compiling", dynamic_ncols=True)
 
     def __call__(self, segment: int, count: int, step: int, steps: int) -> None:
         """Called after every step; see `generate`."""
         now = time.perf_counter()
         self.seconds.append(now - self.clock)
         self.clock = now
-        if self.bar is None:
-            self.bar = tqdm(total=count * steps, unit="step", dynamic_ncols=True)
-        self.bar.set_postfix_str(f"segment {segment}/{count}", refresh=False)
+        self.bar.set_description_str(f"segment {segment}/{count}", refresh=False)
         self.bar.update(1)
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
     @property
     def seconds_per_step(self) -> float:
@@ -227,8 +223,37 @@ class Progress:
         return float(np.median(self.seconds))
 
 
-def run(options: Options) -> Path:
+def untrained(config: ConfigDict, stage: str, active: np.ndarray) -> list[str]:
+    """Active conditions that no stage of the run up to `stage` trained; they have no effect or a random one."""
+    order = list(config.stage_order)
+    done = [config.stages[name] for name in order[: order.index(stage) + 1] if config.stages[name].steps]
+    return [name for name in conditions.names(active) if not any(row.ratios[name] > 0 for row in done)]
+
+
+def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, settings: Settings) -> int:
+    """Prints what is about to be done; returns the number of segments."""
+    kind = "EMA" if info["ema"] else "raw"
+    print(f"checkpoint: {info['path']}, step {info['step']} ({info['stage']}), {kind} parameters")
+    print(f"conditions: {', '.join(conditions.names(request.active))}")
+    missing = untrained(config, info["stage"], request.active)
+    if missing:
+        print(
+            f"note: the run has not trained {', '.join(missing)} up to {info['stage']}; do not expect it to be followed"
+        )
+    count = len(segments.plan(request.frames, settings.window))
+    print(
+        f"clip: {request.frames} frames ({request.frames / media.FPS:.2f} s), {request.height}x{request.width}, "
+        f"{count} segment{'s' * (count > 1)} of {settings.steps} steps"
+    )
+    return count
+
+
+def run(options: Options, *, setup: bool = True) -> Path:
     """Generates a clip; everything cheap is checked before the model is loaded and compiled.
+
+    Args:
+      options: what to generate, from what.
+      setup: choose devices and compilation cache; not in a process that has used JAX already.
 
     Returns:
       The mp4 written.
@@ -239,8 +264,9 @@ def run(options: Options) -> Path:
     check_options(options)
     inputs = read_inputs(options)
     config = export.load_config(options.checkpoint)
-    config.simulated_devices = min(config.simulated_devices, 1)  # the devices of the training are not needed
-    cli.setup_platform(config)
+    if setup:
+        config.simulated_devices = min(config.simulated_devices, 1)  # the devices of the training are not needed
+        cli.setup_platform(config)
     settings = Settings.from_config(
         config,
         steps=options.steps,
@@ -258,19 +284,12 @@ def run(options: Options) -> Path:
     check_request(network.config, request, multiple)
 
     _, params, info = export.load(options.checkpoint, use_ema=options.ema)
-    kind = "EMA" if info["ema"] else "raw"
-    print(f"checkpoint: {info['path']}, step {info['step']} ({info['stage']}), {kind} parameters")
-    print(f"conditions: {', '.join(conditions.names(request.active))}")
-    count = len(segments.plan(request.frames, settings.window))
-    print(
-        f"clip: {request.frames} frames ({request.frames / media.FPS:.2f} s), {size[0]}x{size[1]}, "
-        f"{count} segment{'s' * (count > 1)} of {settings.steps} steps"
-    )
-    progress = Progress()
+    count = describe(config, info, request, settings)
+    progress = Progress(count * settings.steps)
     try:
         frames = generate(network, params, vae, request, settings, progress)
     finally:
-        progress.close()
+        progress.bar.close()
     media.write_mp4(options.output, images.to_pixels(frames), audio=inputs.sound, audio_rate=OUTPUT_RATE)
     print(f"{progress.seconds_per_step:.3f} s per step; wrote {options.output}")
     return Path(options.output)

@@ -15,6 +15,7 @@ from data_pipelines import media
 from data_pipelines.encoders import text
 from experiments import generation
 from experiments.exporting import export_checkpoint
+from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import export
 from omnihuman_jax.models.functional import Network
@@ -121,6 +122,17 @@ def test_pose_driven_clip_has_the_poses_length_and_no_sound(run, files, capsys):
     found = probe(run(pose=files / "pose.npz", height=48, width=32))
     assert found["frames"] == 10 and found["audio"] is None and found["video"][2:4] == (48, 32)
     assert "conditions: text, reference, pose\n" in capsys.readouterr().out
+
+
+def test_conditions_that_were_not_trained_are_said(files):
+    config = export.load_config(files / "checkpoint")
+    row = conditions.row(["text", "reference", "audio", "pose"])
+    for stage in ("stage1", "stage2", "stage3"):
+        config.stages[stage].steps = 5
+    assert generation.untrained(config, "stage1", row) == ["audio", "pose"]
+    assert generation.untrained(config, "stage2", row) == ["pose"]
+    assert generation.untrained(config, "stage3", row) == []
+    assert generation.untrained(config, "stage1", conditions.row(["text", "reference"])) == []
 
 
 def test_text_and_reference_alone_give_one_segment(run, capsys):
