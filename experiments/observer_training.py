@@ -27,12 +27,13 @@ FACE = [INDEX[name] for name in (*obs.MOUTH_POINTS, "left_eye", "right_eye", "ch
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Frames uint8 (F,h,w,3) of a rendered clip, keypoints (F,K,3) in [0,1], mouth (F,), attributes (A,)."""
+    """Frames uint8 (F,h,w,3) of a rendered clip, keypoints (F,K,3) in [0,1], mouth (F,), attributes (A,) by name."""
 
     frames: np.ndarray
     keypoints: np.ndarray
     mouth: np.ndarray
     attributes: np.ndarray
+    attribute_names: tuple[str, ...]
 
     @property
     def points(self) -> np.ndarray:
@@ -200,7 +201,7 @@ def accuracy_on(observer: obs.Observer, clips: Sequence[Clip]) -> dict[str, floa
         "mouth_clips": len(rows["mouth"]),
         "mouth_correlation": round(float(np.nanmean(rows["mouth"])), 4),
         "mouth_correlation_std": round(float(np.nanstd(rows["mouth"])), 4),
-        "mouth_error": round(float(np.mean(rows["error"])), 4),
+        "mouth_error": round(float(np.nanmean(rows["error"])), 4),
         "keypoint_error_percent": round(float(np.nanmean(rows["points"])), 4),
         "visibility_accuracy": round(float(np.mean(rows["seen"])), 4),
         "attribute_distance": round(float(np.mean(rows["attributes"])), 4),

@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
     attributes = np.stack([clip.attributes for clip in training])
     config = obs.ObserverConfig(
         keypoints=KEYPOINTS,
-        attributes=tuple(manifest["attributes"]),
+        attributes=training[0].attribute_names,
         attribute_mean=tuple(attributes.mean(0).tolist()),
         attribute_std=tuple(np.maximum(attributes.std(0), 1e-2).tolist()),
     )
@@ -88,12 +88,15 @@ def read_clips(directory: Path, manifest: dict, split: str) -> list[Clip]:
     for entry in manifest["clips"]:
         if entry["split"] != split:
             continue
-        frames = media.read_video(directory / entry["clip"])
+        frames = media.read_video(directory / entry["file"])
         with np.load(directory / entry["annotations"], allow_pickle=False) as arrays:
-            fields = {name: np.asarray(arrays[name], np.float32) for name in ("keypoints", "mouth", "attributes")}
+            fields = {name: np.asarray(arrays[name], np.float32) for name in ("mouth", "attributes")}
+            # Also for clips whose keypoints are kept from the training of the generator.
+            fields["keypoints"] = np.asarray(arrays["truth_keypoints"], np.float32)
+            names = tuple(str(name) for name in arrays["attribute_names"])
         count = min(len(frames), len(fields["mouth"]))
         fields |= {name: fields[name][:count] for name in ("keypoints", "mouth")}
-        clips.append(Clip(frames[:count], **fields))
+        clips.append(Clip(frames[:count], **fields, attribute_names=names))
     if not clips:
         raise UserError(f"{directory} has no {split} clips; render more with `python -m data_pipelines.synthetic`")
     return clips

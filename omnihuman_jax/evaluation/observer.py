@@ -38,7 +38,7 @@ class ObserverConfig:
       attributes: names of the A appearance numbers.
       attribute_mean, attribute_std: (A,) over the people it was trained on.
       widths: channels at strides 2, 4, 8 and 16.
-      canvas: S, pixels; a multiple of 16.
+      canvas: S, pixels; a multiple of 16, at least 48.
       crop: P, pixels; a multiple of 8.
     """
 
@@ -88,7 +88,9 @@ class Locator(nnx.Module):
             levels.append(x)
         x = self.deep(x)
         # Where things are matters for appearance, so the pooling keeps the middle apart from the rim.
-        pooled = nnx.relu(self.hidden(jnp.concatenate([x.mean((1, 2)), levels[2][:, 3:-3, 3:-3].mean((1, 2))], -1)))
+        rim = levels[2].shape[1] // 4
+        middle = levels[2][:, rim:-rim, rim:-rim].mean((1, 2))
+        pooled = nnx.relu(self.hidden(jnp.concatenate([x.mean((1, 2)), middle], -1)))
         for conv, block, skip in zip(self.up, self.merge, (levels[2], levels[1])):
             x = conv(x)
             x = block(skip + jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
