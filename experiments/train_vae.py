@@ -73,30 +73,35 @@ class Checkpoints:
     """Orbax checkpoints of the VAE's train state under `workdir`/checkpoints."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
-        self._config = cli.to_plain(config.vae)
+        self._config, self._vae = config, cli.to_plain(config.vae)
         options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(), item_names=("state", "meta"), options=options
         )
 
-    def restore(self, fresh: vae_train.VAEState) -> vae_train.VAEState:
-        """The newest state, or `fresh` (which also gives shapes and shardings) when there is none."""
+    def restore(self, sharding: NamedSharding) -> vae_train.VAEState | None:
+        """The newest state, or None when there is none.
+
+        Raises:
+          UserError: the checkpoint is of a VAE with other settings.
+        """
         step = self._manager.latest_step()
         if step is None:
-            return fresh
+            return None
         directory = self._manager.directory / str(step)
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        if meta["vae"] != self._config:
+        if meta["vae"] != self._vae:
             raise UserError(
                 f"{directory}: checkpoint of another VAE ({meta['vae']}); use its config or another --workdir"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
+        shapes = jax.eval_shape(lambda: vae_train.create_state(self._config))._asdict()
+        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return vae_train.VAEState(**restored.state)
 
     def save(self, step: int, state: vae_train.VAEState) -> None:
         """Saves in the background."""
-        items = {"state": ocp.args.StandardSave(state._asdict()), "meta": ocp.args.JsonSave({"vae": self._config})}
+        items = {"state": ocp.args.StandardSave(state._asdict()), "meta": ocp.args.JsonSave({"vae": self._vae})}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def close(self) -> None:
@@ -142,37 +147,50 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     folder = VideoFolder(d.dir, exclude=d.exclude, heldout=d.heldout, cache_bytes=d.cache_mb << 20)
     evaluator = Evaluator(config, folder)
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(cli.to_plain(config), indent=2))
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     checkpoints = Checkpoints(workdir, config)
-    state = checkpoints.restore(jax.jit(lambda: vae_train.create_state(config), out_shardings=whole)())
+    try:
+        state = checkpoints.restore(whole)
+        (workdir / "config.json").write_text(json.dumps(cli.to_plain(config), indent=2))
+        if state is None:
+            state = jax.jit(lambda: vae_train.create_state(config), out_shardings=whole)()
+        done, sizes = int(state.step), {split: len(files) for split, files in folder.splits.items()}
+        print(f"{sizes['train']} training videos, {sizes['heldout']} held out; {done} of {config.steps} steps done")
+        feed = (jax.device_put(video, rows) for video in batches(folder, config, buckets, done + 1))
+        state = _steps(config, workdir, state, feed, evaluator, checkpoints)
+    finally:
+        checkpoints.close()  # an interrupted run, too, keeps the save under way
+    return _finish(config, workdir, evaluator, state.ema)
+
+
+def _steps(config, workdir, state, feed: Iterator[jax.Array], evaluator: Evaluator, checkpoints: Checkpoints):
+    """Steps state.step + 1 … config.steps: next batch, step, log, save, evaluate. Returns the last state."""
     done = int(state.step)
-    print(f"{len(folder.splits['train'])} training videos, {len(folder.splits['heldout'])} held out; step {done}")
     steps = {}  # with and without the adversarial term, built when first needed
+    clock, logged = time.perf_counter(), done
     with open(workdir / "metrics.jsonl", "a", buffering=1) as log:
-        clock = time.perf_counter()
-        bar = tqdm(batches(folder, config, buckets, done + 1), total=config.steps, initial=done, unit="step")
+        bar = tqdm(feed, total=config.steps, initial=done, unit="step")
         for step, video in enumerate(bar, done + 1):
             adversarial = bool(config.adversarial.weight) and step > config.adversarial.start_step
             if adversarial not in steps:
                 function = vae_train.make_train_step(config, adversarial=adversarial)
                 steps[adversarial] = jax.jit(function, donate_argnums=0)
-            state, metrics = steps[adversarial](state, jax.device_put(video, rows))
-            if step % config.log_every == 0 or step == config.steps:
+            state, metrics = steps[adversarial](state, video)
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
                 line = {name: float(value) for name, value in metrics.items()}
                 _check_finite(line["loss"], step)
-                seconds, clock = (time.perf_counter() - clock) / config.log_every, time.perf_counter()
+                seconds, clock, logged = (time.perf_counter() - clock) / (step - logged), time.perf_counter(), step
                 log.write(json.dumps({"step": step, "frames": video.shape[1], **line, "step_seconds": seconds}) + "\n")
                 bar.set_postfix(loss=f"{line['loss']:.4f}", psnr=f"{line['psnr']:.1f}")
-            if step % config.checkpoint.every == 0 or step == config.steps:
+            if step % config.checkpoint.every == 0 or last:
                 checkpoints.save(step, state)
-            if step % config.evaluation.every == 0 or step == config.steps:
+            if step % config.evaluation.every == 0 or last:
                 values = evaluator.psnr(state.ema)
                 result = {"heldout_psnr": float(values.mean()), "heldout_psnr_std": float(values.std())}
                 log.write(json.dumps({"step": step, "heldout_clips": len(values), **result}) + "\n")
                 bar.write(f"step {step}: held-out PSNR {values.mean():.2f} dB (std {values.std():.2f})")
-    checkpoints.close()
-    return _finish(config, workdir, evaluator, state.ema)
+    return state
 
 
 def _check_finite(loss: float, step: int) -> None:
