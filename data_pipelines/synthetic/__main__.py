@@ -1,36 +1,16 @@
 """python -m data_pipelines.synthetic --output=DIR --clips=N --seed=S: renders a data set of people with exact truth.
 
-Writes, in the raw form that `data_pipelines.prepare` reads (data_pipelines/raw.py):
-
-    DIR/manifest.json         the arguments and one entry per clip
-    DIR/clips/ID.mp4          H.264, and AAC speech where the clip has sound
-    DIR/annotations/ID.npz    keypoints (F,28,3), mouth (F,) true opening, attributes (A,); see README or clips.py
-
-The directory appears complete or not at all.
+What it writes is described in data_pipelines/synthetic/dataset.py.
 """
 
-from __future__ import annotations
-
-import concurrent.futures
-import functools
-import json
-import multiprocessing
 import os
-import pathlib
-import shutil
-import sys
-import time
-from typing import Any
 
 from absl import flags
 
-from data_pipelines import fetch, raw
 from data_pipelines.cli import run_main
-from data_pipelines.synthetic import body, clips, looks, plan, speech
+from data_pipelines.synthetic import dataset
 from omnihuman_jax.errors import UserError
 
-VERSION = 1
-NOTE = "synthetic, rendered people; bodies from MakeHuman data (CC0), speech by espeak-ng"
 FLAGS = flags.FLAGS
 
 
@@ -45,144 +25,11 @@ def define_flags() -> None:
     flags.DEFINE_string("cache", None, "Directory for fetched packages; default $OMNIHUMAN_CACHE or cache/.")
 
 
-def generate(
-    output: str | pathlib.Path,
-    count: int,
-    seed: int = 0,
-    workers: int = 1,
-    frames: int = 49,
-    size: str = "mix",
-    cache: str | None = None,
-) -> bool:
-    """Writes a data set; returns False, having said so, where the same one is there already.
-
-    Raises:
-      UserError: a bad argument, an output directory with something else in it, or a package that cannot be had.
-    """
-    output = pathlib.Path(output)
-    wanted_size = _check(count, seed, workers, frames, size)
-    arguments = {"clips": count, "seed": seed, "frames": frames, "size": size}
-    if _is_finished(output, arguments):
-        print(f"{output} already holds these {count} clips")
-        return False
-    template = body.load(cache)
-    engine = _engine(cache)
-    temporary = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        for folder in ("clips", "annotations"):
-            (temporary / folder).mkdir(parents=True)
-        plans = [plan.plan(seed, index, wanted_size, engine is not None) for index in range(count)]
-        started = time.perf_counter()
-        entries = _render(plans, temporary, template, engine, seed, frames, workers, cache)
-        _write_manifest(temporary, entries, arguments, engine)
-        if output.exists():
-            output.rmdir()  # empty, as checked
-        temporary.replace(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; name a directory you may write") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    seconds = time.perf_counter() - started
-    rate = count * frames / seconds
-    print(f"wrote {count} clips ({count * frames} frames) to {output} in {seconds:.0f} s, {rate:.0f} frames/s")
-    return True
-
-
-def _check(count: int, seed: int, workers: int, frames: int, size: str) -> tuple[int, int] | None:
-    for name, value, least in (("clips", count, 1), ("seed", seed, 0), ("workers", workers, 1), ("frames", frames, 5)):
-        if value is None or value < least:
-            given = "is not given" if value is None else f"{value} is too small"
-            raise UserError(f"--{name}: {given}; give a whole number of at least {least}")
-    if frames % 4 != 1:
-        raise UserError(f"--frames={frames}: a clip has 1 + 4n frames; give {frames // 4 * 4 + 1}")
-    if count > 1_000_000 or frames > 10_000:
-        raise UserError("--clips may be at most 1000000 and --frames at most 10000; give less")
-    return plan.parse_size(size)
-
-
-def _is_finished(output: pathlib.Path, arguments: dict[str, Any]) -> bool:
-    """Whether `output` holds a finished data set of the same arguments; an empty or missing directory holds none.
-
-    Raises:
-      UserError: there is something else.
-    """
-    if output.is_dir() and any(output.iterdir()):
-        if _manifest(output).get("arguments") == {"version": VERSION, **arguments}:
-            return True
-        raise UserError(f"{output} is not empty and not this data set; name another --output or delete it")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; name a directory as --output")
-    return False
-
-
-def _manifest(output: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a directory, empty where there is none that can be read."""
-    try:
-        found = json.loads((output / raw.MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _engine(cache: str | None) -> speech.Engine | None:
-    try:
-        return speech.find_engine(cache)
-    except fetch.PackageUnavailableError as error:
-        print(f"warning: {error}; nobody speaks in these clips, and none has sound", file=sys.stderr, flush=True)
-        return None
-
-
-def _write_manifest(directory: pathlib.Path, entries: list[dict], arguments: dict, engine) -> None:
-    name = engine.name if engine else None
-    notes = {"arguments": {"version": VERSION, **arguments}, "note": NOTE, "speech_by": name}
-    raw.write_manifest(directory, "synthetic", entries, **notes, attributes=looks.ATTRIBUTE_NAMES)
-
-
-def _render(plans, directory, template, engine, seed, frames, workers, cache) -> list[dict[str, Any]]:
-    """Entries of the manifest, in the order of the clips."""
-    entries = []
-    if workers == 1 or len(plans) == 1:
-        results = (_one(p, directory, template, engine, seed, frames) for p in plans)
-        pool = None
-    else:
-        pool = concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(plans)), multiprocessing.get_context("spawn"), _start_worker, (cache,)
-        )
-        task = functools.partial(_one_in_worker, directory=directory, engine=engine, seed=seed, frames=frames)
-        results = pool.map(task, plans, chunksize=2)
-    shown = time.perf_counter()
-    try:
-        for entry in results:
-            entries.append(entry)
-            if time.perf_counter() - shown > 10:
-                shown = time.perf_counter()
-                print(f"rendered {len(entries)} of {len(plans)} clips", flush=True)
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-    return entries
-
-
-_worker_body: list[body.Body] = []  # the template of this worker process
-
-
-def _start_worker(cache: str | None) -> None:
-    _worker_body[:] = [body.load(cache)]
-
-
-def _one_in_worker(clip: plan.ClipPlan, **arguments: Any) -> dict[str, Any]:
-    return _one(clip, template=_worker_body[0], **arguments)
-
-
-def _one(clip, directory, template, engine, seed, frames) -> dict[str, Any]:
-    return clips.write(clips.make(template, engine, clip, seed, frames), directory)
-
-
 def main() -> None:
     """Entry point."""
     if FLAGS.output is None:
         raise UserError("--output is not given; name the directory to write")
-    generate(FLAGS.output, FLAGS.clips, FLAGS.seed, FLAGS.workers, FLAGS.frames, FLAGS.size, FLAGS.cache)
+    dataset.generate(FLAGS.output, FLAGS.clips, FLAGS.seed, FLAGS.workers, FLAGS.frames, FLAGS.size, FLAGS.cache)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from data_pipelines.synthetic.plan import ClipPlan
 FPS = 25
 # Height of the visible part at the person's depth, dm, for a picture as high as wide.
 VISIBLE = {"close-up": (3.0, 3.5), "head and shoulders": (3.9, 4.9), "half body": (8.2, 10.0)}
+MOUTH_PIXELS = 15.5  # width of the mouth in a close-up of 96 x 96 pixels
+CORNERS = ("mouth_left", "mouth_right")
 STYLE_SHARES = {
     "close-up": (0.8, 0.2, 0.0, 0.0),
     "head and shoulders": (0.45, 0.35, 0.1, 0.1),
@@ -114,7 +116,9 @@ def _camera(rng: np.random.Generator, person: people.Person, clip: ClipPlan) -> 
         # Pictures that are not square keep the pixels of the face.
         scale = np.sqrt(clip.height * clip.width) / rng.uniform(low, high)
         if clip.framing == "close-up":
-            scale = max(scale, 29.0 * np.sqrt(clip.height * clip.width) / 96)
+            # Wide enough to read the lips of small mouths too, but not so near that the face leaves the picture.
+            lips = np.linalg.norm(np.diff(person.rest[[person.landmarks[n][0] for n in CORNERS]], axis=0))
+            scale = max(scale, min(MOUTH_PIXELS / lips, 35.0) * np.sqrt(clip.height * clip.width) / 96)
         visible = clip.height / scale
         above = visible * rng.uniform(0.03, 0.09)
     if clip.framing == "close-up":

@@ -10,9 +10,8 @@ import pytest
 
 from data_pipelines import fetch, media, raw
 from data_pipelines import keypoints as kp
-from data_pipelines.synthetic import __main__ as command
 from data_pipelines.synthetic import body as body_lib
-from data_pipelines.synthetic import clips, looks, people, plan, render, speech
+from data_pipelines.synthetic import clips, dataset, looks, people, plan, render, speech
 from omnihuman_jax.errors import UserError
 
 
@@ -45,9 +44,10 @@ def _is_talking_close_up(clip):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, body, engine):
-    """A finished data set of eight short clips, written by two processes."""
+    """A finished data set of eight short clips, written by the command with two processes."""
     directory = tmp_path_factory.mktemp("synthetic") / "data"
-    assert command.generate(directory, 8, seed=5, workers=2, frames=9)
+    flags = [f"--output={directory}", "--clips=8", "--seed=5", "--workers=2", "--frames=9"]
+    subprocess.run([sys.executable, "-m", "data_pipelines.synthetic", *flags], check=True)
     return directory
 
 
@@ -93,7 +93,7 @@ def test_a_clip_is_a_function_of_seed_and_index(body, engine):
 
 
 def test_the_number_of_workers_changes_nothing(data, tmp_path):
-    command.generate(tmp_path / "one", 2, seed=5, workers=1, frames=9)
+    dataset.generate(tmp_path / "one", 2, seed=5, workers=1, frames=9)
     for entry in entries(tmp_path / "one"):
         assert entry == next(e for e in entries(data) if e["id"] == entry["id"])
         one, two = (media.read_video(folder / entry["file"]) for folder in (tmp_path / "one", data))
@@ -195,7 +195,7 @@ def test_nobody_speaks_and_mouths_stay_shut_without_a_speech_library(body, tmp_p
         raise fetch.PackageUnavailableError("cannot fetch espeak")
 
     monkeypatch.setattr(speech, "find_engine", fail)
-    command.generate(tmp_path / "silent", 2, seed=0, workers=1, frames=5)
+    dataset.generate(tmp_path / "silent", 2, seed=0, workers=1, frames=5)
     assert "cannot fetch espeak" in capsys.readouterr().err
     assert not any(entry["has_audio"] or entry["speaks"] for entry in entries(tmp_path / "silent"))
     mouth = np.load(tmp_path / "silent/annotations/000000.npz", allow_pickle=False)["mouth"]
@@ -204,10 +204,10 @@ def test_nobody_speaks_and_mouths_stay_shut_without_a_speech_library(body, tmp_p
 
 def test_the_same_command_again_says_so_and_another_is_refused(data, capsys):
     before = (data / "manifest.json").stat().st_mtime_ns
-    assert not command.generate(data, 8, seed=5, workers=1, frames=9)
+    assert not dataset.generate(data, 8, seed=5, workers=1, frames=9)
     assert "already holds" in capsys.readouterr().out
     with pytest.raises(UserError, match="not empty"):
-        command.generate(data, 8, seed=6, workers=1, frames=9)
+        dataset.generate(data, 8, seed=6, workers=1, frames=9)
     assert (data / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -217,7 +217,7 @@ def test_a_failure_leaves_nothing_behind(body, engine, tmp_path, monkeypatch):
 
     monkeypatch.setattr(clips, "make", fail)
     with pytest.raises(UserError, match="cannot be made"):
-        command.generate(tmp_path / "out", 2, workers=1)
+        dataset.generate(tmp_path / "out", 2, workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,7 +235,7 @@ def test_a_failure_leaves_nothing_behind(body, engine, tmp_path, monkeypatch):
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        command.generate(tmp_path / "out", **arguments)
+        dataset.generate(tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
