@@ -5,6 +5,7 @@ step, and a host reads only its slice of the global rows.
 """
 
 import collections
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,9 +127,13 @@ class Batches:
         )
         return cls(dataset, schedule, window, cache_bytes=cache_bytes)
 
-    def frames_at(self, step: int) -> int:
-        """T, latent frames of the windows of a step."""
-        return self.schedule.stages[self.schedule.stage_at(step)].window_frames or self.window.frames
+    def window_at(self, step: int) -> WindowConfig:
+        """The window settings of a step: the loader's, with what its stage changes."""
+        stage = self.schedule.stages[self.schedule.stage_at(step)]
+        first_share = self.window.first_share if stage.first_share is None else stage.first_share
+        return dataclasses.replace(
+            self.window, frames=stage.window_frames or self.window.frames, first_share=first_share
+        )
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
         """The given global rows of a step's batch (steps count from 1).
@@ -138,9 +143,9 @@ class Batches:
           audio (B,4T+2*context,Da), keypoints (B,4T,K,3), active and scheduled bool (B,4) in the order of
           `conditions.CONDITIONS`, record int32 (B,) data set indices; latent_shape (H,W), the same for all rows.
         """
-        selection, frames = self.schedule.select(step, rows), self.frames_at(step)
+        selection, window = self.schedule.select(step, rows), self.window_at(step)
         cut = [
-            cut_window(self._cache[int(i)], frames, self.window, start, reference)
+            cut_window(self._cache[int(i)], window.frames, window, start, reference)
             for i, start, reference in zip(
                 selection.record, selection.start_draw, selection.reference_draw.tolist(), strict=True
             )

@@ -51,6 +51,7 @@ class Feed:
             for stage in stages
         ]
         window = WindowConfig(
+            frames=config.data.latent_frames,
             motion_frames=config.model.motion_frames,
             audio_context=config.model.audio_context,
             text_len=config.model.text_len,

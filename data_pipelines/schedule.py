@@ -48,6 +48,7 @@ class StagePlan:
       bucket_weights: latent (H,W) -> share of the steps; None: by the data.
       source_weights: source -> share of the samples; None: by the data.
       window_frames: latent frames of a training window in this stage; 0: the loader's setting, 1: images.
+      first_share: probability that a window starts at the clip's first frame; None: the loader's setting.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StagePlan:
     bucket_weights: Mapping[tuple[int, int], float] | None = None
     source_weights: Mapping[str, float] | None = None
     window_frames: int = 0
+    first_share: float | None = None
 
     @property
     def last_step(self) -> int:

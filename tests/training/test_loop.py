@@ -1,0 +1,110 @@
+"""The loop through all three stages: logs, checkpoints, resume."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.training.checkpoints import find_checkpoint, load_for_inference, read_meta
+from tests.training.tiny import tiny_config, tiny_data, train_tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    dataset = tiny_data(root / "data")
+    config = tiny_config(root / "data")
+    train_tiny(config, root / "whole", dataset)
+    return root, dataset, config
+
+
+def lines(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def test_every_step_is_logged_in_its_stage(run):
+    root, _, _ = run
+    log = lines(root / "whole")
+    assert [line["step"] for line in log] == list(range(1, 10))
+    assert [line["stage"] for line in log] == ["stage1"] * 3 + ["stage2"] * 3 + ["stage3"] * 3
+    for line in log:
+        assert np.isfinite(line["loss"])
+        assert {"loss_by_condition", "active_ratio", "step_seconds", "data_seconds"} <= line.keys()
+
+
+def test_conditions_enter_with_their_stages(run):
+    root, _, _ = run
+    seen = {stage: set() for stage in ("stage1", "stage2", "stage3")}
+    for metrics, record in zip(lines(root / "whole"), lines(root / "whole", "data_log.jsonl"), strict=True):
+        assert metrics["step"] == record["step"]
+        assert len(record["records"]) == len(record["active"]) == 8
+        seen[metrics["stage"]] |= {name for row in record["active"] for name in row}
+    assert seen["stage1"] == {"text", "reference"}
+    assert seen["stage2"] == {"text", "reference", "audio"}
+    assert seen["stage3"] == {"text", "reference", "audio", "pose"}
+
+
+def test_active_ratio_is_the_stages_realised_ratio(run):
+    root, _, _ = run
+    records = lines(root / "whole", "data_log.jsonl")[6:9]
+    rows = [row for record in records for row in record["active"]]
+    last = lines(root / "whole")[-1]
+    for name, ratio in last["active_ratio"].items():
+        assert ratio == pytest.approx(sum(name in row for row in rows) / len(rows))
+
+
+def test_a_stage_checkpoint_is_kept_for_each_stage(run):
+    root, _, _ = run
+    for i, stage in enumerate(("stage1", "stage2", "stage3"), 1):
+        meta = read_meta(root / "whole" / "stages" / stage)
+        assert (meta["step"], meta["stage"]) == (3 * i, stage)
+    assert len(list((root / "whole" / "checkpoints").glob("[0-9]*"))) == 2
+
+
+def test_resume_continues_bit_for_bit(run):
+    root, dataset, config = run
+    short = tiny_config(root / "data", steps=(3, 2, 0))  # ends in the middle of stage 2
+    train_tiny(short, root / "resumed", dataset)
+    train_tiny(config, root / "resumed", dataset)
+    _, whole, info = load_for_inference(root / "whole", use_ema=False)
+    _, resumed, resumed_info = load_for_inference(root / "resumed", use_ema=False)
+    assert info["step"] == resumed_info["step"] == 9
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    by_step = {line["step"]: line for line in lines(root / "resumed")}
+    for line in lines(root / "whole"):
+        for key in ("loss", "loss_by_condition", "active_ratio", "grad_norm"):
+            assert by_step[line["step"]][key] == line[key], (line["step"], key)
+
+
+def test_a_finished_run_has_nothing_to_train(run, capsys):
+    root, dataset, config = run
+    train_tiny(config, root / "whole", dataset)
+    assert "nothing to train" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_shape_is_refused(run):
+    root, dataset, config = run
+    other = config.copy_and_resolve_references()
+    other.model.mlp_hidden = 128
+    with pytest.raises(UserError, match=r"model.mlp_hidden=64 there, 128 here"):
+        train_tiny(other, root / "whole", dataset)
+
+
+def test_a_stage_starts_from_another_runs_stage(run):
+    root, dataset, _ = run
+    config = tiny_config(root / "data", steps=(1, 0, 0))
+    config.stages.stage1.init_from = str(root / "whole" / "stages" / "stage3")
+    config.stages.stage1.learning_rate = 0.0
+    train_tiny(config, root / "warm", dataset)
+    _, there, _ = load_for_inference(root / "whole" / "stages" / "stage3", use_ema=False)
+    _, here, _ = load_for_inference(root / "warm", use_ema=False)
+    jax.tree.map(np.testing.assert_array_equal, there, here)
+
+
+def test_find_checkpoint_names_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint directory"):
+        find_checkpoint(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)

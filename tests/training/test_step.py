@@ -1,0 +1,107 @@
+"""The train step against an independent recomputation, and on different meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training import state as state_lib
+from omnihuman_jax.training.step import draw_noise, ema_decay_at, jit_train_step
+from tests.training.tiny import tiny_config
+
+BUCKET = (3, 4, 4)
+
+
+def random_batch(config, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = {}
+    for name, (shape, dtype) in state_lib.batch_shapes(config, *BUCKET).items():
+        batch[name] = rng.random(shape) < 0.6 if dtype == jnp.bool_ else rng.standard_normal(shape).astype(np.float32)
+    return batch
+
+
+def run_steps(config, count=2):
+    mesh = make_mesh(config.mesh)
+    network = state_lib.make_network(config)
+    with jax.set_mesh(mesh):
+        state = state_lib.init_state(config, mesh, network)
+        step = jit_train_step(config, network, mesh)
+        losses = []
+        for i in range(count):
+            batch = jax.device_put(random_batch(config, i), rules.batch_sharding(mesh))
+            state, metrics = step(state, batch, jnp.float32(1e-2))
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state), metrics
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = tiny_config("unused")
+    config.mesh.update({"data": 8, "fsdp": 1})
+    return run_steps(config)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2}])
+def test_the_mesh_does_not_change_the_training(reference, mesh):
+    config = tiny_config("unused")
+    config.mesh.update({"data": 1, "fsdp": 1} | mesh)
+    losses, state, _ = run_steps(config)
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    # Adam divides by the gradient's size, so where a gradient is nearly zero its rounding shows; hence atol.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), state.params, reference[1].params)
+
+
+def test_parameters_are_sharded_over_fsdp():
+    config = tiny_config("unused")
+    config.mesh.update({"data": 2, "fsdp": 4})
+    mesh = make_mesh(config.mesh)
+    state = state_lib.abstract_state(config, mesh)
+    kernels = [x for x in jax.tree.leaves(state.params) if x.ndim >= 2]
+    sharded = [x for x in kernels if "fsdp" in jax.tree.leaves(tuple(x.sharding.spec))]
+    assert sum(x.size for x in sharded) > 0.9 * sum(x.size for x in kernels)
+    by_part = [jax.tree.map(lambda x: x.sharding.spec, part) for part in (state.params, state.ema, state.opt_state[1].mu)]
+    assert by_part[0] == by_part[1] == by_part[2]
+
+
+def test_one_step_is_clipped_adamw_on_the_flow_loss():
+    config = tiny_config("unused")
+    config.mesh.update({"data": 8, "fsdp": 1})
+    network = state_lib.make_network(config)
+    before = jax.device_get(state_lib.create_state(config, network))
+    batch = random_batch(config)
+    x0 = batch["latents"]
+    t, eps = (np.asarray(x) for x in draw_noise(config, jnp.int32(0), x0.shape))
+    x_t = (1 - t)[:, None, None, None, None] * x0 + t[:, None, None, None, None] * eps
+
+    def loss(params):
+        v = network.apply(params, jnp.asarray(x_t), jnp.asarray(t), batch)
+        return jnp.mean(jnp.square(v - (eps - x0)))
+
+    value, grads = jax.value_and_grad(loss)(before.params)
+    mask = jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "kernel", before.params)
+    # optax's own AdamW, with the learning rate inside, as the reference.
+    adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01, mask=mask))
+    updates, _ = adamw.update(grads, adamw.init(before.params), before.params)
+    expected = optax.apply_updates(before.params, updates)
+
+    losses, after, metrics = run_steps(config, 1)
+    assert losses[0] == pytest.approx(float(value), rel=1e-5)
+    np.testing.assert_allclose(np.mean(metrics["sample_loss"]), losses[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), after.params, expected)
+    decay = float(ema_decay_at(jnp.int32(0), config.ema_decay))
+    jax.tree.map(
+        lambda e, a, b: np.testing.assert_allclose(e, decay * b + (1 - decay) * a, rtol=1e-5, atol=1e-6),
+        after.ema,
+        after.params,
+        before.params,
+    )
+
+
+def test_noise_depends_on_the_step_and_the_seed_only():
+    config = tiny_config("unused")
+    first, again, later = (draw_noise(config, jnp.int32(i), (8, *BUCKET, 4)) for i in (5, 5, 6))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not np.allclose(first[1], later[1])
