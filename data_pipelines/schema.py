@@ -6,8 +6,8 @@ A data set is a directory:
     records/*.array_record        serialised TFDS `FeaturesDict` records (no TensorFlow needed)
     clips/ID.mp4                  the curated clips at training size (the "/" of an id becomes "__")
 
-Everything is at 25 frames per second. A record is a dict with the keys of `FIELDS`; arrays that a clip does not have are
-present with zero rows, so "has audio" is `record["audio"].shape[0] > 0`.
+Everything is at 25 frames per second. A record is a dict with the keys of `FIELDS`; arrays that a clip does not have
+are present with zero rows, so "has audio" is `record["audio"].shape[0] > 0`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ RECORDS_PER_FILE = 64
 
 TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence")
 NUMBER_FIELDS = ("frames", "height", "width")
-# name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels, R references,
-# K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
+# name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
+# R references, K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
 ARRAY_FIELDS: Mapping[str, tuple[int, type]] = {
     "latents": (4, np.float16),  # (T,H,W,C) normalised latents of the whole clip, posterior mean
     "references": (4, np.float16),  # (R,H,W,C) normalised single-image latents
@@ -145,6 +145,7 @@ class DatasetWriter:
         self._partial = self._final.parent / f".{self._final.name}.partial"
         self._meta, self._extra = meta, dict(extra or {})
         self._index: list[dict[str, Any]] = []
+        self._ids: set[str] = set()
         self._writer: ArrayRecordWriter | None = None
 
     def __enter__(self) -> Self:
@@ -166,8 +167,9 @@ class DatasetWriter:
         Raises:
           ValueError: the record disagrees with the schema or with `Meta`.
         """
-        if any(entry["id"] == record["id"] for entry in self._index):
+        if record["id"] in self._ids:
             raise ValueError(f"record id {record['id']!r} is used twice")
+        self._ids.add(record["id"])
         _check(record, self._meta)
         data = encode(record)
         file, row = divmod(len(self._index), RECORDS_PER_FILE)
