@@ -45,7 +45,7 @@ def generate(
     Raises:
       UserError: a bad argument, an output directory with something else in it, or a package that cannot be had.
     """
-    output = pathlib.Path(output)
+    output = pathlib.Path(os.path.abspath(output))
     wanted_size = _check(count, seed, workers, frames, size)
     arguments = {"clips": count, "seed": seed, "frames": frames, "size": size}
     if _is_finished(output, arguments):
