@@ -24,6 +24,7 @@ from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae import VAE
 
 MIN_FACE = 12.0  # pixels from eyes to chin; the mouth of a smaller face cannot be read
+NOT_THE_PERSON = ("background", "trousers")  # attributes that identity leaves out; trousers are rarely in the picture
 MIN_MOUTH_STD = 0.02  # of the true opening; below it a clip is (nearly) silent and has no correlation
 
 
@@ -280,7 +281,8 @@ class _Run:
 
     def appearance(self, clips, rows, still: list[Observation]) -> dict[str, Any]:
         """Colour difference to the reference picture and distance to the person's true appearance numbers."""
-        scale = np.array(self.observer.config.attribute_std)
+        names, scale = self.observer.config.attributes, np.array(self.observer.config.attribute_std)
+        used = self.observer.readable & np.array([not name.startswith(NOT_THE_PERSON) for name in names])
         colours: dict[str, list[float]] = {}
         people: dict[str, list[float]] = {}
         for name, (videos, seen) in rows.items():
@@ -290,12 +292,17 @@ class _Run:
                 colours[name].append(self.colour(video, s, clip, reference) if known else np.nan)
                 truth = clip.record["attributes"]
                 known = known and len(truth) == len(scale)
-                distance = measures.attribute_distance(s.attributes.mean(0), truth, scale) if known else np.nan
-                people[name].append(float(distance))
-        return {
+                people[name].append(
+                    float(measures.attribute_distance(s.attributes.mean(0)[used], truth[used], scale[used]))
+                    if known
+                    else np.nan
+                )
+        found = {
             "colour": _measure("CIE76 colour difference to the reference picture", "lower", clips, colours),
             "identity": _measure("appearance distance, in spreads over people", "lower", clips, people),
         }
+        found["identity"]["attributes"] = [name for name, use in zip(names, used) if use]
+        return found
 
     def colour(self, video: np.ndarray, seen: Observation, clip: HeldOut, reference: Observation) -> float:
         """Mean colour difference over regions and frames between a video and the clip's reference picture."""

@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import jax
@@ -182,15 +183,14 @@ def accuracy_on(observer: obs.Observer, clips: Sequence[Clip]) -> dict[str, floa
     Returns:
       mouth_correlation (mean and std over clips with a face of 12 pixels or more, per clip over frames), its number of
       clips, mouth_error (mean absolute), keypoint_error_percent (of the diagonal), visibility_accuracy (share),
-      attribute_distance (per clip, in spreads over people; 0 is perfect, about 1 is the mean person).
+      attribute_r2 (attribute -> share of its variance over the clips that is explained).
     """
-    scale = np.array(observer.config.attribute_std)
-    rows: dict[str, list[float]] = {name: [] for name in ("mouth", "error", "points", "seen", "attributes")}
+    rows: dict[str, list[Any]] = {name: [] for name in ("mouth", "error", "points", "seen", "attributes")}
     for clip in clips:
         found = observer.observe(clip.frames)
         rows["points"].append(measures.keypoint_error(found.keypoints, clip.keypoints, clip.frames.shape[1:3]))
         rows["seen"].append(((found.keypoints[..., 2] > 0.5) == measures.visible(clip.keypoints)).mean())
-        rows["attributes"].append(measures.attribute_distance(found.attributes.mean(0), clip.attributes, scale))
+        rows["attributes"].append((found.attributes.mean(0), clip.attributes))
         facing = measures.visible(clip.keypoints)[:, FACE].all(1)
         _, side = obs.mouth_geometry(clip.points, KEYPOINTS)
         if facing.all() and np.median(side) >= 12 and clip.mouth.std() >= 0.02:
@@ -204,5 +204,12 @@ def accuracy_on(observer: obs.Observer, clips: Sequence[Clip]) -> dict[str, floa
         "mouth_error": round(float(np.nanmean(rows["error"])), 4),
         "keypoint_error_percent": round(float(np.nanmean(rows["points"])), 4),
         "visibility_accuracy": round(float(np.mean(rows["seen"])), 4),
-        "attribute_distance": round(float(np.mean(rows["attributes"])), 4),
+        "attribute_r2": _explained(observer.config.attributes, *map(np.array, zip(*rows["attributes"]))),
     }
+
+
+def _explained(names: Sequence[str], read: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Share of the variance of each attribute (clips,A) that the readings explain; 0 for one that does not vary."""
+    total = truth.var(0)
+    r2 = np.where(total > 1e-8, 1 - ((read - truth) ** 2).mean(0) / np.maximum(total, 1e-8), 0.0)
+    return {name: round(float(value), 3) for name, value in zip(names, r2)}

@@ -49,7 +49,7 @@ EXPLAIN = {
         "same boxes of the right reference picture. About 2 is just noticeable."
     ),
     "identity": (
-        "The observer's reading of skin, hair, clothes and body numbers against the true numbers of the right person, "
+        "The observer's reading of the person (listed below the table) against the true numbers of the right person, "
         "in units of their spread over people: 0 is the same person, about 1.4 a random other one. It is a proxy: it "
         "knows rendered people only. With the wrong reference the caption is still the right one."
     ),
@@ -133,6 +133,8 @@ def measure_section(name: str, measure: Mapping[str, Any], strips: Sequence[Mapp
         table(head, rows, classes),
         plots.measure_dots(measure, labels),
     ]
+    if "attributes" in measure:
+        parts.append(f'<p class="soft">Compared: {escape(", ".join(measure["attributes"]))}.</p>')
     return "".join(parts) + "".join(strip_figure(strip) for strip in strips)
 
 
@@ -192,7 +194,7 @@ def observer_table(header: Mapping[str, Any]) -> str:
         "mouth error (0 to 1)",
         "keypoint error, % of diagonal",
         "visibility right",
-        "appearance distance",
+        "appearance numbers it can read",
         "clips",
     )
     names = {"rendered": "as rendered", "reconstructed": "through the VAE"}
@@ -203,7 +205,7 @@ def observer_table(header: Mapping[str, Any]) -> str:
             number(a["mouth_error"], 3),
             number(a["keypoint_error_percent"]),
             f"{100 * a['visibility_accuracy']:.1f} %",
-            number(a["attribute_distance"]),
+            f"{sum(v >= 1 / 3 for v in a['attribute_r2'].values())} of {len(a['attribute_r2'])}",
             str(a["clips"]),
         ]
         for kind, a in accuracy.items()

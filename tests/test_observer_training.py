@@ -100,7 +100,8 @@ def test_accuracy_of_a_perfect_observer_is_perfect():
     accuracy = training.accuracy_on(Perfect(CONFIG, obs.ObserverNetwork(CONFIG, rngs=nnx.Rngs(0))), clips)
     assert accuracy["mouth_clips"] == 3
     assert (accuracy["mouth_correlation"], accuracy["visibility_accuracy"]) == (1, 1)
-    assert accuracy["keypoint_error_percent"] == accuracy["mouth_error"] == accuracy["attribute_distance"] == 0
+    assert accuracy["keypoint_error_percent"] == accuracy["mouth_error"] == 0
+    assert accuracy["attribute_r2"] == {"a": 0}  # does not vary over these clips
 
 
 def test_a_directory_without_rendered_clips_is_one_line(tmp_path):

@@ -222,6 +222,17 @@ class Observer:
         attributes = attributes * np.array(config.attribute_std) + np.array(config.attribute_mean)
         return Observation(keypoints.astype(np.float32), mouth, attributes, face)
 
+    @property
+    def readable(self) -> np.ndarray:
+        """Mask (A,) of the attributes that it can read: it explains a third of their variance over held-out people.
+
+        All of them where the header does not say.
+        """
+        explained = self.header.get("accuracy", {}).get("rendered", {}).get("attribute_r2")
+        if not explained:
+            return np.ones(len(self.config.attributes), bool)
+        return np.array([explained[name] >= 1 / 3 for name in self.config.attributes])
+
     def named_points(self, keypoints: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
         """Keypoints of one frame (K,>=2) in [0,1] -> name -> x, y in pixels of a (height, width) frame."""
         return {n: keypoints[i, :2] * (size[1], size[0]) for i, n in enumerate(self.config.keypoints)}
