@@ -1,9 +1,11 @@
-"""Random windows of a directory of video files, as a pure function of (seed, step): the data of VAE training."""
+"""Random windows of directories of video files, as a pure function of (seed, step): the data of VAE training."""
 
 import collections
 import dataclasses
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
@@ -13,7 +15,7 @@ import numpy as np
 from data_pipelines import media
 from omnihuman_jax.errors import UserError
 
-_WHOLE_CLIP_BYTES = 64 << 20  # clips up to this size are decoded once and kept; longer ones are read by seeking
+_WHOLE_CLIP_BYTES = 256 << 20  # clips up to this size are decoded once and kept; longer ones are read by seeking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,41 +30,45 @@ class Bucket:
 
 
 class VideoFolder:
-    """The video files below a directory, split by name into "train" and "heldout".
+    """Video files of one or more directories, split into "train" and "heldout"; directories are drawn equally often.
+
+    A directory's `manifest.json` (raw clips) or `dataset.json` (prepared ones) says which files are held out. Files
+    that it does not name are split by the digest of their name, so that adding files moves none to the other side.
 
     Args:
-      directory: searched recursively for files with one of `media.VIDEO_SUFFIXES`.
-      exclude: regular expression; files whose path below `directory` it finds are left out. "" leaves out none.
-      heldout: share of the files to hold out, 0..1; at least one file, whatever the share.
+      directories: path, or several joined by commas; searched recursively for `media.VIDEO_SUFFIXES`.
+      exclude: regular expression; files whose path below their directory it finds are left out. "" leaves out none.
+      heldout: share of the unlisted files to hold out, 0..1; at least one file of each directory is.
       cache_bytes: how much decoded video to keep.
+      short_side: larger frames are shrunk to this many pixels on their short side.
 
     Raises:
-      UserError: no such directory, fewer than two videos in it, or a bad regular expression.
+      UserError: no such directory, fewer than two videos in it, none left to train on, or a bad regular expression.
     """
 
-    def __init__(self, directory: str | Path, *, exclude: str = "", heldout: float = 0.05, cache_bytes: int = 1 << 30):
-        root = Path(directory)
-        if not root.is_dir():
-            raise UserError(f"data.dir={str(directory)!r}: no such directory; give one that holds video files")
+    def __init__(
+        self,
+        directories: str | Path,
+        *,
+        exclude: str = "",
+        heldout: float = 0.05,
+        cache_bytes: int = 1 << 30,
+        short_side: int = 160,
+    ):
         try:
             pattern = re.compile(exclude) if exclude else None
         except re.error as error:
             raise UserError(f"data.exclude={exclude!r}: not a regular expression ({error})") from error
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in media.VIDEO_SUFFIXES and p.is_file())
-        files = [p for p in files if not (pattern and pattern.search(p.relative_to(root).as_posix()))]
-        if len(files) < 2:
-            raise UserError(f"data.dir={directory}: {len(files)} video files; at least 2 are needed")
-        # By the digest of the name, so that adding files moves none from one split to the other.
-        ranked = sorted(files, key=lambda p: _fraction(p.relative_to(root).as_posix()))
-        held = max(1, sum(_fraction(p.relative_to(root).as_posix()) < heldout for p in ranked))
-        if held == len(files):
-            raise UserError(
-                f"data.heldout={heldout} leaves no video to train on among {len(files)}; use a smaller share"
-            )
-        self.splits = {"heldout": ranked[:held], "train": sorted(ranked[held:])}
+        roots = [_split_files(Path(d.strip()), pattern, heldout) for d in str(directories).split(",")]
+        # Split -> for each directory its files.
+        self.splits = {"train": [train for train, _ in roots], "heldout": [held for _, held in roots]}
         self._cache: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
-        self._cache_bytes, self._cached = cache_bytes, 0
+        self._cache_bytes, self._cached, self._short_side = cache_bytes, 0, short_side
         self._sizes: dict[Path, _Size] = {}
+
+    def count(self, split: str) -> int:
+        """Number of files of a split."""
+        return sum(len(files) for files in self.splits[split])
 
     def read(self, path: Path, start: int, count: int) -> np.ndarray:
         """Frames start..start+count-1 at 25 fps, uint8 (count, height, width, 3); the last is repeated past the end.
@@ -71,7 +77,7 @@ class VideoFolder:
           UserError: the file cannot be decoded.
         """
         if path not in self._cache and self._size(path).bytes <= _WHOLE_CLIP_BYTES:
-            self._cache[path] = media.read_video(path)
+            self._cache[path] = _shrunk(media.iter_video(path), self._short_side)
             self._cached += self._cache[path].nbytes
             while self._cached > self._cache_bytes and len(self._cache) > 1:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
@@ -80,12 +86,13 @@ class VideoFolder:
             clip = self._cache[path]
             frames = clip[min(start, len(clip) - 1) : start + count]
         else:
-            frames = media.read_video(path, start=start / media.FPS, end=(start + count) / media.FPS)[:count]
+            times = {"start": start / media.FPS, "end": (start + count) / media.FPS}
+            frames = _shrunk(media.iter_video(path, **times), self._short_side)[:count]
         return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
 
     def _size(self, path: Path) -> "_Size":
         if path not in self._sizes:
-            self._sizes[path] = _probe(path)
+            self._sizes[path] = _probe(path, self._short_side)
         return self._sizes[path]
 
     def window(self, split: str, bucket: Bucket, rng: np.random.Generator, min_scale: float) -> np.ndarray:
@@ -94,7 +101,7 @@ class VideoFolder:
         The crop has the bucket's aspect ratio and between `min_scale` and all of the largest such size in the frame;
         half of the windows are mirrored.
         """
-        files = self.splits[split]
+        files = self.splits[split][rng.integers(len(self.splits[split]))]
         path = files[rng.integers(len(files))]
         start = int(rng.integers(max(self._size(path).frames - bucket.frames, 0) + 1))
         frames = self.read(path, start, bucket.frames)
@@ -119,23 +126,77 @@ class VideoFolder:
         return np.stack([self.window(split, bucket, rng, min_scale) for rng in rows])
 
 
+def _split_files(root: Path, exclude: re.Pattern | None, heldout: float) -> tuple[list[Path], list[Path]]:
+    """(train, held-out) files below a directory."""
+    if not root.is_dir():
+        raise UserError(f"data.dir={str(root)!r}: no such directory; give one that holds video files")
+    names = sorted(
+        p.relative_to(root).as_posix()
+        for p in root.rglob("*")
+        if p.suffix.lower() in media.VIDEO_SUFFIXES and p.is_file()
+    )
+    names = [n for n in names if not (exclude and exclude.search(n))]
+    if len(names) < 2:
+        raise UserError(f"data.dir={root}: {len(names)} video files; at least 2 are needed")
+    listed = _listed_splits(root)
+    held = {n for n in names if (listed[n] == "heldout" if n in listed else _fraction(n) < heldout)}
+    held = held or {min(names, key=_fraction)}
+    train = [n for n in names if n not in held]
+    if not train:
+        raise UserError(
+            f"data.dir={root}: all {len(names)} videos are held out; lower data.heldout={heldout} or add more"
+        )
+    return [root / n for n in train], [root / n for n in sorted(held)]
+
+
+def _listed_splits(root: Path) -> dict[str, str]:
+    """File below `root` -> "train" or "heldout", as far as the directory's own list says."""
+    for name, key in (("manifest.json", "clips"), ("dataset.json", "index")):
+        try:
+            entries = json.loads((root / name).read_text())[key]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{root / name}: not a readable list of clips ({error}); write the directory again"
+            ) from error
+        # A prepared clip's file is named by its id.
+        file = "clips/{}.mp4"
+        files = (e["file"] if key == "clips" else file.format(e["id"].replace("/", "__")) for e in entries)
+        return {f: e["split"] for f, e in zip(files, entries, strict=True) if "split" in e}
+    return {}
+
+
+def _shrunk(frames: Iterable[np.ndarray], short_side: int) -> np.ndarray:
+    """Stacks frames, each shrunk to at most `short_side` pixels on its short side."""
+    shrunk = []
+    for frame in frames:
+        scale = short_side / min(frame.shape[:2])
+        if scale < 1:
+            size = (round(frame.shape[1] * scale), round(frame.shape[0] * scale))
+            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        shrunk.append(frame)
+    return np.stack(shrunk)
+
+
 def _fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """Frames at 25 fps, and bytes of all of them decoded."""
+    """Frames at 25 fps, and bytes of all of them decoded and shrunk."""
 
     frames: int
     bytes: int
 
 
-def _probe(path: Path) -> _Size:
+def _probe(path: Path, short_side: int) -> _Size:
     """From the file's header, without decoding."""
     if not media.has_video(path):
         raise UserError(f"{path}: has no video stream; take it out or replace it")
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = max(int((container.duration or 0) / av.time_base * media.FPS), 1)
-        return _Size(frames, frames * stream.height * stream.width * 3)
+        scale = min(1.0, short_side / min(stream.height, stream.width))
+        return _Size(frames, round(frames * stream.height * stream.width * 3 * scale**2))

@@ -1,6 +1,6 @@
 """Trains the causal VAE on a directory of video files; started again on the same --workdir it continues.
 
-python -m experiments.train_vae --config=experiments/configs/demo_vae.py --workdir=DIR --config.data.dir=VIDEOS
+python -m experiments.train_vae --config=experiments/configs/demo_vae.py --workdir=DIR --config.data.dir=DIR[,DIR…]
     [--config.KEY=VALUE …]
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/ and, at the end, vae.safetensors (EMA parameters, config
@@ -144,7 +144,9 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     mesh = make_mesh({"data": -1})
     buckets = buckets_of(config, mesh.size)
     d = config.data
-    folder = VideoFolder(d.dir, exclude=d.exclude, heldout=d.heldout, cache_bytes=d.cache_mb << 20)
+    folder = VideoFolder(
+        d.dir, exclude=d.exclude, heldout=d.heldout, cache_bytes=d.cache_mb << 20, short_side=d.short_side
+    )
     evaluator = Evaluator(config, folder)
     workdir.mkdir(parents=True, exist_ok=True)
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
@@ -154,8 +156,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         (workdir / "config.json").write_text(json.dumps(cli.to_plain(config), indent=2))
         if state is None:
             state = jax.jit(lambda: vae_train.create_state(config), out_shardings=whole)()
-        done, sizes = int(state.step), {split: len(files) for split, files in folder.splits.items()}
-        print(f"{sizes['train']} training videos, {sizes['heldout']} held out; {done} of {config.steps} steps done")
+        done = int(state.step)
+        print(f"{folder.count('train')} training videos, {folder.count('heldout')} held out; {done} steps done")
         feed = (jax.device_put(video, rows) for video in batches(folder, config, buckets, done + 1))
         state = _steps(config, workdir, state, feed, evaluator, checkpoints)
     finally:

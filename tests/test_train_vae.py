@@ -121,11 +121,27 @@ def test_batches_depend_on_seed_and_step_alone(clips):
 
 def test_long_files_are_read_by_seeking_to_the_same_frames(clips, monkeypatch):
     whole, parts = VideoFolder(clips), VideoFolder(clips)
-    path = whole.splits["train"][0]
+    path = whole.splits["train"][0][0]
     expected = whole.read(path, 7, 5)
     monkeypatch.setattr("data_pipelines.video_windows._WHOLE_CLIP_BYTES", 0)
     np.testing.assert_array_equal(parts.read(path, 7, 5), expected)
     assert len(parts.read(path, 18, 5)) == 5
+
+
+def test_a_directory_s_own_list_says_what_is_held_out(clips, tmp_path):
+    (tmp_path / "clips").mkdir()
+    for path in clips.iterdir():
+        (tmp_path / "clips" / path.name).write_bytes(path.read_bytes())
+    rows = [{"file": "clips/2.mp4", "split": "heldout"}, {"file": "clips/0.mp4", "split": "train"}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"clips": rows}))
+    folder = VideoFolder(f"{tmp_path}, {clips}", heldout=0.0)
+    assert [p.name for p in folder.splits["heldout"][0]] == ["2.mp4"]
+    assert len(folder.splits["heldout"][1]) == 1 and folder.count("train") == 3 + 3
+
+
+def test_large_frames_are_shrunk_for_the_cache(clips):
+    folder = VideoFolder(clips, short_side=24)
+    assert folder.read(folder.splits["train"][0][0], 0, 3).shape == (3, 24, 32, 3)
 
 
 def test_the_edge_term_weighs_structure_that_pixels_hardly_see():
@@ -165,7 +181,7 @@ def test_the_adversarial_term_trains_both_networks(clips, tmp_path):
         ({"data.dir": "nowhere"}, "no such directory"),
         ({"data.exclude": r"[0-2]\.mp4"}, "at least 2 are needed"),
         ({"data.exclude": "["}, "not a regular expression"),
-        ({"data.heldout": 1.0}, "leaves no video to train on"),
+        ({"data.heldout": 1.0}, "all 4 videos are held out"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(clips, tmp_path, change, message):

@@ -22,10 +22,11 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            "dir": "",  # searched recursively for video files
+            "dir": "",  # directories of video files, joined by commas, each drawn equally often
             "exclude": "",  # regular expression of paths below it to leave out
-            "heldout": 0.05,  # share of the files that is only evaluated on
+            "heldout": 0.05,  # share of files only evaluated on, where no manifest.json or dataset.json says which
             "min_scale": 0.5,  # crops are between this and all of the frame
+            "short_side": 160,  # larger frames are shrunk to this many pixels on their short side
             "cache_mb": 1500,  # decoded video kept in memory
             # frames, height, width, batch rows, share of the steps
             "buckets": ((5, 64, 64, 4, 0.5), (17, 64, 64, 2, 0.3), (1, 96, 96, 6, 0.2)),
