@@ -109,5 +109,7 @@ def test_splash_attention_compiles_for_a_tpu_with_heads_over_sequence_and_tensor
             text = jax.jit(step).lower(params, x_t, t, batch).compile().as_text()
         assert "tpu_custom_call" in text and "all-to-all" in text
     """
-    environment = {**os.environ, "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    # Two processes may compile at once: nothing here touches a chip.
+    settings = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = {**os.environ, **settings, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True, timeout=280)
