@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from omnihuman_jax.errors import UserError
 
 MOUTH_POINTS = ("mouth_left", "mouth_right", "mouth_top", "mouth_bottom")
+LOOKS = 8  # attention maps from which appearance is read
 BATCH = 32  # frames observed at a time; fixed, so that one program is compiled
 
 
@@ -38,7 +39,7 @@ class ObserverConfig:
       attributes: names of the A appearance numbers.
       attribute_mean, attribute_std: (A,) over the people it was trained on.
       widths: channels at strides 2, 4, 8 and 16.
-      canvas: S, pixels; a multiple of 16, at least 48.
+      canvas: S, pixels; a multiple of 16.
       crop: P, pixels; a multiple of 8.
     """
 
@@ -77,24 +78,38 @@ class Locator(nnx.Module):
         self.up = nnx.List([_conv(d, c, rngs, size=1), _conv(c, b, rngs, size=1)])
         self.merge = nnx.List([Residual(c, rngs), Residual(b, rngs)])
         self.heat = _conv(b, len(config.keypoints), rngs, size=1)
-        self.hidden = nnx.Linear(d + c, 128, rngs=rngs)
+        self.attend = _conv(c, LOOKS, rngs, size=1)
+        self.value = _conv(c, 16, rngs, size=1)
+        self.hidden = nnx.Linear(d + LOOKS * (16 + 3), 128, rngs=rngs)
         self.visible = nnx.Linear(128, len(config.keypoints), rngs=rngs)
         self.attributes = nnx.Linear(128, len(config.attributes), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        levels = []
+        image, levels = x, []
         for conv, block in zip(self.down, self.blocks):
             x = block(conv(x))
             levels.append(x)
         x = self.deep(x)
-        # Where things are matters for appearance, so the pooling keeps the middle apart from the rim.
-        rim = levels[2].shape[1] // 4
-        middle = levels[2][:, rim:-rim, rim:-rim].mean((1, 2))
-        pooled = nnx.relu(self.hidden(jnp.concatenate([x.mean((1, 2)), middle], -1)))
+        pooled = [x.mean((1, 2))]
         for conv, block, skip in zip(self.up, self.merge, (levels[2], levels[1])):
             x = conv(x)
             x = block(skip + jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
-        return self.heat(nnx.relu(x)), self.visible(pooled), self.attributes(pooled)
+            if skip is levels[2]:
+                pooled.append(self._look(x, image))
+        hidden = nnx.relu(self.hidden(jnp.concatenate(pooled, -1)))
+        return self.heat(nnx.relu(x)), self.visible(hidden), self.attributes(hidden)
+
+    def _look(self, x: jax.Array, image: jax.Array) -> jax.Array:
+        """Features (B,h,w,c) and the frames' own colours, averaged over the places that each map attends to.
+
+        Colours of skin, hair or clothes are then the mean pixel where skin, hair or clothes are.
+        """
+        b, h, w, _ = x.shape
+        pixels = image.reshape(b, h, image.shape[1] // h, w, image.shape[2] // w, 3).mean((2, 4))
+        x = nnx.relu(x)
+        weights = jax.nn.softmax(self.attend(x).reshape(b, h * w, LOOKS), axis=1)
+        values = jnp.concatenate([self.value(x), pixels], -1).reshape(b, h * w, -1)
+        return jnp.einsum("bnk,bnc->bkc", weights, values).reshape(b, -1)
 
 
 class Reader(nnx.Module):
