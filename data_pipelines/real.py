@@ -14,7 +14,7 @@ import shutil
 from absl import flags
 
 from data_pipelines import fetch, raw
-from data_pipelines.cli import run_main
+from omnihuman_jax.command import run_main
 from omnihuman_jax.errors import UserError
 
 CATALOGUE = pathlib.Path(__file__).with_name("real_clips.json")

@@ -1,17 +1,17 @@
-"""What every command shares: flags, one-line errors with exit status 2, the platform."""
+"""What the experiment commands share: the config flag and its checks, the platform, the run directory."""
 
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
 
 
@@ -21,46 +21,8 @@ def define_config_flag() -> Any:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an absl main; a UserError or a wrong flag becomes one line on stderr and exit status 2."""
-
-    def guarded(argv: list[str]) -> int | None:
-        try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; every option is a flag, as --name=value (see --help)")
-            return main(argv)
-        except UserError as error:
-            return _fail(error)
-
-    logging.set_verbosity(logging.WARNING)
-    try:
-        app.run(guarded, flags_parser=_parse)
-    except UserError as error:
-        sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """absl flag parsing whose mistakes are UserErrors, with the nearest valid name."""
-    _check_config_arguments(argv[1:])
-    try:
-        return flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        name = error.flagname
-        if name.startswith("config."):
-            raise UserError(f"--{name}: --config=PRESET.py must be given before its overrides") from error
-        raise UserError(f"--{name}: unknown flag{nearest(name, _own_flags())}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-
-
-def _own_flags() -> list[str]:
-    """Names of the flags that the running program defines (not absl's own)."""
-    defined = flags.FLAGS.flags_by_module_dict()
-    return [f.name for module, fs in defined.items() if not module.startswith("absl") for f in fs] + ["help"]
+    """Runs an absl main; wrong flags, presets, config keys and UserErrors become one line and exit status 2."""
+    command.run_main(lambda: main([]), check=_check_config_arguments)
 
 
 def _check_config_arguments(args: list[str]) -> None:
@@ -87,7 +49,7 @@ def load_preset(preset: str) -> ConfigDict:
         presets = [p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base")]
         raise UserError(f"--config={preset}: no such preset{nearest(file.stem, presets)} in {_relative(folder)}/")
     holder = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file("config", None, "", flag_values=holder)
+    flag = config_flags.DEFINE_config_file("config", None, "", flag_values=holder, sys_argv=[""])
     holder(["", f"--config={preset}"])
     return flag.value
 
@@ -108,8 +70,10 @@ def check_key(config: ConfigDict, dotted: str) -> None:
 
 
 def _nearest_key(config: ConfigDict, done: list[str], part: str, valid: list[str]) -> str:
-    prefix = ".".join(done) + "." if done else ""
-    return nearest(prefix + part, [prefix + key for key in valid]) if valid else f"; {'.'.join(done)} has no keys below it"
+    if not valid:
+        return f"; {'.'.join(done)} has no keys below it"
+    prefix = ".".join([*done, ""])
+    return nearest(prefix + part, [prefix + key for key in valid])
 
 
 def setup_platform(config: ConfigDict) -> None:

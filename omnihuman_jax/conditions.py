@@ -76,8 +76,8 @@ def check_ratios(ratios: Mapping[str, float], *, where: str, allow_inverted: boo
     for weak, strong in zip(used, used[1:], strict=False):
         if ratios[strong] > ratios[weak]:
             raise UserError(
-                f"{where}: {strong}={ratios[strong]} is above the weaker {weak}={ratios[weak]}, against principle 2 (the "
-                f"stronger the condition, the lower its ratio); lower it, or set allow_inverted_ratios=true to insist"
+                f"{where}: {strong}={ratios[strong]} is above the weaker {weak}={ratios[weak]}, against principle 2 "
+                f"(the stronger the condition, the lower its ratio); lower it, or set allow_inverted_ratios=true to insist"
             )
 
 

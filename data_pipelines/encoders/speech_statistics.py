@@ -11,8 +11,8 @@ import json
 import numpy as np
 
 from data_pipelines import fetch, media
-from data_pipelines.cli import run_main
 from data_pipelines.encoders import speech
+from omnihuman_jax.command import run_main
 
 RECORDINGS = fetch.Package(
     "debian",

@@ -12,11 +12,11 @@ import time
 from absl import flags
 
 from data_pipelines import raw
-from data_pipelines.cli import run_main
 from data_pipelines.encoders import pose, speech, text
 from data_pipelines.fetch import sha256_of
 from data_pipelines.prepare import conditions, pipeline
 from data_pipelines.prepare.cut import parse_sizes
+from omnihuman_jax.command import run_main
 from omnihuman_jax.errors import UserError
 
 _INPUT = flags.DEFINE_list(

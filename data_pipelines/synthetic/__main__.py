@@ -7,8 +7,8 @@ import os
 
 from absl import flags
 
-from data_pipelines.cli import run_main
 from data_pipelines.synthetic import dataset
+from omnihuman_jax.command import run_main
 from omnihuman_jax.errors import UserError
 
 FLAGS = flags.FLAGS

@@ -13,10 +13,11 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
     config.compilation_cache = ""  # directory to keep compiled programs in; "" = none
-    config.steps = 4000
+    config.steps = 1500
     config.log_every = 25
     config.ema_decay = 0.999
-    vae = VAEConfig(dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True), patch_size=2)
+    vae = VAEConfig(dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
+    vae = dataclasses.replace(vae, patch_size=2, residual=True)
     # The latent statistics are measured at the end of training.
     config.vae = ConfigDict({k: v for k, v in dataclasses.asdict(vae).items() if not k.startswith("latent_")})
 
@@ -35,7 +36,15 @@ def get_config() -> ConfigDict:
     config.loss = ConfigDict({"edge": 1.0, "scales": 3, "kl": 1e-4})  # see omnihuman_jax/training/vae_train.py
     config.adversarial = ConfigDict({"weight": 0.0, "start_step": 0, "learning_rate": 1e-4, "width": 32})
     config.optimizer = ConfigDict(
-        {"learning_rate": 2e-3, "warmup_steps": 100, "b1": 0.9, "b2": 0.99, "weight_decay": 1e-4, "clip": 1.0}
+        {
+            "learning_rate": 2e-3,
+            "muon_learning_rate": 0.05,
+            "warmup_steps": 30,
+            "b1": 0.9,
+            "b2": 0.99,
+            "weight_decay": 1e-4,
+            "clip": 1.0,
+        }
     )
     config.checkpoint = ConfigDict({"every": 500, "keep": 2})
     config.evaluation = ConfigDict({"every": 500, "frames": 17, "height": 96, "width": 96, "clips": 8})

@@ -1,4 +1,4 @@
-"""Functional view of the NNX module: parameters are a plain nested dict of arrays, so jit, optax and Orbax see pytrees."""
+"""Functional view of the NNX module: parameters are a plain nested dict, so jit, optax and Orbax see pytrees."""
 
 from typing import Any
 

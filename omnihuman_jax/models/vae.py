@@ -32,6 +32,7 @@ class VAEConfig:
       z_dim: latent channels C.
       temporal_downsample: for each level but the last, whether it also halves frames. Two of them give 1+4n -> 1+n.
       patch_size: pixels folded into channels before the first level (1 in Wan2.1, 2 in Wan2.2); saves work.
+      residual: parameter-free shortcuts around each level's resampling, as in Wan2.2; learns much faster from scratch.
       latent_mean: mean of each latent channel over the data, or None before it is known (then 0).
       latent_std: standard deviation of each latent channel, or None (then 1).
       dtype: computation type; parameters are float32.
@@ -43,6 +44,7 @@ class VAEConfig:
     z_dim: int = 16
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
+    residual: bool = False
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
     dtype: str = "float32"
@@ -107,7 +109,7 @@ class Encoder(nnx.Module):
             for block in range(config.num_res_blocks):
                 layers.append(ResidualBlock(cin if block == 0 else cout, cout, **make))
             if level < len(config.temporal_downsample):
-                layers.append(Downsample(cout, config.temporal_downsample[level], **make))
+                layers.append(Downsample(cout, config.temporal_downsample[level], config.residual, **make))
         self.downsamples = nnx.List(layers)
         self.middle = _middle(widths[-1], make)
         self.head_norm = RMSNorm(widths[-1])
@@ -136,7 +138,7 @@ class Decoder(nnx.Module):
             for block in range(config.num_res_blocks + 1):
                 layers.append(ResidualBlock(cin if block == 0 else cout, cout, **make))
             if level < len(temporal):
-                layers.append(Upsample(cout, temporal[level], **make))
+                layers.append(Upsample(cout, temporal[level], config.residual, **make))
         self.upsamples = nnx.List(layers)
         self.head_norm = RMSNorm(widths[-1])
         self.head = CausalConv3d(widths[-1], 3 * config.patch_size**2, (3, 3, 3), **make)

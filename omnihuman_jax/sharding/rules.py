@@ -57,9 +57,7 @@ def _usable(axes: Any, size: int, mesh: Any) -> Any:
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """PartitionSpec of a parameter by its slash-separated path; the rule covers the last dimensions."""
-    for pattern, axes in PARAMETERS:
-        if re.search(pattern, path):
-            break
+    axes = next(axes for pattern, axes in PARAMETERS if re.search(pattern, path))
     axes = axes[-len(shape) :] if shape else ()
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
     return PartitionSpec(*(_usable(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))

@@ -120,7 +120,9 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path).absolute()
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint directory; give a --workdir, checkpoints/STEP or stages/NAME of one")
+        raise UserError(
+            f"{path}: no such checkpoint directory; give a run's --workdir, checkpoints/STEP or stages/NAME"
+        )
     if (path / "state").is_dir() and (path / "meta").is_dir():
         return path
     for root in (path / "checkpoints", path):

@@ -45,7 +45,9 @@ class Feed(Protocol):
 SampleHook = Callable[[Any, int, Stage], tuple[Path, tuple[int, int]]]
 
 
-def train(config: ConfigDict, plain_config: dict[str, Any], workdir: Path, feed: Feed, sample: SampleHook | None) -> None:
+def train(
+    config: ConfigDict, plain_config: dict[str, Any], workdir: Path, feed: Feed, sample: SampleHook | None
+) -> None:
     """Trains through the stages of `config`; called again on the same workdir it continues.
 
     Args:
@@ -144,8 +146,10 @@ class _Run:
 
     def tokens(self, batch: dict[str, np.ndarray]) -> int:
         """Noisy visual tokens of a global batch."""
-        return self.config.global_batch_size * math.prod(batch["latents"].shape[1:4]) // math.prod(
-            self.config.model.patch_size
+        return (
+            self.config.global_batch_size
+            * math.prod(batch["latents"].shape[1:4])
+            // math.prod(self.config.model.patch_size)
         )
 
     def save(self, state: TrainState, step: int, stage: Stage, counter: RatioCounter) -> None:
@@ -172,8 +176,8 @@ class _Run:
         records, active = self.feed.describe(step)
         if not math.isfinite(loss):
             raise UserError(
-                f"step {step} ({stage.name}): the loss is {loss}; records {', '.join(records)}; lower the learning rate, "
-                f"or continue from the newest checkpoint in {self.workdir}/checkpoints"
+                f"step {step} ({stage.name}): the loss is {loss}; records {', '.join(records)}; lower the "
+                f"learning rate, or continue from the newest checkpoint in {self.workdir}/checkpoints"
             )
         self.writer.records(step, records, active)
         self.bar.update(1)
@@ -214,9 +218,10 @@ def write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if path.exists():
         before, after = _flatten(json.loads(path.read_text())), _flatten(plain_config)
-        changed = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)]
+        changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
         if changed:
-            print(f"config differs from the one this run had: {'; '.join(changed)}")
+            told = "; ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed)
+            print(f"config differs from the one this run had: {told}")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
     temporary.replace(path)

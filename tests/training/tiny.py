@@ -20,7 +20,9 @@ def tiny_config(data: Path, steps: tuple[int, int, int] = (3, 3, 3)) -> ConfigDi
     config.mesh.update({"data": 2, "fsdp": -1})
     config.model.update({"hidden_size": 32, "num_heads": 2, "mlp_hidden": 64, "num_dual_blocks": 1})
     config.model.update({"num_single_blocks": 1, "audio_tokens": 2, "audio_hidden": 16, "text_len": 8})
-    config.model.update({"pose_widths": (4, 8), "pose_channels": 4, "latent_channels": 4, "audio_dim": 6, "text_dim": 5})
+    config.model.update(
+        {"pose_widths": (4, 8), "pose_channels": 4, "latent_channels": 4, "audio_dim": 6, "text_dim": 5}
+    )
     config.data.update({"dir": str(data), "latent_frames": 3, "log_records": True})
     for name, count in zip(("stage1", "stage2", "stage3"), steps, strict=True):
         config.stages[name].update({"steps": count, "warmup_steps": 2})

@@ -1,0 +1,54 @@
+"""What every command shares: absl flags, and mistakes as one line on stderr with exit status 2."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from omnihuman_jax.errors import UserError, nearest
+
+
+def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] | None = None) -> None:
+    """Parses the flags and runs `main`; a UserError or a wrong flag becomes one line and exit status 2.
+
+    Args:
+      main: the command; its return value is the exit status.
+      check: looks at the arguments (without the program's name) before the flags are parsed.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        if check:
+            check(argv[1:])
+        return _parse(argv)
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; options are flags, as --name=value (see --help)")
+            return main()
+        except UserError as error:
+            return _fail(error)
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(guarded, flags_parser=parse)
+    except UserError as error:
+        sys.exit(_fail(error))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            raise UserError(f"--{error.flagname}: --config=PRESET.py must be given before its overrides") from error
+        modules = flags.FLAGS.flags_by_module_dict()
+        own = [flag.name for module, group in modules.items() if not module.startswith("absl") for flag in group]
+        raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, [*own, 'help'])}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _fail(error: UserError) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
