@@ -77,7 +77,7 @@ def check_ratios(ratios: Mapping[str, float], *, where: str, allow_inverted: boo
         if ratios[strong] > ratios[weak]:
             raise UserError(
                 f"{where}: {strong}={ratios[strong]} is above the weaker {weak}={ratios[weak]}, against principle 2 "
-                f"(the stronger the condition, the lower its ratio); lower it, or set allow_inverted_ratios=true to insist"
+                f"(the stronger the condition, the lower its ratio); lower it, or set allow_inverted_ratios=true"
             )
 
 

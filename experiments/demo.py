@@ -1,0 +1,194 @@
+"""The whole of OmniHuman at small size: data, three stages of training, generated videos, a report.
+
+    python -m experiments.demo --workdir=runs/demo
+
+runs the same commands a user would, one after the other, and prints each. Started again it goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from data_pipelines import media
+from data_pipelines.schema import Dataset
+from experiments import cli
+from omnihuman_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
+_CONFIG = flags.DEFINE_string("config", "experiments/configs/demo.py", "Preset to train, PRESET.py[:ARG].")
+_CLIPS = flags.DEFINE_integer("clips", 160, "Rendered clips to make.", lower_bound=8)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
+_EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per measure in the report.")
+
+
+@dataclasses.dataclass
+class Journal:
+    """Wall seconds of each phase and what could not be had, kept in a file for a second start."""
+
+    path: Path
+    phases: dict[str, float]
+    missing: list[str]
+
+    @classmethod
+    def open(cls, path: Path) -> "Journal":
+        """Reads the journal, or starts one."""
+        saved = json.loads(path.read_text()) if path.is_file() else {"phases": {}, "missing": []}
+        return cls(path, **saved)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase; a repeated one adds up."""
+        print(f"==> {name}", flush=True)
+        start = time.monotonic()
+        yield
+        self.phases[name] = round(self.phases.get(name, 0.0) + time.monotonic() - start, 1)
+        self.path.write_text(json.dumps({"phases": self.phases, "missing": self.missing}, indent=1) + "\n")
+
+
+def command(*words: Any) -> list[str]:
+    """Runs `python -m words…`, showing it and its output; returns the output's lines.
+
+    Raises:
+      UserError: it failed.
+    """
+    words = [str(word) for word in words]
+    print("$ python -m " + " ".join(words), flush=True)
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip("\n"))
+    if process.wait():
+        raise UserError(f"`python -m {words[0]}` ended with status {process.returncode}; its message is above")
+    return lines
+
+
+def make_data(workdir: Path, vae: str, journal: Journal) -> None:
+    """Real and rendered raw clips, then records. Real clips that cannot be fetched are named and left out."""
+    raw = [workdir / "raw" / "rendered"]
+    with journal.phase("rendering people"):
+        command("data_pipelines.synthetic", f"--output={raw[0]}", f"--clips={_CLIPS.value}", f"--seed={_SEED.value}")
+    with journal.phase("fetching real clips"):
+        try:
+            lines = command("data_pipelines.real", f"--output={workdir / 'raw' / 'real'}")
+            journal.missing = [line for line in lines if line.startswith("going on without")]
+            raw.append(workdir / "raw" / "real")
+        except UserError as error:
+            journal.missing = [f"real clips: {error}"]
+    with journal.phase("preparing records"):
+        inputs = ",".join(map(str, raw))
+        lines = command("data_pipelines.prepare", f"--input={inputs}", f"--output={workdir / 'data'}", f"--vae={vae}")
+        journal.missing += [line for line in lines if line.startswith("clips without keypoints")]
+
+
+def held_out(workdir: Path) -> list[dict[str, Any]]:
+    """Manifest entries of the held-out rendered clips that show a face well and speak, first the close ones."""
+    manifest = json.loads((workdir / "raw" / "rendered" / "manifest.json").read_text())
+    near = {"close-up": 0, "head and shoulders": 1}
+    clips = [c for c in manifest["clips"] if c["split"] == "heldout" and c["framing"] in near and c["speaks"]]
+    return sorted(clips, key=lambda clip: near[clip["framing"]])
+
+
+def portrait(video: Path, output: Path, frame: int = 0) -> Path:
+    """One frame of a video as a PNG."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(media.read_video(video)[frame])).save(output)
+    return output
+
+
+def generate_videos(workdir: Path) -> list[dict[str, str]]:
+    """Generates by the command a user would run: audio-driven, pose-driven, and a real person."""
+    folder, clips = workdir / "media", held_out(workdir)
+    rendered = workdir / "raw" / "rendered"
+    first, other = clips[0], next((c for c in clips if c["speaker"] != clips[0]["speaker"]), clips[-1])
+    face = portrait(rendered / first["file"], folder / "portrait_rendered.png")
+    jobs = [
+        {
+            "name": "audio_driven",
+            "title": "Audio-driven, rendered person",
+            "text": "A held-out rendered speaker, driven by a held-out sentence of the same voice. Several segments.",
+            "flags": [f"--reference={face}", f"--audio={rendered / first['file']}", f"--text={first['caption']}"],
+        },
+        {
+            "name": "pose_driven",
+            "title": "Pose-driven, rendered person",
+            "text": "The same portrait, moved by the keypoints of another held-out clip; audio is off.",
+            "flags": [f"--reference={face}", f"--pose={rendered / other['annotations']}", "--seconds=0.96"],
+        },
+    ]
+    real = workdir / "raw" / "real" / "clips"
+    if (real / "testMovie.mp4").is_file() and (real / "jwpIntro.mp4").is_file():
+        man = portrait(real / "testMovie.mp4", folder / "portrait_real.png", 50)
+        jobs.append(
+            {
+                "name": "real_person",
+                "title": "Audio-driven, real person",
+                "text": "Portrait from one recording of a man, speech from another of his; both were trained on.",
+                "flags": [f"--reference={man}", f"--audio={real / 'jwpIntro.mp4'}", "--seconds=3"],
+            }
+        )
+    for job in jobs:
+        path = folder / f"{job['name']}.mp4"
+        command("experiments.generate", f"--checkpoint={workdir}", *job["flags"], f"--output={path}")
+        job["path"] = str(path)
+    return jobs
+
+
+def write_report(workdir: Path, jobs: list[dict[str, str]], journal: Journal, *, config: Any) -> None:
+    """Evaluates the newest checkpoint on held-out rendered clips and writes report.html."""
+    from experiments import report  # after the flags are parsed: it brings in JAX and the model
+
+    dataset = Dataset.open(workdir / "data")
+    with journal.phase("evaluation"):
+        evaluation = report.evaluate_checkpoint(
+            workdir, dataset, clips=_EVALUATION_CLIPS.value, frames=21, steps=config.sample.steps
+        )
+    videos = [report.Video(Path(job["path"]), job["title"], job["text"]) for job in jobs]
+    notes = [
+        "Rendered people are synthetic. Captions of the real clips were written by hand.",
+        "This is the smallest run that has every part of the method: minutes of training, not days. The table says how "
+        "far it got, and how far it did not.",
+    ]
+    path = report.write_report(
+        workdir,
+        dataset,
+        evaluation=evaluation,
+        videos=videos,
+        phases=journal.phases,
+        missing=journal.missing,
+        notes=notes,
+        device=f"{report.describe_device()}; trained on {config.simulated_devices or 'no'} simulated devices",
+    )
+    print(f"report: {path}")
+
+
+def main(_: list[str]) -> None:
+    """Entry point."""
+    workdir = cli.make_workdir(_WORKDIR.value)
+    config = cli.load_preset(_CONFIG.value)
+    journal = Journal.open(workdir / "phases.json")
+    begin = time.monotonic()
+    make_data(workdir, config.vae.checkpoint, journal)
+    with journal.phase("training"):
+        flags_ = [f"--config={_CONFIG.value}", f"--workdir={workdir}", f"--config.data.dir={workdir / 'data'}"]
+        command("experiments.train", *flags_)
+    with journal.phase("generating"):
+        jobs = generate_videos(workdir)
+    write_report(workdir, jobs, journal, config=config)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    print(f"demo finished in {time.monotonic() - begin:.0f} s; largest process {peak / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
