@@ -6,7 +6,7 @@ from flax import nnx
 
 from omnihuman_jax.models.attention import attend
 from omnihuman_jax.models.config import ModelConfig
-from omnihuman_jax.models.layers import ZEROS, HeadNorm, layer_norm, linear
+from omnihuman_jax.models.layers import ZEROS, HeadNorm, elementwise, layer_norm, linear
 from omnihuman_jax.sharding.rules import constrain
 from omnihuman_jax.tokens import Tokens
 
@@ -47,8 +47,8 @@ class AudioAdapter(nnx.Module):
     def __call__(self, features: jax.Array, present: jax.Array) -> Tokens:
         """features (B, 4T + 2*context, audio_dim), present (B,) bool -> Tokens (B, T * audio_tokens, hidden).
 
-        The tokens carry their latent frame (in patches) as position t; those of absent audio have segment 0 and do not depend on
-        the features.
+        The tokens carry their latent frame (in patches) as position t; those of absent audio have segment 0 and do
+        not depend on the features.
         """
         config = self.config
         features = jnp.where(present[:, None, None], features, 0).astype(config.compute_dtype)
@@ -98,8 +98,8 @@ class AudioAttention(nnx.Module):
         """x (B, N, hidden), audio (B, A, hidden), segments of `listening` -> update (B, N, hidden)."""
         config = self.config
         heads = (config.num_heads, config.head_dim)
-        x = layer_norm(x, config.norm_eps).astype(config.compute_dtype)
-        q = self.q_norm(self.q(x).reshape(*x.shape[:2], *heads)).astype(config.compute_dtype)
+        x = elementwise(layer_norm, (1,))(x, config.norm_eps).astype(config.compute_dtype)
+        q = elementwise(self.q_norm)(self.q(x).reshape(*x.shape[:2], *heads)).astype(config.compute_dtype)
         k = self.k_norm(self.k(audio).reshape(*audio.shape[:2], *heads)).astype(config.compute_dtype)
         v = self.v(audio).reshape(*audio.shape[:2], *heads)
         out = attend(q, k, v, q_segment, kv_segment, implementation=config.attention, gather_tokens=False)

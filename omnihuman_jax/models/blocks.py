@@ -12,7 +12,7 @@ from omnihuman_jax.models import rope
 from omnihuman_jax.models.attention import attend
 from omnihuman_jax.models.audio import AudioAttention
 from omnihuman_jax.models.config import ModelConfig
-from omnihuman_jax.models.layers import MLP, ZEROS, HeadNorm, gated, linear, modulate
+from omnihuman_jax.models.layers import MLP, ZEROS, HeadNorm, elementwise, gated, gelu, linear, modulate, swiglu
 from omnihuman_jax.sharding.rules import constrain
 
 
@@ -46,7 +46,11 @@ def _heads(config: ModelConfig, x: jax.Array) -> jax.Array:
 
 
 def _turned(config: ModelConfig, norm: HeadNorm, x: jax.Array, turn: rope.Rotation) -> jax.Array:
-    return rope.apply(norm(_heads(config, x)), turn).astype(config.compute_dtype)
+    @elementwise
+    def normalise_and_turn(x, turn):
+        return rope.apply(norm(x), turn).astype(config.compute_dtype)
+
+    return normalise_and_turn(_heads(config, x), turn)
 
 
 def _hear(attention: AudioAttention, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
@@ -147,10 +151,7 @@ class SingleBlock(nnx.Module):
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
         out = constrain(out, "batch", "tokens", None)
         hidden = constrain(self.mlp_in(h), "batch", "tokens", "mlp")
-        if config.mlp_activation == "swiglu":
-            hidden = jax.nn.silu(self.mlp_gate(h)) * hidden
-        else:
-            hidden = jax.nn.gelu(hidden, approximate=True)
+        hidden = swiglu(hidden, self.mlp_gate(h)) if config.mlp_activation == "swiglu" else gelu(hidden)
         x = gated(x, gate, row, self.out(out) + self.mlp_out(hidden))
         return constrain(_hear(self.audio, x, shared, span), "batch", "tokens", None)
 

@@ -1,6 +1,8 @@
 """Small pieces shared by the blocks: projections, norms, MLPs, time embedding, per-token modulation."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,26 @@ def linear(
     )
 
 
+def elementwise(function: Callable, static: tuple[int, ...] = ()) -> Callable:
+    """Marks a cheap function whose intermediates are recomputed in the backward pass, whatever the remat policy.
+
+    A scan would otherwise write out each of them for every block: several times the memory of the matmuls' own inputs.
+    """
+    return jax.checkpoint(function, prevent_cse=False, static_argnums=static)
+
+
+@elementwise
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU, tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@elementwise
+def swiglu(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """silu(gate) * x."""
+    return jax.nn.silu(gate) * x
+
+
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     """LayerNorm over the last axis without affine parameters; float32 out."""
     x = x.astype(jnp.float32)
@@ -87,7 +109,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = constrain(self.fc1(x), "batch", "tokens", "mlp")
-        hidden = jax.nn.silu(self.gate(x)) * hidden if hasattr(self, "gate") else jax.nn.gelu(hidden, approximate=True)
+        hidden = swiglu(hidden, self.gate(x)) if hasattr(self, "gate") else gelu(hidden)
         return self.fc2(hidden)
 
 
@@ -118,12 +140,14 @@ def per_token(table: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, index[..., None], axis=1)
 
 
+@functools.partial(elementwise, static=(4,))
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, index: jax.Array, config: ModelConfig) -> jax.Array:
     """Normalises x (B, N, D) and applies each token's shift and scale (rows of (B, K, D)); float32 inside."""
     x = layer_norm(x, config.norm_eps) * (1 + per_token(scale, index)) + per_token(shift, index)
     return x.astype(config.compute_dtype)
 
 
+@elementwise
 def gated(x: jax.Array, gate: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
     """x + gate * update, with each token's gate; in the dtype of x."""
     return x + (per_token(gate, index) * update).astype(x.dtype)
