@@ -67,6 +67,7 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_step_that_does_not_fit_gives_the_compilers_numbers():
     config = tiny_config()
     config.plan.buckets = ((64, 512, 512),)
@@ -78,6 +79,7 @@ def test_a_step_that_does_not_fit_gives_the_compilers_numbers():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_splash_attention_compiles_for_two_slices_with_data_between_them():
     config = tiny_config()
     config.model.attention = "splash"
