@@ -124,6 +124,16 @@ class Evaluator:
         for index in range(count):  # whole frames, from a seed of their own: the same windows at every evaluation
             yield self._folder.batch([self._bucket], self._config.seed + 1, index, min_scale=1.0, split=split)
 
+    def start_at_principal_components(self, state: vae_train.VAEState) -> vae_train.VAEState:
+        """The state with the linear path at the principal components of training windows."""
+        linear = vae_train.make_vae(self._config).bind(state.params).linear
+        windows = self._windows("train", self._config.output.statistics_clips)
+        blocks = np.concatenate(
+            [np.asarray(linear.blocks(v)).reshape(-1, linear.encode_matrix.shape[0]) for v in windows]
+        )
+        start = linear.principal_components(blocks)
+        return state._replace(params=state.params | {"linear": start}, ema=state.ema | {"linear": start})
+
     def psnr(self, params: Any) -> np.ndarray:
         """Held-out PSNR in dB of `evaluation.clips` windows."""
         return np.array([self._step(params, v)[0][0] for v in self._windows("heldout", self._config.evaluation.clips)])
@@ -156,6 +166,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         (workdir / "config.json").write_text(json.dumps(cli.to_plain(config), indent=2))
         if state is None:
             state = jax.jit(lambda: vae_train.create_state(config), out_shardings=whole)()
+            if config.vae.linear_path:
+                state = jax.device_put(evaluator.start_at_principal_components(state), whole)
         done = int(state.step)
         print(f"{folder.count('train')} training videos, {folder.count('heldout')} held out; {done} steps done")
         feed = (jax.device_put(video, rows) for video in batches(folder, config, buckets, done + 1))

@@ -13,11 +13,11 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
     config.compilation_cache = ""  # directory to keep compiled programs in; "" = none
-    config.steps = 1500
+    config.steps = 1200
     config.log_every = 25
     config.ema_decay = 0.999
-    vae = VAEConfig(dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
-    vae = dataclasses.replace(vae, patch_size=2, residual=True)
+    vae = VAEConfig(dim=24, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
+    vae = dataclasses.replace(vae, patch_size=2, linear_path=True)
     # The latent statistics are measured at the end of training.
     config.vae = ConfigDict({k: v for k, v in dataclasses.asdict(vae).items() if not k.startswith("latent_")})
 
@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 2e-3,
-            "muon_learning_rate": 0.05,
+            "muon_learning_rate": 0.02,  # of convolution kernels, without weight decay; 0 = AdamW for everything
             "warmup_steps": 30,
             "b1": 0.9,
             "b2": 0.99,

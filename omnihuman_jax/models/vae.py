@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax import lax
 
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.models.vae_layers import CausalConv3d, Downsample, FrameAttention, ResidualBlock, RMSNorm, Upsample
@@ -32,7 +33,9 @@ class VAEConfig:
       z_dim: latent channels C.
       temporal_downsample: for each level but the last, whether it also halves frames. Two of them give 1+4n -> 1+n.
       patch_size: pixels folded into channels before the first level (1 in Wan2.1, 2 in Wan2.2); saves work.
-      residual: parameter-free shortcuts around each level's resampling, as in Wan2.2; learns much faster from scratch.
+      linear_path: a linear map from each latent pixel's block of pixels to the latent, and one back, beside the
+        network, which then starts at zero. Begun at the data's principal components (experiments.train_vae does) a
+        small VAE is useful from the first step. Not in Wan2.1, whose checkpoints need False.
       latent_mean: mean of each latent channel over the data, or None before it is known (then 0).
       latent_std: standard deviation of each latent channel, or None (then 1).
       dtype: computation type; parameters are float32.
@@ -44,7 +47,7 @@ class VAEConfig:
     z_dim: int = 16
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
-    residual: bool = False
+    linear_path: bool = False
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
     dtype: str = "float32"
@@ -109,11 +112,11 @@ class Encoder(nnx.Module):
             for block in range(config.num_res_blocks):
                 layers.append(ResidualBlock(cin if block == 0 else cout, cout, **make))
             if level < len(config.temporal_downsample):
-                layers.append(Downsample(cout, config.temporal_downsample[level], config.residual, **make))
+                layers.append(Downsample(cout, config.temporal_downsample[level], **make))
         self.downsamples = nnx.List(layers)
         self.middle = _middle(widths[-1], make)
         self.head_norm = RMSNorm(widths[-1])
-        self.head = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3), **make)
+        self.head = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3), zero=config.linear_path, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv1(x)
@@ -138,16 +141,68 @@ class Decoder(nnx.Module):
             for block in range(config.num_res_blocks + 1):
                 layers.append(ResidualBlock(cin if block == 0 else cout, cout, **make))
             if level < len(temporal):
-                layers.append(Upsample(cout, temporal[level], config.residual, **make))
+                layers.append(Upsample(cout, temporal[level], **make))
         self.upsamples = nnx.List(layers)
         self.head_norm = RMSNorm(widths[-1])
-        self.head = CausalConv3d(widths[-1], 3 * config.patch_size**2, (3, 3, 3), **make)
+        self.head = CausalConv3d(widths[-1], 3 * config.patch_size**2, (3, 3, 3), zero=config.linear_path, **make)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         x = self.conv1(z)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x)
         return self.head(jax.nn.silu(self.head_norm(x)))
+
+
+class LinearPath(nnx.Module):
+    """Blocks of pixels <-> latents, linearly; fixed while the network around it trains.
+
+    A block is temporal_stride frames of spatial_stride^2 pixels.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        size = 3 * config.temporal_stride * config.spatial_stride**2
+        init = nnx.initializers.orthogonal()
+        self.encode_matrix = nnx.Param(init(rngs.params(), (size, config.z_dim), jnp.float32))
+        self.encode_bias = nnx.Param(jnp.zeros((config.z_dim,), jnp.float32))
+        self.decode_matrix = nnx.Param(init(rngs.params(), (config.z_dim, size), jnp.float32))
+        self.decode_bias = nnx.Param(jnp.zeros((size,), jnp.float32))
+
+    def blocks(self, video: jax.Array) -> jax.Array:
+        """(B, F, Hp, Wp, 3) -> (B, T, H, W, size); the first frame stands for a whole block of itself."""
+        t, s = self.config.temporal_stride, self.config.spatial_stride
+        video = jnp.concatenate([video[:, :1]] * (t - 1) + [video], axis=1)
+        b, f, h, w, c = video.shape
+        video = video.reshape(b, f // t, t, h // s, s, w // s, s, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+        return video.reshape(b, f // t, h // s, w // s, t * s * s * c)
+
+    def encode(self, video: jax.Array) -> jax.Array:
+        """(B, F, Hp, Wp, 3) -> (B, T, H, W, z_dim)."""
+        matrix, bias = lax.stop_gradient((self.encode_matrix[...], self.encode_bias[...]))
+        return self.blocks(video) @ matrix + bias
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3); of the first block only the last frame is kept."""
+        t, s = self.config.temporal_stride, self.config.spatial_stride
+        b, frames, h, w, _ = z.shape
+        matrix, bias = lax.stop_gradient((self.decode_matrix[...], self.decode_bias[...]))
+        video = (z @ matrix + bias).reshape(b, frames, h, w, t, s, s, 3)
+        return video.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, frames * t, h * s, w * s, 3)[:, t - 1 :]
+
+    def principal_components(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
+        """Parameters that code blocks (n, size) by their first principal components, each with unit variance."""
+        mean = blocks.mean(0)
+        variance, axes = np.linalg.eigh(np.cov(blocks.T.astype(np.float64)))
+        variance, axes = variance[::-1][: self.config.z_dim], axes[:, ::-1][:, : self.config.z_dim]
+        scale = np.sqrt(np.maximum(variance, 1e-8))
+        kernel = axes / scale
+        values = {
+            "encode_matrix": kernel,
+            "encode_bias": -mean @ kernel,
+            "decode_matrix": (axes * scale).T,
+            "decode_bias": mean,
+        }
+        return {name: value.astype(np.float32) for name, value in values.items()}
 
 
 def _middle(width: int, make: dict[str, Any]) -> nnx.List:
@@ -170,6 +225,10 @@ class VAE(nnx.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **make)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), **make)
         self.decoder = Decoder(config, rngs=rngs)
+        if config.linear_path:
+            self.linear = LinearPath(config, rngs=rngs)
+            # Unit variance of the latents is where this path starts: the posterior's noise should be well below it.
+            self.conv1.bias[...] = self.conv1.bias[...].at[config.z_dim :].set(-6.0)
 
     def encode_moments(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, F, Hp, Wp, 3) in [-1, 1] -> mean and log variance of the posterior, both (B, T, H, W, C), float32.
@@ -180,6 +239,8 @@ class VAE(nnx.Module):
         self.config.check_clip(*video.shape[1:4])
         moments = self.conv1(self.encoder(_fold(video, self.config.patch_size))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
+        if self.config.linear_path:
+            mean = mean + self.linear.encode(video)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def normalise(self, mean: jax.Array) -> jax.Array:
@@ -193,7 +254,8 @@ class VAE(nnx.Module):
 
     def decode_raw(self, z: jax.Array) -> jax.Array:
         """Latents in the posterior's own units (B, T, H, W, C) -> video (B, F, Hp, Wp, 3), float32, not clipped."""
-        return _unfold(self.decoder(self.conv2(z)).astype(jnp.float32), self.config.patch_size)
+        video = _unfold(self.decoder(self.conv2(z)).astype(jnp.float32), self.config.patch_size)
+        return video + self.linear.decode(z) if self.config.linear_path else video
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Normalised latents (B, T, H, W, C) -> video (B, F, Hp, Wp, 3) in [-1, 1]."""

@@ -117,41 +117,14 @@ class FrameAttention(nnx.Module):
         return x + self.proj(out.reshape(x.shape))
 
 
-def average_down(x: jax.Array, time: int) -> jax.Array:
-    """Space (2x2) and `time` frames folded into channels, then averaged in groups back to C channels (Wan2.2).
-
-    (B, F, H, W, C) -> (B, ceil(F / time), H/2, W/2, C); zero frames are put in front so that `time` divides F.
-    """
-    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
-    b, f, h, w, c = x.shape
-    x = x.reshape(b, f // time, time, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, f // time, h // 2, w // 2, c, 4 * time).mean(-1)
-
-
-def duplicate_up(x: jax.Array, time: int) -> jax.Array:
-    """The reverse of `average_down` with half the channels: channels dealt over 2x2 pixels and `time` frames (Wan2.2).
-
-    (B, F, H, W, C) -> (B, time * F - (time - 1), 2H, 2W, C/2); the first frame stays on its own.
-    """
-    b, f, h, w, c = x.shape
-    x = jnp.repeat(x, 2 * time, axis=-1).reshape(b, f, h, w, c // 2, time, 2, 2)
-    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, time * f, 2 * h, 2 * w, c // 2)
-    return x[:, time - 1 :]
-
-
 class Downsample(nnx.Module):
     """Halves rows and columns; with `temporal`, 1+2n frames become 1+n, the first passing as it is."""
 
-    def __init__(self, channels: int, temporal: bool, residual: bool, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.resample = CausalConv3d(channels, channels, (1, 3, 3), dtype=dtype, rngs=rngs)
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
-        self.residual = residual
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = self._resample(x)
-        return out + average_down(x, 1 if self.time_conv is None else 2) if self.residual else out
-
-    def _resample(self, x: jax.Array) -> jax.Array:
         x = self.resample(x, spatial=((0, 1), (0, 1)), stride=2)
         if self.time_conv is None or x.shape[1] == 1:
             return x
@@ -162,16 +135,11 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles rows and columns, halves channels; with `temporal`, 1+n frames become 1+2n, the first passing as is."""
 
-    def __init__(self, channels: int, temporal: bool, residual: bool, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
         self.resample = CausalConv3d(channels, channels // 2, (1, 3, 3), dtype=dtype, rngs=rngs)
-        self.residual = residual
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = self._resample(x)
-        return out + duplicate_up(x, 1 if self.time_conv is None else 2) if self.residual else out
-
-    def _resample(self, x: jax.Array) -> jax.Array:
         if self.time_conv is not None and x.shape[1] > 1:
             rest = x[:, 1:]  # frame 0 is not among the causal inputs: the second frame sees zeros before it
             batch, frames, rows, columns, channels = rest.shape

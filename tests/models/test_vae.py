@@ -1,5 +1,6 @@
 """The causal VAE: shapes, causality, its layers against float64 NumPy, Wan2.1's parameter list, files and errors."""
 
+import dataclasses
 import re
 
 import jax
@@ -224,3 +225,33 @@ def test_config_mistakes_name_the_setting():
         VAEConfig(dim_mult=(1, 2))
     with pytest.raises(UserError, match="latent_mean has 2 values"):
         VAEConfig(latent_mean=(0.0, 1.0))
+
+
+def test_the_linear_path_starts_as_the_datas_principal_components():
+    config = VAEConfig(dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, z_dim=6, temporal_downsample=(True, True))
+    config = dataclasses.replace(config, patch_size=2, linear_path=True)
+    vae = VAE(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    video = np.cumsum(rng.standard_normal((2, 9, 16, 24, 3)), axis=2).astype(np.float32) / 8
+    blocks = np.asarray(vae.linear.blocks(video)).reshape(-1, 4 * 8 * 8 * 3)
+    for name, value in vae.linear.principal_components(blocks).items():
+        getattr(vae.linear, name)[...] = jnp.asarray(value)
+
+    # Independent: singular value decomposition of blocks cut out by loops, in float64.
+    def block(b, t, h, w):
+        frames = [max(0, 4 * t - 3 + i) for i in range(4)]
+        return video[b, frames][:, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8].reshape(-1).astype(np.float64)
+
+    places = [(b, t, h, w) for b in range(2) for t in range(3) for h in range(2) for w in range(3)]
+    data = np.stack([block(*place) for place in places])
+    mean = data.mean(0)
+    _, _, axes = np.linalg.svd(data - mean, full_matrices=False)
+    expected = mean + (data - mean) @ axes[:6].T @ axes[:6]
+
+    z, _ = vae.encode_moments(jnp.asarray(video))
+    output = np.asarray(vae.decode_raw(z))
+    np.testing.assert_allclose(np.std(np.asarray(z).reshape(-1, 6), axis=0, ddof=1), 1, rtol=1e-3)
+    for place, want in zip(places, expected, strict=True):
+        b, t, h, w = place
+        got = output[b, max(0, 4 * t - 3) : 4 * t + 1, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8].reshape(-1)
+        np.testing.assert_allclose(got, want[-len(got) :], atol=2e-3)
