@@ -23,9 +23,9 @@ from omnihuman_jax.inference.sampling import Inputs, Settings, sample_latents
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae import VAE
 
-MIN_FACE = 12.0  # pixels from eyes to chin; the mouth of a smaller face cannot be read
+MIN_FACE = 18.0  # pixels from eyes to chin; the mouth of a smaller face is read badly
 NOT_THE_PERSON = ("background", "trousers")  # attributes that identity leaves out; trousers are rarely in the picture
-MIN_MOUTH_STD = 0.02  # of the true opening; below it a clip is (nearly) silent and has no correlation
+MIN_MOUTH_STD = 0.05  # of the true opening; below it a clip is (nearly) silent and has no correlation
 
 
 @dataclasses.dataclass(frozen=True)

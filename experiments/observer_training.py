@@ -22,6 +22,7 @@ from omnihuman_jax.evaluation import measures
 from omnihuman_jax.evaluation import observer as obs
 
 MIN_FACE = 10.0  # pixels from eyes to chin below which a mouth teaches nothing
+READ_FACE = 18.0  # the same, below which no mouth is measured
 FLIPPED = np.array(FLIP)
 FACE = [INDEX[name] for name in (*obs.MOUTH_POINTS, "left_eye", "right_eye", "chin")]
 
@@ -181,7 +182,7 @@ def accuracy_on(observer: obs.Observer, clips: Sequence[Clip]) -> dict[str, floa
     """How well the observer reads clips (held-out ones): the upper bound of everything measured with it.
 
     Returns:
-      mouth_correlation (mean and std over clips with a face of 12 pixels or more, per clip over frames), its number of
+      mouth_correlation (mean and std over clips with a face of `READ_FACE` pixels, per clip over frames), its number of
       clips, mouth_error (mean absolute), keypoint_error_percent (of the diagonal), visibility_accuracy (share),
       attribute_r2 (attribute -> share of its variance over the clips that is explained).
     """
@@ -193,7 +194,7 @@ def accuracy_on(observer: obs.Observer, clips: Sequence[Clip]) -> dict[str, floa
         rows["attributes"].append((found.attributes.mean(0), clip.attributes))
         facing = measures.visible(clip.keypoints)[:, FACE].all(1)
         _, side = obs.mouth_geometry(clip.points, KEYPOINTS)
-        if facing.all() and np.median(side) >= 12 and clip.mouth.std() >= 0.02:
+        if facing.all() and np.median(side) >= READ_FACE and clip.mouth.std() >= 0.05:
             rows["mouth"].append(measures.pearson(found.mouth, clip.mouth))
             rows["error"].append(np.abs(found.mouth - clip.mouth).mean())
     return {

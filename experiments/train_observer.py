@@ -57,7 +57,12 @@ def main(_: list[str]) -> None:
     accuracy = {"rendered": observer_training.accuracy_on(observer, heldout)}
     if f.vae:
         accuracy["reconstructed"] = observer_training.accuracy_on(observer, reconstruct(heldout, f.vae))
-    observer.header = {"steps": f.steps, "seed": f.seed, "training_clips": len(training), "accuracy": accuracy}
+    observer.header = {
+        "made_by": f"experiments.train_observer --steps={f.steps} --batch={f.batch} --seed={f.seed} --every={f.every}",
+        "data": {"training_clips": len(training), **manifest.get("arguments", {})},
+        "through_vae": bool(f.vae),
+        "accuracy": accuracy,
+    }
     obs.save_observer(f.output, observer)
     print(json.dumps(observer.header, indent=1))
     print(f"wrote {f.output} in {time.perf_counter() - started:.0f} s")
