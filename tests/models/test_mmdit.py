@@ -127,7 +127,9 @@ def test_unrolled_blocks_give_the_scanned_values():
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_rematerialisation_does_not_change_gradients(remat):
     config = tiny_config(num_dual_blocks=0)
-    inputs = random_batch(config)
+    x_t, t, batch = random_batch(config)
+    # Audio stays: its attention is inside the blocks. Poses are not.
+    inputs = x_t, t, {name: value for name, value in batch.items() if name != "keypoints"}
     changed = dataclasses.replace(config, remat=remat)
     expected = jax.tree.leaves(gradients(*trained(config), *inputs))
     for a, b in zip(expected, jax.tree.leaves(gradients(*trained(changed), *inputs)), strict=True):
