@@ -46,7 +46,8 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.compilation_cache = "cache/jax"  # persistent XLA compilation cache; "" = none
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
 
-    config.model = ConfigDict(dataclasses.asdict(ModelConfig()))
+    # head_dim 0 and rope_axes () are derived from the other sizes.
+    config.model = ConfigDict(dataclasses.asdict(ModelConfig()) | {"head_dim": 0, "rope_axes": ()})
     config.vae = ConfigDict({"checkpoint": "experiments/assets/demo_vae.safetensors"})
 
     config.data = ConfigDict(

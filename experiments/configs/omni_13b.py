@@ -1,4 +1,8 @@
-"""About 13B parameters, in the form of HunyuanVideo: 20 dual + 40 single blocks of width 3072, token refiner."""
+"""About 13B parameters, in the form of HunyuanVideo: 20 dual + 40 single blocks of width 3072, token refiner.
+
+HunyuanVideo's pooled CLIP vector and distilled-guidance input stay off: records hold no pooled text, and training is
+without distillation.
+"""
 
 from ml_collections import ConfigDict
 
@@ -10,7 +14,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     """The 13B preset; the argument names the ratio recipe."""
     config = full_size(base.get_config(recipe))
     config.model.update({"hidden_size": 3072, "num_heads": 24, "head_dim": 128, "mlp_hidden": 12288})
-    config.model.update({"num_dual_blocks": 20, "num_single_blocks": 40, "rope_axes": (16, 56, 56)})
-    config.model.update({"text_dim": 4096, "text_refiner_depth": 2, "pooled_text_dim": 768, "guidance_embed": True})
+    config.model.update({"num_dual_blocks": 20, "num_single_blocks": 40})
+    config.model.update({"text_dim": 4096, "text_refiner_depth": 2, "text_embed": "linear"})
     config.global_batch_size = 64
     return config

@@ -24,7 +24,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     """The 2B preset; the argument names the ratio recipe."""
     config = full_size(base.get_config(recipe))
     config.model.update({"hidden_size": 1536, "num_heads": 12, "head_dim": 128, "mlp_hidden": 6144})
-    config.model.update({"num_dual_blocks": 12, "num_single_blocks": 24, "rope_axes": (16, 56, 56)})
+    config.model.update({"num_dual_blocks": 12, "num_single_blocks": 24})
     config.model.update({"text_dim": 2560, "text_embed": "mlp", "rope_theta": 10000.0})
     config.global_batch_size = 64
     return config

@@ -11,6 +11,6 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config = full_size(base.get_config(recipe))
     config.model.update({"hidden_size": 3584, "num_heads": 32, "head_dim": 112, "mlp_hidden": 9472})
     config.model.update({"num_dual_blocks": 14, "num_single_blocks": 0, "mlp_activation": "swiglu"})
-    config.model.update({"rope_axes": (16, 48, 48), "text_dim": 4096, "text_embed": "mlp"})
+    config.model.update({"text_dim": 4096, "text_embed": "mlp"})
     config.global_batch_size = 64
     return config

@@ -30,9 +30,7 @@ def resolve_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     fixed = int(np.prod([size for size in shape.values() if size != -1]))
     if free:
         if num_devices % fixed:
-            raise UserError(
-                f"mesh: {num_devices} devices do not divide by {fixed} ({shape}); change the sizes"
-            )
+            raise UserError(f"mesh: {num_devices} devices do not divide by {fixed} ({shape}); change the sizes")
         shape[free[0]] = num_devices // fixed
     elif fixed != num_devices:
         raise UserError(f"mesh: {shape} needs {fixed} devices, but there are {num_devices}; set one axis to -1")
@@ -49,9 +47,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     dims = tuple(shape.values())
     if num_slices > 1:
         if shape["data"] % num_slices:
-            raise UserError(
-                f"mesh.data={shape['data']} must be a multiple of the {num_slices} slices"
-            )
+            raise UserError(f"mesh.data={shape['data']} must be a multiple of the {num_slices} slices")
         per_slice = (shape["data"] // num_slices, *dims[1:])
         array = mesh_utils.create_hybrid_device_mesh(per_slice, (num_slices, 1, 1, 1), devices)
     elif devices[0].platform == "cpu":
