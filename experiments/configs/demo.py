@@ -13,8 +13,8 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.mesh.update({"data": 2, "fsdp": -1})
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768, "text_len": 24})
     config.data.dir = "runs/demo/data"
-    for name, steps in (("stage1", 120), ("stage2", 160), ("stage3", 160)):
-        config.stages[name].update({"steps": steps, "learning_rate": 1e-3, "warmup_steps": 20})
+    for name, steps, rate in (("stage1", 140, 4e-3), ("stage2", 140, 4e-3), ("stage3", 140, 2e-3)):
+        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
     config.ema_decay = 0.99
     config.checkpoint.update({"every": 100, "keep": 2})
     config.log_every = 5

@@ -1,4 +1,4 @@
-"""About 13B parameters, in the form of HunyuanVideo: 20 dual + 40 single blocks of width 3072, token refiner.
+"""HunyuanVideo's form: 20 dual + 40 single blocks of width 3072, token refiner; 12.8B, and 2.3B of audio attention.
 
 HunyuanVideo's pooled CLIP vector and distilled-guidance input stay off: records hold no pooled text, and training is
 without distillation.

@@ -12,7 +12,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.simulated_devices = 0
     config.mesh.update({"data": 1, "fsdp": -1})
     for name, steps in (("stage1", 1500), ("stage2", 6000), ("stage3", 3000)):
-        config.stages[name].update({"steps": steps, "learning_rate": 8e-4, "warmup_steps": 100})
+        config.stages[name].update({"steps": steps, "learning_rate": 2e-3, "warmup_steps": 100})
     config.ema_decay = 0.999
     config.checkpoint.update({"every": 500, "keep": 2})
     config.log_every = 20
