@@ -92,7 +92,7 @@ class _Run:
         self.feed, self.checkpoints, self.sample = feed, checkpoints, sample
         self.train_step = jit_train_step(config, network, mesh)
         self.writer = MetricsWriter(workdir, log_records=config.data.log_records)
-        self.network, self.workdir = network, workdir
+        self.workdir = workdir
         self.pending: dict[str, Any] | None = None
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
@@ -116,7 +116,6 @@ class _Run:
                 "step": step,
                 "stage": stage,
                 "metrics": metrics,
-                "active": batch["active"],
                 "ratios": (counter.ratios(counter.active), counter.ratios(counter.scheduled)),
                 "data_seconds": waited,
                 "tokens": self.tokens(batch),
