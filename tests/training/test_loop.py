@@ -108,3 +108,19 @@ def test_find_checkpoint_names_what_is_missing(tmp_path):
         find_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
+
+
+def test_pretraining_on_images_and_video_precedes_the_stages(run, tmp_path):
+    root, dataset, _ = run
+    config = tiny_config(root / "data", steps=(1, 0, 0))
+    for name in ("pretrain_image", "pretrain_video"):
+        config.stages[name].update({"steps": 1, "warmup_steps": 1})
+    train_tiny(config, tmp_path / "pretrain", dataset)
+    log = lines(tmp_path / "pretrain", "data_log.jsonl")
+    assert [set().union(*map(set, line["active"])) for line in log[:2]] == [{"text"}, {"text"}]
+    assert [line["stage"] for line in lines(tmp_path / "pretrain")] == ["pretrain_image", "pretrain_video", "stage1"]
+    assert {p.name for p in (tmp_path / "pretrain" / "stages").iterdir()} == {
+        "pretrain_image",
+        "pretrain_video",
+        "stage1",
+    }
