@@ -7,7 +7,8 @@ A raw directory holds videos and, if somebody knows more about them, a manifest.
        "speaker": "s03", "sentence": "t07",       ids for hold-out, "" where unknown
        "speech": true,                            false: its sound is not speech of the person shown
        "pose": true,                              false: make no keypoints
-       "annotations": "annotations/000012.npz",   exact keypoints (F,K,3), mouth (F,), attributes (A,), or null
+       "annotations": "annotations/000012.npz",   exact keypoints (F,K,3), mouth (F,), attributes (A,), or null;
+                                                  their first row is the frame at `start`
        "start": 0.0, "end": 5.8,                  the seconds to use, null for the whole
        "crop": [left, top, width, height]}]}      the pixels to use, null for all
 

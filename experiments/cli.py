@@ -11,6 +11,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from data_pipelines.fetch import sha256_of
 from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
 
@@ -27,7 +28,9 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
 def _check_config_arguments(args: list[str]) -> None:
     """Checks preset file and override keys before absl does, which would answer with a traceback."""
-    values = dict(re.match(r"--?([^=]+)=?(.*)", a, re.S).groups() for a in args if a.startswith("-") and len(a) > 2)
+    # "--config FILE" is "--config=FILE" to absl.
+    joined = re.sub(r"(^|\n)(--?config)\n", r"\1\2=", "\n".join(args)).split("\n")
+    values = dict(re.match(r"--?([^=]+)=?(.*)", a, re.S).groups() for a in joined if a.startswith("-") and len(a) > 2)
     preset = values.get("config")
     if preset is None:
         return
@@ -101,6 +104,15 @@ def make_workdir(path: str) -> Path:
     except OSError as error:
         raise UserError(f"--workdir={path}: {error.strerror}; name a directory you may write") from error
     return workdir
+
+
+def check_vae(checkpoint: str, made_with: str) -> None:
+    """Raises UserError where `vae.checkpoint` is not the VAE that made the latents ("" = not needed, not checked)."""
+    if checkpoint and Path(checkpoint).is_file() and sha256_of(checkpoint) != made_with:
+        raise UserError(
+            f"vae.checkpoint={checkpoint} is not the VAE that made the latents (sha256 {made_with[:12]}…); set "
+            f"--config.vae.checkpoint to that file, or prepare the data again with this one"
+        )
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:

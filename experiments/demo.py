@@ -78,26 +78,34 @@ def make_data(workdir: Path, vae: str, journal: Journal) -> None:
     """Real and rendered raw clips, then records. Real clips that cannot be fetched are named and left out."""
     raw = [workdir / "raw" / "rendered"]
     with journal.phase("rendering people"):
-        command("data_pipelines.synthetic", f"--output={raw[0]}", f"--clips={_CLIPS.value}", f"--seed={_SEED.value}")
+        arguments = (f"--output={raw[0]}", f"--clips={_CLIPS.value}", f"--seed={_SEED.value}")
+        lines = command("data_pipelines.synthetic", *arguments)
+        missing = [line for line in lines if line.startswith("going on without")]
     with journal.phase("fetching real clips"):
         try:
             lines = command("data_pipelines.real", f"--output={workdir / 'raw' / 'real'}")
-            journal.missing = [line for line in lines if line.startswith("going on without")]
+            missing += [line for line in lines if line.startswith("going on without")]
             raw.append(workdir / "raw" / "real")
         except UserError as error:
-            journal.missing = [f"real clips: {error}"]
+            missing.append(f"real clips: {error}")
+    journal.missing = missing
+    if list((workdir / "checkpoints").glob("[0-9]*")) and (workdir / "data" / "dataset.json").is_file():
+        print(f"{workdir} has trained on {workdir / 'data'} already: it is used as it is")
+        return
     with journal.phase("preparing records"):
         inputs = ",".join(map(str, raw))
         lines = command("data_pipelines.prepare", f"--input={inputs}", f"--output={workdir / 'data'}", f"--vae={vae}")
-        journal.missing += [line for line in lines if line.startswith("clips without keypoints")]
+        journal.missing += [line for line in lines if line.startswith(("clips without keypoints", "speech encoder"))]
 
 
 def held_out(workdir: Path) -> list[dict[str, Any]]:
-    """Manifest entries of the held-out rendered clips that show a face well and speak, first the close ones."""
+    """Manifest entries of the held-out rendered clips, those that speak and show a face well first."""
     manifest = json.loads((workdir / "raw" / "rendered" / "manifest.json").read_text())
-    near = {"close-up": 0, "head and shoulders": 1}
-    clips = [c for c in manifest["clips"] if c["split"] == "heldout" and c["framing"] in near and c["speaks"]]
-    return sorted(clips, key=lambda clip: near[clip["framing"]])
+    near = ("close-up", "head and shoulders")
+    clips = [c for c in manifest["clips"] if c["split"] == "heldout"]
+    return sorted(
+        clips, key=lambda c: (not c["speaks"], near.index(c["framing"]) if c["framing"] in near else len(near))
+    )
 
 
 def portrait(video: Path, output: Path, frame: int = 0) -> Path:
@@ -113,12 +121,13 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
     rendered = workdir / "raw" / "rendered"
     first, other = clips[0], next((c for c in clips if c["speaker"] != clips[0]["speaker"]), clips[-1])
     face = portrait(rendered / first["file"], folder / "portrait_rendered.png")
+    audio = [f"--audio={rendered / first['file']}"] if first["has_audio"] else []
     jobs = [
         {
             "name": "audio_driven",
             "title": "Audio-driven, rendered person",
             "text": "A held-out rendered speaker, driven by a held-out sentence of the same voice. Several segments.",
-            "flags": [f"--reference={face}", f"--audio={rendered / first['file']}", f"--text={first['caption']}"],
+            "flags": [f"--reference={face}", *audio, f"--text={first['caption']}"],
         },
         {
             "name": "pose_driven",
@@ -181,8 +190,12 @@ def main(_: list[str]) -> None:
     begin = time.monotonic()
     make_data(workdir, config.vae.checkpoint, journal)
     with journal.phase("training"):
-        flags_ = [f"--config={_CONFIG.value}", f"--workdir={workdir}", f"--config.data.dir={workdir / 'data'}"]
-        command("experiments.train", *flags_)
+        data = workdir / "data"
+        # Where the speech encoder could not be had, log-mel features of another width stand in for its own.
+        width = f"--config.model.audio_dim={Dataset.open(data).meta.audio_dim}"
+        command(
+            "experiments.train", f"--config={_CONFIG.value}", f"--workdir={workdir}", f"--config.data.dir={data}", width
+        )
     with journal.phase("generating"):
         jobs = generate_videos(workdir)
     write_report(workdir, jobs, journal, config=config)

@@ -96,7 +96,7 @@ def read_keypoints(path: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             points = np.asarray(file["keypoints"], np.float32)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(
             f"--pose={path}: no keypoints can be read ({error}); give an .npz with `keypoints` (F,K,3)"
         ) from error
@@ -198,7 +198,7 @@ def build_request(options: Options, inputs: Inputs, config: ConfigDict, height: 
     given = {"audio": audio is not None, "pose": keypoints is not None}
     prompt = options.text or default_text(conditions.for_inference(text=True, reference=True, **given))
     print(f"text: {prompt!r}{'' if options.text else ' (no --text given)'}")
-    encoder = text.load(encoder_name(options, config, "text_encoder"), max_tokens=config.model.text_len)
+    encoder = text.load(encoder_name(options, config, "text_encoder"))
     return Request(inputs.image, height, width, frames, encoder.encode(prompt), audio, keypoints, options.seed)
 
 
@@ -276,6 +276,9 @@ def run(options: Options, *, setup: bool = True) -> Path:
         mode=options.guidance_mode,
         text_scale=options.text_guidance_scale,
     )
+    made_with = config.get("dataset", {}).get("vae_sha256")
+    if made_with:
+        cli.check_vae(config.vae.checkpoint, made_with)
     network, vae = make_network(config), load_vae(config.vae.to_dict())
     multiple = pixel_multiple(network.config, vae)
     shape = inputs.image.shape[:2]

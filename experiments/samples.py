@@ -1,4 +1,4 @@
-"""Sample videos during training: held-out clips generated with the conditions that the stage has trained."""
+"""Sample videos during training: held-out clips, driven by reference, text and, once trained, audio."""
 
 from pathlib import Path
 from typing import Any

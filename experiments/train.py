@@ -4,6 +4,7 @@ python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workd
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -14,9 +15,13 @@ from data_pipelines.schema import Dataset
 from experiments import cli
 from experiments.samples import SampleVideos
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
+from omnihuman_jax.sharding.mesh import check_batch, make_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.checkpoints import check_same_model, find_checkpoint, read_meta
+from omnihuman_jax.training.curriculum import Stage, curriculum
+from omnihuman_jax.training.state import make_network
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
@@ -39,6 +44,22 @@ def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
+def check_start(config: ConfigDict, stages: Sequence[Stage]) -> None:
+    """What a run would otherwise only find out hours in: intervals, sampling settings, the stages' starting points.
+
+    Raises:
+      UserError: one of them is wrong.
+    """
+    for name, value in (("log_every", config.log_every), ("checkpoint.every", config.checkpoint.every)):
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    Settings.from_config(config)
+    for stage in stages:
+        if stage.init_from:
+            path = find_checkpoint(stage.init_from)
+            check_same_model(read_meta(path)["config"]["model"], config.model.to_dict(), path)
+
+
 def describe(dataset: Dataset) -> dict[str, Any]:
     """What a checkpoint says about the data it was trained on: sizes, encoders and latent shapes (Tclip, H, W)."""
     shapes = sorted({tuple(entry["shape"]) for entry in dataset.index})
@@ -55,10 +76,14 @@ def main(_: list[str]) -> None:
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
     stages = curriculum(config)
+    check_start(config, stages)
     dataset = Dataset.open(config.data.dir)
     check_sizes(config, dataset)
+    cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     feed = Feed.from_config(config, stages, dataset)
     cli.setup_platform(config)
+    check_batch(config.global_batch_size, make_mesh(config.mesh))
+    make_network(config)
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
     workdir = cli.make_workdir(_WORKDIR.value)
     sample = SampleVideos(config, dataset, vae, workdir) if vae else None

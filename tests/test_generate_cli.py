@@ -75,7 +75,7 @@ def network(files: pathlib.Path) -> Network:
 @pytest.fixture
 def run(files, tmp_path, monkeypatch):
     """Runs the command in this process with the given flags over sensible ones; returns the output path."""
-    monkeypatch.setattr(text, "load", lambda kind, max_tokens: FakeText())
+    monkeypatch.setattr(text, "load", lambda kind: FakeText())
     # One network object for all runs, so that they share what is compiled.
     monkeypatch.setattr(generation, "make_network", lambda config: network(files))
 

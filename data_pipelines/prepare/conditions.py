@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import zipfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -37,10 +38,17 @@ class Encoders:
 
 
 def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
-    """The clip's sound (num_frames * 640,) at 16 kHz, or None without a sound stream or with a silent one."""
+    """The clip's sound (num_frames * 640,) at 16 kHz, or None without a sound stream or with a silent or broken one.
+
+    A clip whose sound cannot be read still trains the conditions that need none (principle 1).
+    """
     if not media.has_audio(clip.path):
         return None
-    wave = media.read_audio(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
+    try:
+        wave = media.read_audio(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
+    except UserError as error:
+        print(f"going on without sound: {error}", flush=True)
+        return None
     return wave if np.sqrt(np.mean(wave**2)) > SILENCE else None
 
 
@@ -55,7 +63,7 @@ def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
     try:
         with np.load(clip.annotations, allow_pickle=False) as file:
             notes = {name: file[name] for name in ("keypoints", "mouth", "attributes") if name in file}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {clip.annotations} ({error}); make the raw clips again") from error
     points = notes.get("keypoints")
     if points is not None and points.shape[1:] != (kp.NUM_KEYPOINTS, 3):

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import sys
 import time
 from typing import Any
 
@@ -114,7 +113,7 @@ def _engine(cache: str | None) -> speech.Engine | None:
     try:
         return speech.find_engine(cache)
     except fetch.PackageUnavailableError as error:
-        print(f"warning: {error}; nobody speaks in these clips, and none has sound", file=sys.stderr, flush=True)
+        print(f"going on without speech: {error}; nobody speaks in these clips, and none has sound", flush=True)
         return None
 
 

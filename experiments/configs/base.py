@@ -56,8 +56,8 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "log_records": False,
             "latent_frames": 6,  # noisy latent frames T of a window
             "source_weights": "",  # "real=2,synthetic=1"; empty = in proportion to the number of records
-            "drop_text": 0.05,  # guidance dropout, on top of the ratios and logged apart from them
-            "drop_audio": 0.1,
+            "drop_text": 0.0,  # guidance dropout on top of the ratios, which already leave samples without; lowers
+            "drop_audio": 0.0,  # `active_ratio` below `scheduled_ratio`
             "cache_mb": 2048,  # decoded records kept in memory
         }
     )

@@ -11,9 +11,9 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.simulated_devices = 8
     config.global_batch_size = 16
     config.mesh.update({"data": 2, "fsdp": -1})
-    config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768, "text_len": 24})
+    config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
     config.data.dir = "runs/demo/data"
-    for name, steps, rate in (("stage1", 140, 4e-3), ("stage2", 140, 4e-3), ("stage3", 140, 2e-3)):
+    for name, steps, rate in (("stage1", 110, 4e-3), ("stage2", 110, 4e-3), ("stage3", 110, 2e-3)):
         config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
     config.ema_decay = 0.99
     config.checkpoint.update({"every": 100, "keep": 2})

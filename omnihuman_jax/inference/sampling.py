@@ -166,5 +166,5 @@ def sample_latents(
         step = functools.partial(_solver_step, params, batch, **static)
         report = functools.partial(on_step, segment.number + 1, len(todo)) if on_step else None
         done.append(sampler.integrate(step, noise, grid, report))
-        motion = jnp.concatenate([motion, done[-1]], axis=1)[:, -model.motion_frames :]
+        motion = jnp.concatenate([motion, done[-1]], axis=1)[:, done[-1].shape[1] :]
     return jnp.concatenate(done, axis=1)[:, : segments.latent_frames(frames)]

@@ -67,7 +67,6 @@ def train(
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
         restored = checkpoints.restore_latest(abstract_state(config, mesh, network), config)
-        write_config(workdir, plain_config)
         if restored:
             state, done, counter = restored.state, restored.meta["step"], RatioCounter(**restored.meta["counter"])
             print(f"continuing {workdir} after step {done} of {stages[-1].last_step}, in {restored.meta['stage']}")
@@ -77,6 +76,7 @@ def train(
             print(f"{workdir}: all {done} steps are done; nothing to train")
             checkpoints.close()
             return
+        write_config(workdir, plain_config)
         run = _Run(config, plain_config, stages, network, mesh, feed, checkpoints, workdir, sample)
         try:
             run.steps(state, done, counter)
@@ -157,10 +157,10 @@ class _Run:
         meta = {"step": step, "stage": stage.name, "config": self.plain_config, "counter": counter.state()}
         if step == stage.last_step:
             self.checkpoints.save_stage(stage.name, state, meta)
-            if self.sample:
-                path, size = self.sample(jax.device_get(state.ema), step, stage)
-                self.writer.video(f"sample/{stage.name}", path, size, step)
         self.checkpoints.save(step, state, meta)
+        if step == stage.last_step and self.sample:
+            path, size = self.sample(jax.device_get(state.ema), step, stage)
+            self.writer.video(f"sample/{stage.name}", path, size, step)
         self.clock = time.perf_counter()  # saving is not part of the next step's time
 
     def flush(self) -> None:
@@ -173,9 +173,11 @@ class _Run:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         records, active = self.feed.describe(step)
-        if not math.isfinite(loss):
+        grad_norm = float(p["metrics"]["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"step {step} ({stage.name}): the loss is {loss}; records {', '.join(records)}; lower the "
+                f"step {step} ({stage.name}): the loss is {loss}, the gradient norm {grad_norm}; "
+                f"records {', '.join(records)}; lower the "
                 f"learning rate, or continue from the newest checkpoint in {self.workdir}/checkpoints"
             )
         self.writer.records(step, records, active)
@@ -191,7 +193,7 @@ class _Run:
             "loss_by_condition": loss_by_condition(sample_loss, self.active_rows(active)),
             "active_ratio": p["ratios"][0],
             "scheduled_ratio": p["ratios"][1],
-            "grad_norm": float(p["metrics"]["grad_norm"]),
+            "grad_norm": grad_norm,
             "learning_rate": stage.learning_rate_at(step),
             "step_seconds": seconds,
             "data_seconds": p["data_seconds"],
