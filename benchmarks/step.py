@@ -24,11 +24,12 @@ from omnihuman_jax.sharding import rules
 from omnihuman_jax.training.state import batch_shapes, init_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 
-_CONFIG = cli.define_config_flag()
-_STEPS = flags.DEFINE_integer(
-    "steps", 10, "Steps to time, after the one that compiles and one to warm up.", lower_bound=1
-)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers.")
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    cli.define_config_flag()
+    flags.DEFINE_integer("steps", 10, "Steps to time, after the one that compiles and one to warm up.", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file for the numbers.")
 
 
 def random_batch(config: ConfigDict, bucket: tuple[int, int, int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -91,26 +92,27 @@ def peak_memory() -> tuple[int, str]:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     del argv
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     if config is None:
         raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
     cli.setup_platform(config)
     results = []
     for size in config.plan.buckets:
         bucket = (size[0] or config.data.latent_frames, *size[1:])
-        result = time_steps(config, bucket, _STEPS.value)
+        result = time_steps(config, bucket, flags.FLAGS.steps)
         low, high = result["step_seconds_range"]
         print(
-            f"{'x'.join(map(str, bucket))}: step {result['step_seconds']:.3f} s (of {_STEPS.value}: {low:.3f} to "
+            f"{'x'.join(map(str, bucket))}: step {result['step_seconds']:.3f} s (of {flags.FLAGS.steps}: {low:.3f} to "
             f"{high:.3f}), {result['tokens_per_second']:.0f} video tokens/s, peak memory "
             f"{result['peak_memory_bytes'] / 2**30:.2f} GiB of the {result['peak_memory_of']}, compiled in "
             f"{result['compile_seconds']:.1f} s, {result['devices']}",
             flush=True,
         )
         results.append(result)
-    if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
+    if flags.FLAGS.output:
+        Path(flags.FLAGS.output).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run_main(main)

@@ -19,8 +19,11 @@ from omnihuman_jax.errors import UserError
 
 CATALOGUE = pathlib.Path(__file__).with_name("real_clips.json")
 
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for manifest.json and clips/.")
-_CACHE = flags.DEFINE_string("cache", None, "Where packages are kept; default $OMNIHUMAN_CACHE or cache/.")
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    flags.DEFINE_string("output", None, "Directory for manifest.json and clips/.")
+    flags.DEFINE_string("cache", None, "Where packages are kept; default $OMNIHUMAN_CACHE or cache/.")
 
 
 def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
@@ -61,14 +64,15 @@ def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
 
 def main() -> None:
     """Entry point of `python -m data_pipelines.real`."""
-    if not _OUTPUT.value:
+    if not flags.FLAGS.output:
         raise UserError("--output is missing; name a directory for the raw clips")
-    output = pathlib.Path(_OUTPUT.value)
-    missing = collect(output, _CACHE.value)
+    output = pathlib.Path(flags.FLAGS.output)
+    missing = collect(output, flags.FLAGS.cache)
     for line in missing:
         print(f"going on without it: {line}")
     print(f"{len(raw.read(output))} real clips in {output}")
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

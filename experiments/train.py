@@ -23,8 +23,11 @@ from omnihuman_jax.training.checkpoints import check_same_model, find_checkpoint
 from omnihuman_jax.training.curriculum import Stage, curriculum
 from omnihuman_jax.training.state import make_network
 
-_CONFIG = cli.define_config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    cli.define_config_flag()
+    flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
 
 
 def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
@@ -68,10 +71,10 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     if config is None:
         raise UserError("--config is missing; give a preset such as --config=experiments/configs/demo.py")
-    if not _WORKDIR.value:
+    if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing; give the directory this run should live in")
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
@@ -85,10 +88,11 @@ def main(_: list[str]) -> None:
     check_batch(config.global_batch_size, make_mesh(config.mesh))
     make_network(config)
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
-    workdir = cli.make_workdir(_WORKDIR.value)
+    workdir = cli.make_workdir(flags.FLAGS.workdir)
     sample = SampleVideos(config, dataset, vae, workdir) if vae else None
     loop.train(config, cli.to_plain(config) | {"dataset": describe(dataset)}, workdir, feed, sample)
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run_main(main)

@@ -31,8 +31,11 @@ from omnihuman_jax.models.vae import VAEConfig, save_vae
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import vae_train
 
-_CONFIG = cli.define_config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    cli.define_config_flag()
+    flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
 
 
 def buckets_of(config: ConfigDict, devices: int) -> list[Bucket]:
@@ -227,7 +230,7 @@ def _finish(config: ConfigDict, workdir: Path, evaluator: Evaluator, ema: Any) -
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    config, workdir = _CONFIG.value, _WORKDIR.value
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if config is None:
         raise UserError("--config is missing; give a preset such as --config=experiments/configs/demo_vae.py")
     if not workdir:
@@ -241,4 +244,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run_main(main)

@@ -257,27 +257,27 @@ def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
     return "\n      ".join(lines)
 
 
-_CONFIG = cli.define_config_flag()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology, as v5p:4x4x4 or v5e:16x16.")
-_SLICES = flags.DEFINE_integer(
-    "num_slices", 1, "Slices of that topology; data parallelism goes over the network between."
-)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report.")
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    cli.define_config_flag()
+    flags.DEFINE_string("topology", None, "TPU topology, as v5p:4x4x4 or v5e:16x16.")
+    flags.DEFINE_integer("num_slices", 1, "Slices of that topology; data parallelism goes over the network between.")
+    flags.DEFINE_string("output", None, "JSON file for the report.")
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     del argv
-    if _CONFIG.value is None:
+    if flags.FLAGS.config is None:
         raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
-    if not _TOPOLOGY.value:
+    if not flags.FLAGS.topology:
         raise UserError("--topology is missing; give one, as --topology=v5p:2x2x2")
-    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"--output={output}: {output.absolute().parent} is no directory; make it first")
     # Programs for another machine cannot be read back from the cache, so writing them is waste.
     jax.config.update("jax_enable_compilation_cache", False)
-    report = plan(_CONFIG.value, get_topology(_TOPOLOGY.value, _SLICES.value))
+    report = plan(flags.FLAGS.config, get_topology(flags.FLAGS.topology, flags.FLAGS.num_slices))
     if output:
         temporary = output.with_suffix(output.suffix + ".tmp")
         temporary.write_text(json.dumps(report, indent=2) + "\n")
@@ -286,4 +286,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run_main(main)
