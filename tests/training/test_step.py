@@ -84,7 +84,7 @@ def test_one_step_is_clipped_adamw_on_the_flow_loss():
         v = network.apply(params, jnp.asarray(x_t), jnp.asarray(t), batch)
         return jnp.mean(jnp.square(v - (eps - x0)))
 
-    value, grads = jax.value_and_grad(loss)(before.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(before.params)
     mask = jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "kernel", before.params)
     # optax's own AdamW, with the learning rate inside, as the reference.
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01, mask=mask))
