@@ -82,7 +82,8 @@ def plan(seed: int, index: int, size: tuple[int, int] | None = None, can_speak: 
     number = int(rng.integers(len(sentences)))
     # Clips without sound show silent talkers and people who do not speak, half each.
     speaks = can_speak and (gives in "bp" or rng.random() < 0.5)
-    mixture = SIZES[(index + ordinal) % 3] if size is None else size
+    # Held-out clips fall on every eighth index: a pattern of the index alone would give them one size only.
+    mixture = SIZES[(ordinal if heldout else index + ordinal) % 3] if size is None else size
     shares = FRAMING_SHARES.get(mixture, FRAMING_SHARES[(96, 96)])
     framing = FRAMINGS[int(rng.choice(4, p=shares))]
     return ClipPlan(

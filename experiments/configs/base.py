@@ -76,7 +76,18 @@ def get_config(recipe: str = "published") -> ConfigDict:
     apply_recipe(config, recipe)
     config.allow_inverted_ratios = False  # true: accept a stronger condition with the higher ratio
 
-    config.optimizer = ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0})
+    config.optimizer = ConfigDict(
+        {
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip": 1.0,
+            # Parameters of a condition that a stage switches on have had no gradient yet: with the moments kept, Adam's
+            # bias correction is used up and its steps on them are up to 6 times too long.
+            "reset_at_stage": True,
+        }
+    )
     config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
     config.ema_decay = 0.9998
     config.checkpoint = ConfigDict({"every": 1000, "keep": 3})

@@ -27,6 +27,7 @@ from omnihuman_jax.training.state import (
     batch_shapes,
     init_state,
     make_network,
+    make_optimizer,
     state_from_params,
 )
 from omnihuman_jax.training.step import jit_train_step
@@ -127,15 +128,18 @@ class _Run:
     def enter_stage(self, state: TrainState, stage: Stage) -> TrainState:
         """The state that a stage starts from: the stage before, or the parameters of `init_from`."""
         self.bar.write(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
-        if not stage.init_from:
-            return state
-        _, params, info = load_for_inference(stage.init_from, use_ema=False)
-        self.bar.write(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(
-            jax.device_put(params, shardings.params)
-        )
-        return fresh._replace(step=state.step)
+        if stage.init_from:
+            _, params, info = load_for_inference(stage.init_from, use_ema=False)
+            self.bar.write(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
+            fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(
+                jax.device_put(params, shardings.params)
+            )
+            return fresh._replace(step=state.step)
+        if stage.first_step > 1 and self.config.optimizer.reset_at_stage:
+            fresh = jax.jit(make_optimizer(self.config).init, out_shardings=shardings.opt_state)(state.params)
+            return state._replace(opt_state=fresh)
+        return state
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts this process's rows onto the mesh."""

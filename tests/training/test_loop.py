@@ -4,10 +4,13 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.checkpoints import find_checkpoint, load_for_inference, read_meta
+from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training.checkpoints import Checkpoints, find_checkpoint, load_for_inference, read_meta
+from omnihuman_jax.training.state import abstract_state
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
 
@@ -61,6 +64,21 @@ def test_a_stage_checkpoint_is_kept_for_each_stage(run):
         meta = read_meta(root / "whole" / "stages" / stage)
         assert (meta["step"], meta["stage"]) == (3 * i, stage)
     assert len(list((root / "whole" / "checkpoints").glob("[0-9]*"))) == 2
+
+
+@pytest.mark.parametrize(("reset", "count"), [(True, 2), (False, 4)])
+def test_a_stage_starts_with_fresh_moments_unless_told_otherwise(run, reset, count):
+    root, dataset, _ = run
+    config = tiny_config(root / "data", steps=(2, 2, 0))
+    config.optimizer.reset_at_stage = reset
+    workdir = root / f"reset_{reset}"
+    train_tiny(config, workdir, dataset)
+    mesh = make_mesh(config.mesh)
+    checkpoints = Checkpoints(workdir, every=100, keep=1)
+    state = checkpoints.restore_latest(abstract_state(config, mesh), config).state
+    checkpoints.close()
+    assert int(optax.tree_utils.tree_get(state.opt_state, "count")) == count
+    assert int(state.step) == 4
 
 
 def test_resume_continues_bit_for_bit(run):
