@@ -11,9 +11,9 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.data.dir = "runs/rendered/data"
     config.simulated_devices = 0
     config.mesh.update({"data": 1, "fsdp": -1})
-    for name, steps in (("stage1", 1500), ("stage2", 6000), ("stage3", 3000)):
-        config.stages[name].update({"steps": steps, "learning_rate": 2e-3, "warmup_steps": 100})
-    config.ema_decay = 0.999
-    config.checkpoint.update({"every": 500, "keep": 2})
+    for name, steps, rate in (("stage1", 500, 4e-3), ("stage2", 1500, 3e-3), ("stage3", 900, 2e-3)):
+        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 40})
+    config.ema_decay = 0.995
+    config.checkpoint.update({"every": 250, "keep": 2})
     config.log_every = 20
     return config
