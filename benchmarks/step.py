@@ -50,7 +50,7 @@ def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> 
       `peak_memory_bytes` and `peak_memory_of` ("process" on CPU, "device" elsewhere).
     """
     mesh = mesh_lib.make_mesh(config.mesh)
-    mesh_lib.check_batch(config.global_batch_size, mesh)
+    mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
     network = make_network(config)
     tokens = config.global_batch_size * math.prod(bucket) // math.prod(config.model.patch_size)
     with jax.set_mesh(mesh):

@@ -6,8 +6,8 @@ step, and a host reads only its slice of the global rows.
 
 import collections
 import dataclasses
-import math
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +21,7 @@ from data_pipelines.windows import WindowConfig, cut_window
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 
+RETRY_SECONDS = (0.2, 1.0, 5.0)  # pauses before a record that could not be read is tried again
 _NEEDED = ("latents", "references", "reference_frames", "audio", "keypoints", "text")
 
 
@@ -68,7 +69,7 @@ class _RecordCache:
             if i in self._records:
                 self._records.move_to_end(i)
                 return self._records[i]
-        whole = self._dataset.read(i)  # outside the lock: other threads may read meanwhile
+        whole = self._read(i)  # outside the lock: other threads may read meanwhile
         record = {name: whole[name] for name in _NEEDED}
         with self._lock:
             if i not in self._records:
@@ -77,6 +78,25 @@ class _RecordCache:
             while self._bytes > self._max_bytes:
                 self._bytes -= _nbytes(self._records.popitem(last=False)[1])
         return record
+
+    def _read(self, i: int) -> dict[str, np.ndarray]:
+        """Reads a record, again after a pause where a file system fails for a moment."""
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                return self._dataset.read(i)
+            # ArrayRecord raises OSError, RuntimeError or ValueError by what it met, and a cut record fails to decode.
+            except Exception as error:
+                entry = self._dataset.index[i]
+                told = f"record {entry['id']} (row {entry['row']} of {self._dataset.directory / entry['file']})"
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                if pause is None:
+                    raise UserError(
+                        f"{told} cannot be read, {1 + len(RETRY_SECONDS)} times tried ({why}); restore the file, or "
+                        f"prepare the data again; the run continues from its last checkpoint"
+                    ) from error
+                logging.warning("%s: reading failed (%s); trying again in %g s", told, why, pause)
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset, "_max_bytes": self._max_bytes}
@@ -172,39 +192,23 @@ class Batches:
         }
 
 
-def host_rows(global_batch_size: int, host_index: int, host_count: int) -> slice:
-    """The global rows of one host.
-
-    Raises:
-      UserError: the batch does not divide by the hosts.
-    """
-    if global_batch_size % host_count:
-        raise UserError(
-            f"global_batch_size={global_batch_size} does not divide by {host_count} hosts; "
-            f"use {host_count * math.ceil(global_batch_size / host_count)}"
-        )
-    size = global_batch_size // host_count
-    return slice(host_index * size, (host_index + 1) * size)
-
-
 def make_dataset(
     batches: Batches,
     *,
     start_step: int = 1,
     num_steps: int | None = None,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: slice = slice(None),
     threads: int = 2,
     prefetch: int = 4,
 ) -> grain.IterDataset:
     """The steps from `start_step` on (by default to the end of the last stage) as a Grain data set of batches.
 
     Args:
+      rows: the global rows that this host reads.
       threads, prefetch: reading threads and batches made ahead; both only change the speed.
     """
     if num_steps is None:
         num_steps = batches.schedule.num_steps - start_step + 1
-    rows = host_rows(batches.schedule.batch_size, host_index, host_count)
     steps = grain.MapDataset.range(start_step, start_step + num_steps)
     return steps.map(lambda step: batches.batch(int(step), rows)).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

@@ -1,15 +1,15 @@
-"""What the training loop pulls from: the stage table and a data set, as this process's rows of every step."""
+"""What the training loop pulls from: the stage table and a data set, as any rows of every step."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.batches import Batches, make_loader
 from data_pipelines.schedule import StagePlan
 from data_pipelines.schema import Dataset
-from data_pipelines.windows import WindowConfig
+from data_pipelines.windows import WindowConfig, cut_window
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.curriculum import Stage
 
@@ -69,16 +69,37 @@ class Feed:
             )
         )
 
-    def iterate(self, first_step: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """This process's rows of the batches of steps first_step, first_step + 1, … to the last stage's end."""
-        return make_loader(
-            self._batches, start_step=first_step, host_index=jax.process_index(), host_count=jax.process_count()
-        )
+    def iterate(self, first_step: int, rows: slice) -> Iterator[Mapping[str, np.ndarray]]:
+        """These global rows of the batches of steps first_step, first_step + 1, … to the last stage's end."""
+        return make_loader(self._batches, start_step=first_step, rows=rows)
 
-    def describe(self, step: int) -> tuple[list[str], list[list[str]]]:
-        """Record ids and active condition names of every global row of a step."""
-        line = self._batches.describe(step)
-        return line["records"], line["active"]
+    def describe(self, step: int) -> dict[str, Any]:
+        """`records`, `active` and `scheduled` of every global row of a step; see `Batches.describe`."""
+        return self._batches.describe(step)
+
+    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
+        """These global rows of `count` batches of held-out clips, always the same, with all that each clip can give.
+
+        A batch has one shape; the shapes with the most clips come first, and few clips are repeated.
+        """
+        dataset, window = self._batches.dataset, self._batches.window
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, entry in enumerate(dataset.index):
+            if entry["split"] == "heldout" and entry["shape"][0] >= window.frames:
+                by_shape.setdefault(tuple(entry["shape"][1:]), []).append(i)
+        size, chosen = self._batches.schedule.batch_size, []
+        groups = sorted(by_shape.values(), key=len, reverse=True)
+        for turn in range(count if groups else 0):
+            group, first = groups[turn % len(groups)], turn // len(groups) * size
+            chosen.append([group[(first + row) % len(group)] for row in range(size)][rows])
+        return [self._held_out_batch(members) for members in chosen]
+
+    def _held_out_batch(self, members: Sequence[int]) -> dict[str, np.ndarray]:
+        dataset, window = self._batches.dataset, self._batches.window
+        draw = np.array([1.0, 0.5])  # from motion frames on where the clip is long enough, in its middle
+        cut = [cut_window(dataset.read(i), window.frames, window, draw, 0.0) for i in members]
+        active = [[True, True, dataset.index[i]["audio"], dataset.index[i]["pose"]] for i in members]
+        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": np.array(active, bool)}
 
     def buckets(self) -> list[tuple[int, int, int]]:
         """Latent (T, H, W) of every kind of batch of the run, without repeats."""

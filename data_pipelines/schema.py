@@ -265,7 +265,12 @@ class Dataset:
             if reader is None:
                 reader = ArrayRecordReader(str(self.directory / entry["file"]), "readahead_buffer_size:0")
                 self._readers[entry["file"]] = reader
-        return decode(reader.read([entry["row"]])[0])
+        try:
+            return decode(reader.read([entry["row"]])[0])
+        except Exception:
+            with self._lock:
+                self._readers.pop(entry["file"], None)  # opened anew by the next try
+            raise
 
     def clip_path(self, i: int) -> pathlib.Path:
         """The curated mp4 of record i (may be absent)."""

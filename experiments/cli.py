@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from data_pipelines.fetch import sha256_of
 from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.training import processes
 
 
 def define_config_flag() -> Any:
@@ -79,11 +82,41 @@ def _nearest_key(config: ConfigDict, done: list[str], part: str, valid: list[str
     return nearest(prefix + part, [prefix + key for key in valid])
 
 
-def setup_platform(config: ConfigDict) -> None:
-    """Chooses devices and the compilation cache; call before anything touches a JAX backend."""
+def define_process_flags() -> None:
+    """Defines the flags by which the processes of one run find each other."""
+    flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, the same for all; or set the environment.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of the run, one a host; default $JAX_NUM_PROCESSES or 1.")
+    flags.DEFINE_integer("process_id", -1, "This process, from 0; default $JAX_PROCESS_ID.")
+    flags.DEFINE_bool("multi_host", False, "Find the other processes by the cluster: Cloud TPU, GKE, Slurm.")
+
+
+def join_processes() -> int:
+    """Joins the run that the flags or the environment tell of; returns its number of processes."""
+    f = flags.FLAGS
+    return processes.join(f.coordinator_address, f.num_processes, f.process_id, automatic=f.multi_host)
+
+
+def end_process(status: int) -> None:
+    """Ends a process of several at once: a regular exit waits for the others, which wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
+    """Chooses devices and the compilation cache; call before anything touches a JAX backend.
+
+    Raises:
+      UserError: simulated devices that the processes cannot share equally.
+    """
     if config.simulated_devices:
+        if config.simulated_devices % num_processes:
+            raise UserError(
+                f"simulated_devices={config.simulated_devices} cannot be shared by {num_processes} processes; set "
+                f"--config.simulated_devices to a multiple"
+            )
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.simulated_devices)
+        jax.config.update("jax_num_cpu_devices", config.simulated_devices // num_processes)
         # A device waiting in a collective holds a thread of XLA's pool, which has as many as there are cores; with too
         # few, the devices it waits for never run; with many more, they get in each other's way (8 a device: a quarter
         # slower on 2 cores). XLA reads the size from NPROC.
@@ -91,6 +124,16 @@ def setup_platform(config: ConfigDict) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def process_started() -> float:
+    """`time.time()` of this process's start, as the kernel tells it; now where it does not."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.time()
 
 
 def make_workdir(path: str) -> Path:

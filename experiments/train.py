@@ -4,6 +4,8 @@ python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workd
 """
 
 import dataclasses
+import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     cli.define_config_flag()
     flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
+    cli.define_process_flags()
 
 
 def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
@@ -84,13 +87,26 @@ def main(_: list[str]) -> None:
     check_sizes(config, dataset)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     feed = Feed.from_config(config, stages, dataset)
-    cli.setup_platform(config)
-    check_batch(config.global_batch_size, make_mesh(config.mesh))
+    num_processes = cli.join_processes()
+    cli.setup_platform(config, num_processes)
+    try:
+        _train(config, stages, dataset, feed)
+    except BaseException as error:
+        if num_processes == 1:
+            raise
+        told = isinstance(error, UserError)
+        print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
+        cli.end_process(2 if told else 1)
+
+
+def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, feed: Feed) -> None:
+    check_batch(config.global_batch_size, make_mesh(config.mesh), config.optimizer.accumulate)
     make_network(config)
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
     workdir = cli.make_workdir(flags.FLAGS.workdir)
     sample = SampleVideos(config, dataset, vae, workdir) if vae else None
-    loop.train(config, cli.to_plain(config) | {"dataset": describe(dataset)}, workdir, feed, sample)
+    plain = cli.to_plain(config) | {"dataset": describe(dataset)}
+    loop.train(config, plain, workdir, feed, sample, started=cli.process_started())
 
 
 if __name__ == "__main__":

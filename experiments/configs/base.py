@@ -86,11 +86,19 @@ def get_config(recipe: str = "published") -> ConfigDict:
             # Parameters of a condition that a stage switches on have had no gradient yet: with the moments kept, Adam's
             # bias correction is used up and its steps on them are up to 6 times too long.
             "reset_at_stage": True,
+            "mu_dtype": "float32",  # first moments; bfloat16 saves two bytes a parameter
+            "accumulate": 1,  # micro-batches of a step, one after the other
         }
     )
     config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
     config.ema_decay = 0.9998
-    config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
+    # keep: the last so many; keep_every: besides, every step that it divides (0 = none); stage ends stay in any case.
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0})
+    # Steps in a row that may be not finite (each is skipped), and seconds without a finished step, before the run ends.
+    config.faults = ConfigDict({"max_bad_steps": 10, "watchdog_seconds": 1800.0})
+    # Loss of the EMA on `batches` held-out batches at fixed noise, every so many steps (0 = never).
+    config.evaluation = ConfigDict({"every": 0, "batches": 2})
+    config.profile = ConfigDict({"steps": ""})  # "20:25": a trace of these steps under workdir/profile
     config.log_every = 10
     config.guidance = ConfigDict({"scale": 6.5, "final_scale": 3.5, "mode": "joint", "schedule": "cosine"})
     config.sample = ConfigDict({"at_stage_end": True, "steps": 50, "count": 2})

@@ -18,6 +18,18 @@ from omnihuman_jax.models.config import ModelConfig
 
 BACKWARD = 2
 
+# Dense bfloat16 FLOP/s of one device by `jax.Device.device_kind`, as published; half a chip on TPU7x.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
 
 def forward_breakdown(
     config: ModelConfig, frames: int, rows: int, columns: int, text_len: int | None = None

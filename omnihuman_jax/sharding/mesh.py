@@ -57,11 +57,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(global_batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless the batch divides over data x fsdp."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if global_batch_size < 1 or global_batch_size % shards:
+def local_mesh() -> Mesh:
+    """A mesh of one of this process's devices."""
+    return Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(global_batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises UserError unless the batch divides over data x fsdp, in each of `accumulate` micro-batches."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * max(accumulate, 1)
+    if accumulate < 1 or global_batch_size < 1 or global_batch_size % shards:
+        parts = "" if accumulate == 1 else f" x optimizer.accumulate = {accumulate}"
         raise UserError(
             f"global_batch_size={global_batch_size} is not divisible by mesh data x fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} = {shards}; use a multiple of {shards}"
+            f"{mesh.shape['fsdp']}{parts} = {shards}; use a multiple of {shards}"
         )

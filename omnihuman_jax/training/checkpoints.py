@@ -1,82 +1,218 @@
 """Orbax checkpoints: `checkpoints/STEP/` while running, `stages/NAME/` at each stage's end, kept for good.
 
-Each holds the whole train state and a JSON item with the step, the stage, the resolved config and the loop's counters.
+Each holds the whole train state and a JSON item with the step, the stage, the resolved config, the loop's counters and
+a fingerprint of every array. What cannot be read, or does not have its fingerprint, is set aside in `damaged/` by name,
+and the one before is used.
 """
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding.rules import path_name
+from omnihuman_jax.training.processes import is_main, say
 from omnihuman_jax.training.state import TrainState, make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
 _COMPUTE_KEYS = ("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta")
+_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A restored train state with the JSON item saved beside it."""
+    """A restored train state with the JSON item saved beside it and the folder it came from."""
 
     state: TrainState
     meta: dict[str, Any]
+    path: Path
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    def one(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def fingerprint(tree: Any) -> dict[str, int]:
+    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip."""
+    return {path_name(path): int(x) for path, x in jax.tree_util.tree_flatten_with_path(_sums(tree))[0]}
 
 
 class Checkpoints:
-    """Writer and reader of one run's checkpoints.
+    """Writer and reader of one run's checkpoints. A save that fails (a full disk) is told and does not end the run.
 
     Args:
       workdir: run directory.
       every: save every that many steps.
       keep: number of running checkpoints kept; stage checkpoints are always kept.
+      keep_every: besides, keep the steps that it divides (0 = none).
+      tell: called with lines for the log.
     """
 
-    def __init__(self, workdir: str | Path, *, every: int, keep: int):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        every: int,
+        keep: int,
+        keep_every: int = 0,
+        tell: Callable[[str], None] = say,
+    ):
         self._workdir = Path(workdir).absolute()
-        self._every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._every, self._tell = every, tell
+        self.failed = ""  # what went wrong with the newest save, "" when it is whole
+        self._remove_half_written()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints", item_names=("state", "meta"), options=options
         )
+        self._stages = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def _remove_half_written(self) -> None:
+        for part in sorted((self._workdir / "checkpoints").glob(_HALF_WRITTEN)) if is_main() else ():
+            self._tell(f"{part}: half-written when an earlier start ended; removed")
+            shutil.rmtree(part)
+        for part in sorted((self._workdir / "stages").glob(_HALF_WRITTEN)) if is_main() else ():
+            shutil.rmtree(part)
 
     def due(self, step: int) -> bool:
         """Whether a running checkpoint is wanted after this step."""
         return step % self._every == 0
 
+    def last_good(self) -> str:
+        """The newest whole checkpoint, for messages."""
+        step = self._manager.latest_step()
+        return "none yet" if step is None else str(self._workdir / "checkpoints" / str(step))
+
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves asynchronously; the arrays are copied off the device before this returns."""
         if step in self._manager.all_steps():  # steps run again after a restart
             return
-        self._manager.save(step, args=_save_args(state, meta), force=True)
+        meta = meta | {"fingerprint": fingerprint(state)}
+        self._guarded(step, lambda: self._stages.wait_until_finished())
+        self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, meta), force=True))
 
     def save_stage(self, name: str, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves the stage's end to `stages/NAME/`, waiting until it is whole on disk."""
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._workdir / "stages" / name, args=_save_args(state, meta), force=True)
+        """Saves the stage's end to `stages/NAME/`, asynchronously; it is whole before a later running one begins."""
+        meta = meta | {"fingerprint": fingerprint(state)}
+        path = self._workdir / "stages" / name
+        self._guarded(meta["step"], lambda: self._stages.save(path, args=_save_args(state, meta), force=True))
+
+    def has_stage(self, name: str) -> bool:
+        """Whether `stages/NAME/` is there."""
+        return (self._workdir / "stages" / name / "meta").is_dir()
+
+    def stage_step(self, name: str) -> int:
+        """The step that `stages/NAME/` was saved at."""
+        return read_meta(self._workdir / "stages" / name)["step"]
+
+    def check(self) -> None:
+        """Finds out whether a save under way has failed."""
+        self._guarded(None, self._manager.check_for_errors)
+        self._guarded(None, self._stages.check_for_errors)
+
+    def _guarded(self, step: int | None, action: Callable[[], Any]) -> None:
+        try:
+            action()
+            if step is not None:
+                self.failed = ""
+        # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not _is_disk_error(error):
+                raise
+            self.failed = f"a checkpoint could not be written: {' '.join(str(error).split())[:300]}"
+            self._tell(f"{self.failed}; the last whole one is {self.last_good()}; training goes on")
+            for root in ("checkpoints", "stages"):
+                for part in (self._workdir / root).glob(_HALF_WRITTEN):
+                    shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
 
     def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
-        """The newest running checkpoint, or None when the run has none.
+        """The newest running checkpoint that is whole, or None when the run has none at all.
 
         Raises:
-          UserError: the checkpoint holds a model of another shape.
+          UserError: the checkpoint holds a model of another shape, or there are checkpoints and none can be read.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        path = self._workdir / "checkpoints" / str(step)
-        meta = read_meta(path)
+        broken: list[tuple[Path, str]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self._workdir / "checkpoints" / str(step)
+            restored, problem = self._try(path, abstract, config)
+            if jax.process_count() > 1:
+                fine = multihost_utils.process_allgather(np.array(not problem))
+                problem = problem or ("" if fine.all() else "another process could not read it")
+            if not problem:
+                self._set_aside(broken)
+                return restored
+            broken.append((path, problem))
+        if broken:
+            told = "; ".join(f"{path}: {problem}" for path, problem in broken)
+            raise UserError(
+                f"{self._workdir}: no checkpoint can be read ({told}); repair one, or move the folder checkpoints/ "
+                f"away to train from the start"
+            )
+        return None
+
+    def _try(self, path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored | None, str]:
+        """The checkpoint, or why it cannot be used."""
+        try:
+            meta = read_meta(path)
+        except UserError as error:
+            return None, str(error)
         check_same_model(meta["config"]["model"], config.model.to_dict(), path)
-        return Restored(TrainState(**_restore(path, abstract._asdict())), meta)
+        try:
+            state = TrainState(**_restore(path, abstract._asdict()))
+        # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
+        # from an older checkpoint, or ends.
+        except Exception as error:  # noqa: BLE001
+            return None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
+        return Restored(state, meta, path), f"damaged: other values than were saved in {wrong}" if wrong else ""
+
+    def _set_aside(self, broken: list[tuple[Path, str]]) -> None:
+        for path, problem in broken:
+            if is_main():
+                target = self._workdir / "damaged" / path.name
+                target.parent.mkdir(exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target)
+                path.rename(target)
+            self._tell(f"checkpoint {path} is skipped and moved to damaged/: {problem}")
+        if broken:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("set_aside")
+            self._manager.reload()
 
     def close(self) -> None:
-        """Waits for the saves under way and closes the writer."""
-        self._manager.wait_until_finished()
+        """Waits for the saves under way and closes the writers."""
+        self._guarded(None, self._manager.wait_until_finished)
+        self._guarded(None, self._stages.wait_until_finished)
         self._manager.close()
+        self._stages.close()
+
+
+def _is_disk_error(error: Exception) -> bool:
+    text = str(error)
+    return any(word in text for word in ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error"))
+
+
+def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
+    names = [name for name in found if name in saved and saved[name] != found[name]]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _save_args(state: TrainState, meta: dict[str, Any]) -> ocp.args.Composite:

@@ -1,6 +1,10 @@
-"""The training loop: restore → next batch → step → log → save, through every stage."""
+"""The training loop: restore → next batch → step → log → save → evaluate, through every stage.
 
-import json
+It runs alike in every process of a run; only the first writes logs. A batch, the noise and the stage are functions of
+the step, so a resume is the train state and a step number.
+"""
+
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,17 +14,26 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models import flops
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.training import metrics as metrics_lib
 from omnihuman_jax.training.checkpoints import Checkpoints, load_for_inference
 from omnihuman_jax.training.curriculum import Stage, curriculum, stage_at
-from omnihuman_jax.training.metrics import MetricsWriter, RatioCounter, loss_by_condition
+from omnihuman_jax.training.evaluation import HeldOutLoss
+from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
+from omnihuman_jax.training.goodput import Goodput
+from omnihuman_jax.training.metrics import MetricsWriter, RatioCounter
+from omnihuman_jax.training.processes import Ballot, is_main, process_rows, say
+from omnihuman_jax.training.profile import Profile
+from omnihuman_jax.training.run_config import config_digest, write_config
 from omnihuman_jax.training.state import (
     TrainState,
     abstract_state,
@@ -32,24 +45,37 @@ from omnihuman_jax.training.state import (
 )
 from omnihuman_jax.training.step import jit_train_step
 
+FPS = 25
+
 
 class Feed(Protocol):
     """Where batches come from; a batch is a pure function of the step."""
 
-    def iterate(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the batches of steps first_step, first_step + 1, …"""
+    def iterate(self, first_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        """These global rows of the batches of steps first_step, first_step + 1, …"""
 
-    def describe(self, step: int) -> tuple[list[str], list[list[str]]]:
-        """Record ids and active condition names of every global row of a step."""
+    def describe(self, step: int) -> dict[str, Any]:
+        """`records`, `active` and `scheduled`: record id and condition names of every global row of a step."""
+
+    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
+        """These global rows of `count` batches that training does not see."""
 
 
 SampleHook = Callable[[Any, int, Stage], tuple[Path, tuple[int, int]]]
 
 
 def train(
-    config: ConfigDict, plain_config: dict[str, Any], workdir: Path, feed: Feed, sample: SampleHook | None
+    config: ConfigDict,
+    plain_config: dict[str, Any],
+    workdir: Path,
+    feed: Feed,
+    sample: SampleHook | None,
+    *,
+    started: float | None = None,
 ) -> None:
     """Trains through the stages of `config`; called again on the same workdir it continues.
+
+    SIGTERM, or Ctrl-C once, saves and returns after the step under way, in all processes at the same step.
 
     Args:
       config: resolved config.
@@ -57,30 +83,19 @@ def train(
       workdir: run directory.
       feed: source of batches.
       sample: called at a stage's end with (EMA parameters, step, stage); writes a GIF and returns its path and size.
+      started: `time.time()` of the process's start, for the goodput.
 
     Raises:
-      UserError: anything wrong with the config or with the checkpoints in `workdir`; a loss that is not finite.
+      UserError: anything wrong with the config or with the checkpoints in `workdir`; too many steps in a row that are
+        not finite; a last checkpoint that could not be written.
     """
     stages = curriculum(config)
     mesh = mesh_lib.make_mesh(config.mesh)
-    mesh_lib.check_batch(config.global_batch_size, mesh)
-    network = make_network(config)
-    with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-        restored = checkpoints.restore_latest(abstract_state(config, mesh, network), config)
-        if restored:
-            state, done, counter = restored.state, restored.meta["step"], RatioCounter(**restored.meta["counter"])
-            print(f"continuing {workdir} after step {done} of {stages[-1].last_step}, in {restored.meta['stage']}")
-        else:
-            state, done, counter = init_state(config, mesh, network), 0, RatioCounter()
-        if done >= stages[-1].last_step:
-            print(f"{workdir}: all {done} steps are done; nothing to train")
-            checkpoints.close()
-            return
-        write_config(workdir, plain_config)
-        run = _Run(config, plain_config, stages, network, mesh, feed, checkpoints, workdir, sample)
+    mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
+    with jax.set_mesh(mesh), StopSignal() as stop:
+        run = _Run(config, plain_config, stages, mesh, feed, workdir, sample, stop, started or time.time())
         try:
-            run.steps(state, done, counter)
+            run.start()
         finally:
             run.close()
 
@@ -88,52 +103,133 @@ def train(
 class _Run:
     """The running loop and what it holds open."""
 
-    def __init__(self, config, plain_config, stages, network: Network, mesh, feed, checkpoints, workdir, sample):
+    def __init__(self, config, plain_config, stages, mesh, feed, workdir, sample, stop, started: float):
         self.config, self.plain_config, self.stages, self.mesh = config, plain_config, stages, mesh
-        self.feed, self.checkpoints, self.sample = feed, checkpoints, sample
-        self.train_step = jit_train_step(config, network, mesh)
-        self.writer = MetricsWriter(workdir, log_records=config.data.log_records)
-        self.workdir = workdir
+        self.feed, self.sample, self.stop, self.workdir = feed, sample, stop, workdir
+        self.network: Network = make_network(config)
+        self.goodput = Goodput(started)
+        c = config.checkpoint
+        self.bar = tqdm(disable=True)
+        self.checkpoints = Checkpoints(workdir, every=c.every, keep=c.keep, keep_every=c.keep_every, tell=self.tell)
+        last_good = self.checkpoints.last_good
+        self.watchdog = Watchdog(config.faults.watchdog_seconds, last_good)
+        self.bad_steps = BadSteps(config.faults.max_bad_steps, last_good)
+        self.writer = MetricsWriter(workdir, log_records=config.data.log_records, enabled=is_main())
+        self.ballot = Ballot(mesh)
+        self.rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
+        self.train_step = jit_train_step(config, self.network, mesh)
+        self.profile = Profile(config.profile.steps, workdir)
         self.pending: dict[str, Any] | None = None
+        self.compiled: set[tuple[int, ...]] = set()
+        self.held_out: HeldOutLoss | None = None
+
+    def tell(self, message: str) -> None:
+        """A line above the progress bar, once for all processes."""
+        if is_main():
+            self.bar.write(message)
+
+    def start(self) -> None:
+        """Restores or initialises, then runs the steps that are left."""
+        last = self.stages[-1].last_step
+        with self.watchdog:
+            restored = self.checkpoints.restore_latest(
+                abstract_state(self.config, self.mesh, self.network), self.config
+            )
+            if restored:
+                state, done, counter = restored.state, restored.meta["step"], RatioCounter(**restored.meta["counter"])
+                self.tell_restored(restored.path, restored.meta)
+            else:
+                state, done, counter = init_state(self.config, self.mesh, self.network), 0, RatioCounter()
+        if is_main():
+            write_config(self.workdir, self.plain_config)
+        if restored and done == stage_at(self.stages, min(done, last)).last_step:
+            self.end_stage(state, done, stage_at(self.stages, done), counter)  # the restart may have cut it short
+        if done >= last:
+            say(f"{self.workdir}: all {done} steps are done; nothing to train")
+            return
+        self.bar = tqdm(
+            total=last, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0, disable=not is_main()
+        )
+        self.steps(state, done, counter)
+        self.checkpoints.close()
+        if self.checkpoints.failed:
+            raise UserError(
+                f"{self.checkpoints.failed}; the last whole one is {self.checkpoints.last_good()}; make room and start "
+                f"the same command again: it continues from there"
+            )
+
+    def tell_restored(self, path: Path, meta: dict[str, Any]) -> None:
+        """One line: what the run continues from."""
+        done, last = meta["step"], self.stages[-1].last_step
+        again = max(0, metrics_lib.last_logged_step(self.workdir) - done)
+        self.goodput.add("repeat", again * metrics_lib.typical_step_seconds(self.workdir))
+        self.tell(
+            f"continuing {self.workdir} after step {done} of {last}, in {meta['stage']}: parameters, optimizer, EMA, "
+            f"data position and ratio counts from {path}; {again} logged steps come again; {jax.process_count()} "
+            f"process(es), mesh {dict(self.mesh.shape)}"
+        )
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
-        """Runs steps done + 1 … last."""
+        """Runs steps done + 1 … last, or until told to stop."""
         last = self.stages[-1].last_step
-        batches = self.feed.iterate(done + 1)
-        self.bar = tqdm(total=last, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0)
+        batches = self.feed.iterate(done + 1, self.rows)
         self.clock = time.perf_counter()
         for step in range(done + 1, last + 1):
             stage = stage_at(self.stages, step)
             if step == stage.first_step:
                 counter = RatioCounter()
                 state = self.enter_stage(state, stage)
+            self.profile.before(step)
             waited = time.perf_counter()
-            batch = next(batches)
+            with self.goodput.cause("data"):
+                batch = next(batches)
             waited = time.perf_counter() - waited
-            state, metrics = self.train_step(state, self.place(batch), jnp.float32(stage.learning_rate_at(step)))
-            counter.add(batch["active"], batch["scheduled"])
+            state, metrics = self.dispatch(state, batch, stage.learning_rate_at(step))
+            told = self.feed.describe(step)
+            counter.add(told)
             self.flush()  # reads the metrics of the step before, so the host never stalls the device
             self.pending = {
                 "step": step,
                 "stage": stage,
                 "metrics": metrics,
+                "told": told,
                 "ratios": (counter.ratios(counter.active), counter.ratios(counter.scheduled)),
                 "data_seconds": waited,
-                "tokens": self.tokens(batch),
+                "bucket": batch["latents"].shape[1:4],
             }
-            if step == stage.last_step or self.checkpoints.due(step):
+            stop = self.ballot.cast(bool(self.stop.name))
+            if step == stage.last_step or self.checkpoints.due(step) or stop:
                 self.save(state, step, stage, counter)
+            self.evaluate(state, step)
+            self.profile.after(step, metrics)
+            if stop and step < last:
+                self.flush()
+                self.checkpoints.close()
+                self.tell(
+                    f"stopped by {self.stop.name or 'another process'} after step {step} of {last}, saved in "
+                    f"{self.checkpoints.last_good()}; start the same command again to continue"
+                )
+                return
         self.flush()
+
+    def dispatch(self, state: TrainState, batch: dict[str, np.ndarray], rate: float) -> tuple[TrainState, Any]:
+        """Starts the step; the first of each shape compiles before it returns."""
+        placed, shape = self.place(batch), batch["latents"].shape
+        if shape in self.compiled:
+            return self.train_step(state, placed, jnp.float32(rate))
+        self.compiled.add(shape)
+        with self.watchdog, self.goodput.cause("compile"):
+            return self.train_step(state, placed, jnp.float32(rate))
 
     def enter_stage(self, state: TrainState, stage: Stage) -> TrainState:
         """The state that a stage starts from: the stage before, or the parameters of `init_from`."""
-        self.bar.write(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
+        self.tell(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
         if stage.init_from:
             _, params, info = load_for_inference(stage.init_from, use_ema=False)
-            self.bar.write(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
+            self.tell(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
             fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(
-                jax.device_put(params, shardings.params)
+                jax.device_put(jax.device_get(params), shardings.params)
             )
             return fresh._replace(step=state.step)
         if stage.first_step > 1 and self.config.optimizer.reset_at_stage:
@@ -144,96 +240,119 @@ class _Run:
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts this process's rows onto the mesh."""
         sharding = rules.batch_sharding(self.mesh)
-        names = batch_shapes(self.config, *batch["latents"].shape[1:4])
-        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
-
-    def tokens(self, batch: dict[str, np.ndarray]) -> int:
-        """Noisy visual tokens of a global batch."""
-        return (
-            self.config.global_batch_size
-            * math.prod(batch["latents"].shape[1:4])
-            // math.prod(self.config.model.patch_size)
-        )
+        shapes = batch_shapes(self.config, *batch["latents"].shape[1:4])
+        return {
+            name: jax.make_array_from_process_local_data(sharding, batch[name], shape)
+            for name, (shape, _) in shapes.items()
+        }
 
     def save(self, state: TrainState, step: int, stage: Stage, counter: RatioCounter) -> None:
         """Writes the running checkpoint, and at a stage's end the one kept for good and a sample video."""
         self.flush()
-        meta = {"step": step, "stage": stage.name, "config": self.plain_config, "counter": counter.state()}
-        if step == stage.last_step:
-            self.checkpoints.save_stage(stage.name, state, meta)
-        self.checkpoints.save(step, state, meta)
-        if step == stage.last_step and self.sample:
-            path, size = self.sample(jax.device_get(state.ema), step, stage)
-            self.writer.video(f"sample/{stage.name}", path, size, step)
+        with self.watchdog:
+            if step == stage.last_step:
+                self.end_stage(state, step, stage, counter)
+            with self.goodput.cause("save"):
+                self.checkpoints.save(step, state, self.meta(step, stage, counter))
         self.clock = time.perf_counter()  # saving is not part of the next step's time
+
+    def meta(self, step: int, stage: Stage, counter: RatioCounter) -> dict[str, Any]:
+        """What a checkpoint says besides the arrays. Noise and data are functions of the seed and the step."""
+        return {
+            "step": step,
+            "stage": stage.name,
+            "seed": self.config.seed,
+            "next_data_step": step + 1,
+            "config": self.plain_config,
+            "config_digest": config_digest(self.plain_config),
+            "counter": counter.state(),
+        }
+
+    def end_stage(self, state: TrainState, step: int, stage: Stage, counter: RatioCounter) -> None:
+        """The checkpoint that is kept for good, and a sample video."""
+        with self.watchdog, self.goodput.cause("save"):
+            if not self.checkpoints.has_stage(stage.name) or step != self.checkpoints.stage_step(stage.name):
+                self.checkpoints.save_stage(stage.name, state, self.meta(step, stage, counter))
+        if not self.sample:
+            return
+        with self.watchdog, self.goodput.cause("evaluate"):
+            alone = jax.process_count() == 1
+            ema = jax.device_get(state.ema) if alone else multihost_utils.process_allgather(state.ema, tiled=True)
+            if is_main():
+                # What one process does alone must not be laid out over the devices of all.
+                with contextlib.nullcontext() if alone else jax.set_mesh(mesh_lib.local_mesh()):
+                    path, size = self.sample(ema, step, stage)
+                self.writer.video(f"sample/{stage.name}", path, size, step)
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Loss of the EMA on held-out clips, every `evaluation.every` steps."""
+        every = self.config.evaluation.every
+        if not every or step % every:
+            return
+        self.flush()
+        with self.watchdog, self.goodput.cause("evaluate"):
+            if self.held_out is None:
+                batches = self.feed.held_out(self.config.evaluation.batches, self.rows)
+                self.held_out = HeldOutLoss(self.config, self.network, self.mesh, [self.place(b) for b in batches])
+            self.writer.evaluation(step, self.held_out(state.ema))
+        self.clock = time.perf_counter()
 
     def flush(self) -> None:
         """Logs the pending step: waits for its metrics, checks them, writes a line every `log_every` steps."""
         if self.pending is None:
             return
         p, self.pending = self.pending, None
-        step, stage = p["step"], p["stage"]
-        loss = float(p["metrics"]["loss"])
+        step, stage, metrics, told = p["step"], p["stage"], jax.device_get(p["metrics"]), p["told"]
+        self.watchdog.step_done()
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        records, active = self.feed.describe(step)
-        grad_norm = float(p["metrics"]["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"step {step} ({stage.name}): the loss is {loss}, the gradient norm {grad_norm}; "
-                f"records {', '.join(records)}; lower the "
-                f"learning rate, or continue from the newest checkpoint in {self.workdir}/checkpoints"
-            )
-        self.writer.records(step, records, active)
+        loss, grad_norm, skipped = float(metrics["loss"]), float(metrics["grad_norm"]), bool(metrics["skipped"])
+        self.writer.records(step, told["records"], told["active"])
+        message = self.bad_steps.add(skipped, step, loss, grad_norm, told["records"])
+        if message:
+            self.tell(message)
+        self.checkpoints.check()
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} {seconds:.2f} s/step", refresh=False)
         if step % self.config.log_every and step not in (1, stage.last_step):
             return
-        sample_loss = np.asarray(p["metrics"]["sample_loss"])
+        frames, rows, columns = p["bucket"]
+        batch, model = self.config.global_batch_size, self.network.config
+        flops_per_second = flops.train_step_flops(model, batch, p["bucket"]) / seconds
+        peak = flops.PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
         line = {
             "step": step,
             "stage": stage.name,
             "loss": loss,
-            "loss_by_condition": loss_by_condition(sample_loss, self.active_rows(active)),
+            "loss_by_condition": metrics_lib.loss_by_condition(metrics["sample_loss"], active_rows(told["active"])),
+            "loss_by_time": metrics_lib.loss_by_time(metrics["sample_loss"], metrics["time"]),
             "active_ratio": p["ratios"][0],
             "scheduled_ratio": p["ratios"][1],
             "grad_norm": grad_norm,
+            "grad_norm_by_part": {name: float(norm) for name, norm in metrics["grad_norm_by_part"].items()},
+            "skipped_steps": self.bad_steps.total,
             "learning_rate": stage.learning_rate_at(step),
             "step_seconds": seconds,
             "data_seconds": p["data_seconds"],
-            "tokens_per_second": p["tokens"] / seconds,
+            "tokens_per_second": batch * frames * rows * columns // math.prod(model.patch_size) / seconds,
+            "video_seconds_per_second": batch * 4 * frames / FPS / seconds,
+            "model_flops_per_second": flops_per_second,
+            "memory_bytes": metrics_lib.memory_bytes(),
+            "goodput": self.goodput.report(),
         }
+        if peak:
+            line["mfu"] = flops_per_second / (peak * self.mesh.size)
         self.writer.step(line, stage.ratios)
-
-    @staticmethod
-    def active_rows(active: list[list[str]]) -> np.ndarray:
-        """Condition names per global row -> bool (B, 4)."""
-        return np.array([[name in row for name in CONDITIONS] for row in active], bool)
 
     def close(self) -> None:
         """Finishes the saves under way and closes the logs."""
+        self.watchdog.close()
+        self.profile.close()
         self.checkpoints.close()
         self.writer.close()
-        if hasattr(self, "bar"):
-            self.bar.close()
+        self.bar.close()
 
 
-def write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
-    """Writes config.json; when the run already has another one, says which keys changed."""
-    path = workdir / "config.json"
-    if path.exists():
-        before, after = _flatten(json.loads(path.read_text())), _flatten(plain_config)
-        changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
-        if changed:
-            told = "; ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed)
-            print(f"config differs from the one this run had: {told}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def active_rows(active: list[list[str]]) -> np.ndarray:
+    """Condition names per global row -> bool (B, 4)."""
+    return np.array([[name in row for name in CONDITIONS] for row in active], bool)

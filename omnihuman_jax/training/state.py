@@ -46,7 +46,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(opt.clip),
-        optax.scale_by_adam(b1=opt.b1, b2=opt.b2, eps=opt.eps),
+        optax.scale_by_adam(b1=opt.b1, b2=opt.b2, eps=opt.eps, mu_dtype=jnp.dtype(opt.mu_dtype)),
         optax.add_decayed_weights(opt.weight_decay, mask=decayed),
     )
 

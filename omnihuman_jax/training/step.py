@@ -1,5 +1,6 @@
 """The one train step: flow matching on a batch, a pure function of (state, batch, learning rate)."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,32 +35,91 @@ def draw_noise(config: ConfigDict, step: jax.Array, shape: tuple[int, ...]) -> t
     return time.shift(t, shift), jax.random.normal(noise_key, shape, jnp.float32)
 
 
+def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """Flow-matching loss (B,) float32 of each row of a batch at times t (B,) and noise eps (B, T, H, W, C)."""
+    x0 = batch["latents"]
+    predicted = network.apply(params, flow.interpolate(x0, eps, t), t, batch)
+    return flow.flow_loss(predicted, flow.velocity(x0, eps))
+
+
+def gradients(
+    network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array, parts: int
+) -> tuple[jax.Array, Any]:
+    """Row losses (B,) and the gradient of their mean, over `parts` micro-batches one after the other.
+
+    Micro-batch a has the rows a, a + parts, …, so that each is spread over the devices as the batch is.
+    """
+
+    def loss_fn(params: Any, rows: Any):
+        losses = sample_losses(network, params, *rows)
+        return losses.mean(), losses
+
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+    whole = (batch, t, eps)
+    if parts == 1:
+        (_, losses), grads = differentiate(params, whole)
+        return losses, grads
+
+    def body(total: Any, rows: Any):
+        (_, losses), grads = differentiate(params, rows)
+        return jax.tree.map(lambda a, g: a + g.astype(a.dtype) / parts, total, grads), losses
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, parts, *x.shape[1:])
+        return rules.constrain(jnp.moveaxis(x, 1, 0), None, "batch", *[None] * (x.ndim - 2))
+
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    grads, losses = jax.lax.scan(body, zero, jax.tree.map(split, whole))
+    return losses.T.reshape(-1), grads
+
+
+def part_of(path: str) -> str:
+    """The part of the network that a parameter belongs to: the module, or the audio attention of the blocks."""
+    first = path.split("/", 1)[0]
+    return "audio_attention" if re.match(r"(dual|single)/audio/", path) else first
+
+
+def norms_by_part(grads: Any) -> dict[str, jax.Array]:
+    """Part of the network -> norm of its gradient."""
+    parts: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        parts.setdefault(part_of(rules.path_name(path)), []).append(leaf)
+    return {name: optax.global_norm(leaves) for name, leaves in sorted(parts.items())}
+
+
 def make_train_step(
     config: ConfigDict, network: Network
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """Builds step(state, batch, learning_rate) -> (state, metrics).
 
-    Metrics: `loss` and `grad_norm` scalars; `sample_loss` (B,) per-sample losses and `time` (B,), from which the loop
-    computes losses by condition.
+    A step whose loss or gradient is not finite changes nothing but the step number.
+
+    Metrics: `loss`, `grad_norm` and `skipped` scalars; `grad_norm_by_part`; `sample_loss` (B,) per-sample losses and
+    `time` (B,), from which the loop computes losses by condition and by noise level.
     """
-    optimizer = make_optimizer(config)
+    optimizer, parts = make_optimizer(config), config.optimizer.accumulate
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], learning_rate: jax.Array):
-        x0 = batch["latents"]
-        t, eps = draw_noise(config, state.step, x0.shape)
-        x_t = flow.interpolate(x0, eps, t)
+        t, eps = draw_noise(config, state.step, batch["latents"].shape)
+        sample_loss, grads = gradients(network, state.params, batch, t, eps, parts)
+        loss, grad_norm = sample_loss.mean(), optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def loss_fn(params: Any):
-            sample_loss = flow.flow_loss(network.apply(params, x_t, t, batch), flow.velocity(x0, eps))
-            return sample_loss.mean(), sample_loss
-
-        (loss, sample_loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * u, updates))
         decay = ema_decay_at(state.step, config.ema_decay)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "sample_loss": sample_loss, "time": t}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        made = TrainState(state.step, params, opt_state, ema)
+        made = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "grad_norm_by_part": norms_by_part(grads),
+            "skipped": ~finite,
+            "sample_loss": sample_loss,
+            "time": t,
+        }
+        return made._replace(step=state.step + 1), metrics
 
     return train_step
 
@@ -76,4 +136,15 @@ def jit_train_step(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
         in_shardings=(state, rules.batch_sharding(mesh), replicated),
         out_shardings=(state, replicated),
         donate_argnums=0,
+    )
+
+
+def jit_evaluation_loss(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
+    """loss(params, batch, t (B,), eps) -> (B,) jitted over the mesh, replicated; the same on every step it is asked."""
+    params = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network)).params
+    rows = rules.batch_sharding(mesh)
+    return jax.jit(
+        lambda params, batch, t, eps: sample_losses(network, params, batch, t, eps),
+        in_shardings=(params, rows, rows, rows),
+        out_shardings=rules.replicated(mesh),
     )

@@ -1,0 +1,58 @@
+"""config.json of a run, and what a changed config means to one that continues."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omnihuman_jax.training.processes import say
+
+# Keys that do not change what is trained: where and how fast it runs, what is logged, kept and shown.
+SAFE = (
+    "simulated_devices",
+    "compilation_cache",
+    "mesh.",
+    "checkpoint.",
+    "log_every",
+    "sample.",
+    "guidance.",
+    "faults.",
+    "evaluation.",
+    "profile.",
+    "plan.",
+    "data.log_records",
+    "data.cache_mb",
+    "data.dir",
+    "vae.checkpoint",
+    "model.attention",
+    "model.remat",
+    "model.scan_blocks",
+    "optimizer.accumulate",
+)
+
+
+def config_digest(plain_config: dict[str, Any]) -> str:
+    """sha256 of a config of plain JSON types."""
+    return hashlib.sha256(json.dumps(plain_config, sort_keys=True).encode()).hexdigest()
+
+
+def write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
+    """Writes config.json; when the run already has another one, says which keys changed and which of them are safe."""
+    path = workdir / "config.json"
+    if path.exists():
+        before, after = _flatten(json.loads(path.read_text())), _flatten(plain_config)
+        changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
+        for heading, safe in (("changes what is trained", False), ("safe", True)):
+            told = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
+            if told:
+                say(f"config differs from the one this run had ({heading}): {'; '.join(told)}")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,147 @@
+"""Runs that are killed, moved to other numbers of processes and stopped, against the same run left alone."""
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training import launch
+from tests.training.tiny import tiny_data
+
+STEPS = 60
+
+
+def lines(workdir, name):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def by_step(workdir, name):
+    """Step -> line; a step that came again must have come equal (but for the times it took)."""
+    found = {}
+    for line in lines(workdir, name):
+        kept = {k: v for k, v in line.items() if k in KEPT}
+        assert found.setdefault(line["step"], kept) == kept, f"{workdir}: step {line['step']} came again differently"
+    return found
+
+
+KEPT = (
+    "step",
+    "stage",
+    "loss",
+    "loss_by_condition",
+    "active_ratio",
+    "scheduled_ratio",
+    "grad_norm",
+    "records",
+    "active",
+)
+
+
+def state(workdir):
+    """Every array of the last checkpoint: parameters, optimizer, EMA and step."""
+    import orbax.checkpoint as ocp
+
+    step = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
+    assert step == STEPS
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(
+            workdir / "checkpoints" / str(step) / "state", args=ocp.args.PyTreeRestore(restore_args=None)
+        )
+    return tree
+
+
+def assert_same_run(workdir, reference, *, exact=True):
+    for name in ("metrics.jsonl", "data_log.jsonl"):
+        mine, theirs = by_step(workdir, name), by_step(reference, name)
+        assert mine.keys() == theirs.keys()
+        if exact or name == "data_log.jsonl":
+            assert mine == theirs
+        else:
+            for step, line in mine.items():
+                assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=2e-4), step
+    used = Counter(r for line in by_step(workdir, "data_log.jsonl").values() for r in line["records"])
+    assert used == Counter(r for line in by_step(reference, "data_log.jsonl").values() for r in line["records"])
+    if exact:
+        jax.tree.map(np.testing.assert_array_equal, state(workdir), state(reference))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run that nothing happens to."""
+    root = tmp_path_factory.mktemp("restart")
+    tiny_data(root / "data")
+    assert launch.wait(launch.start(root / "data", root / "alone")) == [0], launch.log(root / "alone")[-3000:]
+    return root
+
+
+def run_with_kills(root, name, kills, seed=0):
+    """SIGKILLs the run at random moments after it made some progress; returns the steps it was killed near."""
+    rng, killed, workdir = random.Random(seed), [], root / name
+    for _ in range(kills):
+        before = max((line["step"] for line in lines(workdir, "metrics.jsonl")), default=0) if killed else 0
+        started = launch.start(root / "data", workdir)
+        launch.wait_for_step(workdir, min(before + 1, STEPS), started)
+        time.sleep(rng.uniform(0, 1.5))
+        launch.kill(started)
+        killed.append(lines_so_far(workdir))
+    assert launch.wait(launch.start(root / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    return killed
+
+
+def lines_so_far(workdir):
+    whole = [line for line in (workdir / "metrics.jsonl").read_text().split("\n") if line.endswith("}")]
+    return json.loads(whole[-1])["step"]
+
+
+def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(alone):
+    run_with_kills(alone, "killed", kills=1)
+    assert_same_run(alone / "killed", alone / "alone")
+    assert "continuing" in launch.log(alone / "killed")
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_bit_for_bit_as_one_left_alone(alone):
+    run_with_kills(alone, "killed10", kills=10, seed=1)
+    assert_same_run(alone / "killed10", alone / "alone")
+
+
+def stop_after(root, workdir, step, processes):
+    """Starts with so many processes and sends SIGTERM to the last one after a step."""
+    started = launch.start(root / "data", workdir, processes=processes)
+    launch.wait_for_step(workdir, step, started)
+    started[-1].send_signal(signal.SIGTERM)
+    assert launch.wait(started) == [0] * processes, launch.log(workdir)[-3000:]
+
+
+def test_two_processes_train_as_one_and_stop_together(alone):
+    workdir = alone / "two"
+    stop_after(alone, workdir, 8, processes=2)
+    assert "stopped by another process after step" in launch.log(workdir)
+    assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    assert_same_run(workdir, alone / "alone", exact=False)
+
+
+@pytest.mark.slow
+def test_process_counts_may_change_from_one_to_two_to_four_to_one(alone):
+    workdir = alone / "elastic"
+    for step, processes in ((8, 1), (22, 2), (40, 4)):
+        stop_after(alone, workdir, step, processes)
+    assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    assert_same_run(workdir, alone / "alone", exact=False)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_all_others(alone):
+    workdir = alone / "death"
+    started = launch.start(alone / "data", workdir, processes=2)
+    launch.wait_for_step(workdir, 6, started)
+    started[1].kill()
+    statuses = launch.wait(started, seconds=180)
+    assert statuses[1] == -signal.SIGKILL and statuses[0] != 0
+    assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    assert_same_run(workdir, alone / "alone", exact=False)
