@@ -51,6 +51,7 @@ def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> 
     """
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
+    mesh_lib.check_heads(config.model.num_heads, mesh)
     network = make_network(config)
     tokens = config.global_batch_size * math.prod(bucket) // math.prod(config.model.patch_size)
     with jax.set_mesh(mesh):

@@ -19,7 +19,7 @@ from experiments.samples import SampleVideos
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
-from omnihuman_jax.sharding.mesh import check_batch, make_mesh
+from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.checkpoints import check_same_model, find_checkpoint, read_meta
 from omnihuman_jax.training.curriculum import Stage, curriculum
@@ -100,7 +100,9 @@ def main(_: list[str]) -> None:
 
 
 def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, feed: Feed) -> None:
-    check_batch(config.global_batch_size, make_mesh(config.mesh), config.optimizer.accumulate)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
+    check_heads(config.model.num_heads, mesh)
     make_network(config)
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
     workdir = cli.make_workdir(flags.FLAGS.workdir)

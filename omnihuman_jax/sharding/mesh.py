@@ -71,3 +71,14 @@ def check_batch(global_batch_size: int, mesh: Mesh, accumulate: int = 1) -> None
             f"global_batch_size={global_batch_size} is not divisible by mesh data x fsdp = {mesh.shape['data']} x "
             f"{mesh.shape['fsdp']}{parts} = {shards}; use a multiple of {shards}"
         )
+
+
+def check_heads(num_heads: int, mesh: Mesh) -> None:
+    """Raises UserError unless the attention heads divide over sequence x tensor (Ulysses, tensor parallelism)."""
+    shards = mesh.shape["sequence"] * mesh.shape["tensor"]
+    if num_heads % shards:
+        valid = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+        raise UserError(
+            f"mesh: {num_heads} attention heads (model.num_heads) do not divide over mesh.sequence x mesh.tensor = "
+            f"{mesh.shape['sequence']} x {mesh.shape['tensor']} = {shards}; their product can be {valid}"
+        )

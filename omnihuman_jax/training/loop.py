@@ -92,6 +92,7 @@ def train(
     stages = curriculum(config)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
+    mesh_lib.check_heads(config.model.num_heads, mesh)
     with jax.set_mesh(mesh), StopSignal() as stop:
         run = _Run(config, plain_config, stages, mesh, feed, workdir, sample, stop, started or time.time())
         try:
@@ -121,6 +122,13 @@ class _Run:
         self.profile = Profile(config.profile.steps, workdir)
         self.pending: dict[str, Any] | None = None
         self.compiled: set[tuple[int, ...]] = set()
+        every, count = config.evaluation.every, config.evaluation.batches
+        self.held_out_batches = feed.held_out(count, self.rows) if every else []
+        if every and not self.held_out_batches:
+            raise UserError(
+                f"evaluation.every={every}: the data set has no held-out clips as long as the training window; set it "
+                f"to 0, or prepare data with a held-out split"
+            )
         self.held_out: HeldOutLoss | None = None
 
     def tell(self, message: str) -> None:
@@ -292,8 +300,8 @@ class _Run:
         self.flush()
         with self.watchdog, self.goodput.cause("evaluate"):
             if self.held_out is None:
-                batches = self.feed.held_out(self.config.evaluation.batches, self.rows)
-                self.held_out = HeldOutLoss(self.config, self.network, self.mesh, [self.place(b) for b in batches])
+                batches = [self.place(batch) for batch in self.held_out_batches]
+                self.held_out = HeldOutLoss(self.config, self.network, self.mesh, batches)
             self.writer.evaluation(step, self.held_out(state.ema))
         self.clock = time.perf_counter()
 

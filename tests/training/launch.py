@@ -54,6 +54,16 @@ def wait_for_step(workdir: Path, step: int, started: list[subprocess.Popen], sec
         time.sleep(0.05)
 
 
+def wait_for_checkpoint(workdir: Path, started: list[subprocess.Popen], seconds: float = 240) -> None:
+    """Waits until there is a whole running checkpoint, or the run has ended."""
+    end = time.monotonic() + seconds
+    while not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")) and any(
+        p.poll() is None for p in started
+    ):
+        assert time.monotonic() < end, "no checkpoint was written"
+        time.sleep(0.02)
+
+
 def kill(started: list[subprocess.Popen]) -> None:
     """SIGKILL to all."""
     for process in started:

@@ -11,6 +11,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training.checkpoints import Checkpoints, find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.training.state import abstract_state
+from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
 
@@ -142,3 +143,51 @@ def test_pretraining_on_images_and_video_precedes_the_stages(run, tmp_path):
         "pretrain_video",
         "stage1",
     }
+
+
+def test_held_out_loss_is_of_fixed_noise_and_of_each_set_of_conditions(tmp_path):
+    dataset = write_fake_dataset(tmp_path / "data", 12, shapes=((7, 4, 4),), heldout=5)
+    config = tiny_config(tmp_path / "data", steps=(4, 0, 0))
+    config.evaluation.update({"every": 2, "batches": 1})
+    config.stages.stage1.learning_rate = 0.0
+    train_tiny(config, tmp_path / "run", dataset)
+    log = lines(tmp_path / "run", "evaluation.jsonl")
+    assert [line["step"] for line in log] == [2, 4]
+    assert log[0]["held_out_loss"] == log[1]["held_out_loss"]  # nothing was learned, so nothing may change
+    assert set(log[0]["held_out_loss"]) == {"reference", "audio", "pose"}
+
+
+def test_the_log_tells_throughput_goodput_memory_and_gradient_norms(run):
+    root, _, config = run
+    line = lines(root / "whole")[-1]
+    tokens = config.global_batch_size * 3 * (4 // 2) * (4 // 2)
+    assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
+    assert line["video_seconds_per_second"] * line["step_seconds"] == pytest.approx(8 * 4 * 3 / 25)
+    assert sum(line["goodput"].values()) == pytest.approx(1.0, abs=1e-6) and line["goodput"]["compile"] > 0
+    assert line["memory_bytes"] > 2**20
+    parts = np.array(list(line["grad_norm_by_part"].values()))
+    assert np.sqrt((parts**2).sum()) == pytest.approx(line["grad_norm"], rel=1e-4)
+    assert {"audio_attention", "pose", "dual"} <= set(line["grad_norm_by_part"])
+    assert all(0 <= float(k.split("-")[0]) < float(k.split("-")[1]) <= 1 for k in line["loss_by_time"])
+
+
+def test_a_resume_tells_what_it_restored_and_which_changes_matter(run, capsys):
+    root, dataset, _ = run
+    short = tiny_config(root / "data", steps=(3, 0, 0))
+    train_tiny(short, root / "changed", dataset)
+    capsys.readouterr()
+    changed = tiny_config(root / "data", steps=(3, 1, 0))
+    changed.log_every = 2
+    train_tiny(changed, root / "changed", dataset)
+    said = capsys.readouterr().out
+    assert "after step 3 of 4, in stage1: parameters, optimizer, EMA, data position and ratio counts from" in said
+    assert "(changes what is trained): stages.stage2.steps: 0 -> 1" in said
+    assert "(safe): log_every: 1 -> 2" in said
+
+
+def test_profile_steps_write_a_trace(tmp_path):
+    dataset = tiny_data(tmp_path / "data")
+    config = tiny_config(tmp_path / "data", steps=(3, 0, 0))
+    config.profile.steps = "2:3"
+    train_tiny(config, tmp_path / "run", dataset)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -79,18 +79,18 @@ def alone(tmp_path_factory):
     return root
 
 
-def run_with_kills(root, name, kills, seed=0):
-    """SIGKILLs the run at random moments after it made some progress; returns the steps it was killed near."""
-    rng, killed, workdir = random.Random(seed), [], root / name
-    for _ in range(kills):
-        before = max((line["step"] for line in lines(workdir, "metrics.jsonl")), default=0) if killed else 0
+def run_with_kills(root, name, kills, progress, seed=0):
+    """SIGKILLs the run at random moments, each some steps beyond the one before, then lets it end."""
+    rng, workdir = random.Random(seed), root / name
+    for kill in range(kills):
+        before = lines_so_far(workdir) if kill else 0
         started = launch.start(root / "data", workdir)
-        launch.wait_for_step(workdir, min(before + 1, STEPS), started)
-        time.sleep(rng.uniform(0, 1.5))
+        launch.wait_for_step(workdir, min(before + progress, STEPS - 1), started)
+        if kill == 0:
+            launch.wait_for_checkpoint(workdir, started)
+        time.sleep(rng.uniform(0, 0.3))
         launch.kill(started)
-        killed.append(lines_so_far(workdir))
     assert launch.wait(launch.start(root / "data", workdir)) == [0], launch.log(workdir)[-3000:]
-    return killed
 
 
 def lines_so_far(workdir):
@@ -99,14 +99,14 @@ def lines_so_far(workdir):
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(alone):
-    run_with_kills(alone, "killed", kills=1)
+    run_with_kills(alone, "killed", kills=1, progress=8)
     assert_same_run(alone / "killed", alone / "alone")
     assert "continuing" in launch.log(alone / "killed")
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_bit_for_bit_as_one_left_alone(alone):
-    run_with_kills(alone, "killed10", kills=10, seed=1)
+    run_with_kills(alone, "killed10", kills=10, progress=4, seed=1)
     assert_same_run(alone / "killed10", alone / "alone")
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh
 from omnihuman_jax.training import state as state_lib
-from omnihuman_jax.training.step import draw_noise, ema_decay_at, jit_train_step
+from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step
 from tests.training.tiny import tiny_config
 
 BUCKET = (3, 4, 4)
@@ -37,6 +38,22 @@ def run_steps(config, count=2):
     return losses, jax.device_get(state), metrics
 
 
+def perturbed(network):
+    """Parameters without the zeros of a fresh network, which would hide most gradients."""
+    params = network.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def assert_close_gradients(grads, expected, rtol=1e-5):
+    """Norm of the difference over the norm, of every leaf, but for those that are zero beside the rest."""
+    largest = max(np.linalg.norm(x) for x in jax.tree.leaves(expected))
+    for (path, g), e in zip(jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(expected), strict=True):
+        error = np.linalg.norm(g - e) / max(np.linalg.norm(e), 1e-3 * largest)
+        assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error:.2e}"
+
+
 @pytest.fixture(scope="module")
 def reference():
     config = tiny_config("unused")
@@ -44,9 +61,49 @@ def reference():
     return run_steps(config)
 
 
+AXES = ("data", "fsdp", "sequence", "tensor")
+MESHES = [{axis: 8} for axis in AXES] + [{a: 2, b: 4} for i, a in enumerate(AXES) for b in AXES[i + 1 :]]
+QUICK = ({"sequence": 8}, {"fsdp": 2, "tensor": 4})
+
+
+def gradients_on(mesh_sizes):
+    """Row losses and gradients of one batch, all conditions of some rows in use, on a mesh or on one device."""
+    config = tiny_config("unused")
+    config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128})
+    network = state_lib.make_network(config)
+    batch, params = random_batch(config), perturbed(network)
+    t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
+    run = jax.jit(lambda *args: gradients(network, *args, 1))
+    if not mesh_sizes:
+        return jax.device_get(run(params, batch, t, eps))
+    mesh = make_mesh({"data": 1, "fsdp": 1} | mesh_sizes)
+    check_heads(8, mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, rules.tree_shardings(params, mesh))
+        return jax.device_get(run(params, *jax.device_put((batch, t, eps), rules.batch_sharding(mesh))))
+
+
+@pytest.fixture(scope="module")
+def single_device():
+    return gradients_on(None)
+
+
 @pytest.mark.parametrize(
-    "mesh", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2}]
+    "mesh",
+    [pytest.param(m, id="-".join(m), marks=() if m in QUICK else pytest.mark.slow) for m in MESHES],
 )
+def test_gradients_do_not_depend_on_the_mesh(single_device, mesh):
+    losses, grads = gradients_on(mesh)
+    np.testing.assert_allclose(losses, single_device[0], rtol=1e-5)
+    assert_close_gradients(grads, single_device[1])
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_valid_choices():
+    with pytest.raises(UserError, match=r"3 attention heads .* 1 x 8 = 8; their product can be 1, 3"):
+        check_heads(3, make_mesh({"data": 1, "fsdp": 1, "tensor": 8}))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "sequence": 2}])
 def test_the_mesh_does_not_change_the_training(reference, mesh):
     config = tiny_config("unused")
     config.mesh.update({"data": 1, "fsdp": 1} | mesh)
@@ -54,6 +111,41 @@ def test_the_mesh_does_not_change_the_training(reference, mesh):
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     # Adam divides by the gradient's size, so where a gradient is nearly zero its rounding shows; hence atol.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), state.params, reference[1].params)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradients_over_micro_batches_are_those_of_the_whole_batch(parts):
+    config = tiny_config("unused")
+    config.global_batch_size = 16
+    config.mesh.update({"data": 2, "fsdp": 2, "sequence": 2})
+    mesh, network = make_mesh(config.mesh), state_lib.make_network(config)
+    batch = random_batch(config)
+    t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
+    params = perturbed(network)
+    with jax.set_mesh(mesh):
+        batch, t, eps = jax.device_put((batch, t, eps), rules.batch_sharding(mesh))
+        run = jax.jit(lambda *a: gradients(network, *a, parts)), jax.jit(lambda *a: gradients(network, *a, 1))
+        (losses, grads), (expected_losses, expected) = (jax.device_get(f(params, batch, t, eps)) for f in run)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert_close_gradients(grads, expected)
+
+
+def test_bfloat16_first_moments_are_stored_as_such_and_train_alike():
+    config = tiny_config("unused")
+    config.mesh.update({"data": 8, "fsdp": 1})
+    full = run_steps(config)
+    config.optimizer.mu_dtype = "bfloat16"
+    losses, state, _ = run_steps(config)
+    assert {x.dtype for x in jax.tree.leaves(state.opt_state[1].mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(state.opt_state[1].nu)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses, full[0], rtol=1e-2)
+
+
+def test_a_batch_that_does_not_divide_into_micro_batches_is_refused():
+    config = tiny_config("unused")
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    with pytest.raises(UserError, match=r"x optimizer.accumulate = 3 = 24; use a multiple of 24"):
+        check_batch(config.global_batch_size, mesh, 3)
 
 
 def test_parameters_are_sharded_over_fsdp():

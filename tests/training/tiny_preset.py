@@ -11,5 +11,6 @@ def get_config(data: str) -> ConfigDict:
     """20 steps in each of three stages, a checkpoint every 5."""
     config = tiny_config(Path(data), steps=(20, 20, 20))
     config.checkpoint.update({"every": 5, "keep": 2})
+    config.vae.checkpoint = ""  # the fake latents come from none
     config.compilation_cache = ""  # tests keep compiled programs by the environment
     return config
