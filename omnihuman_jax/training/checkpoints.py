@@ -105,7 +105,9 @@ class Checkpoints:
         if step in self._manager.all_steps():  # steps run again after a restart
             return
         meta = meta | {"fingerprint": fingerprint(state)}
-        self._guarded(step, lambda: self._stages.wait_until_finished())
+        # The save before may still be under way, and its failure is not this one's.
+        self._guarded(None, self._manager.wait_until_finished)
+        self._guarded(None, self._stages.wait_until_finished)
         self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, meta), force=True))
 
     def save_stage(self, name: str, state: TrainState, meta: dict[str, Any]) -> None:
@@ -276,7 +278,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """The JSON item of a checkpoint folder."""
     try:
         return json.loads((Path(path) / "meta" / "metadata").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, or not text
         raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
 
 

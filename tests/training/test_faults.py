@@ -166,15 +166,27 @@ def test_a_half_written_checkpoint_is_named_and_removed(whole, capsys):
     same(root / "half", root / "whole")
 
 
+def wait_for_save(workdir, step):
+    """Saves are asynchronous: waits until one is whole."""
+    end = time.monotonic() + 60
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_full_disk_at_save_time_is_told_and_the_next_save_works(whole, capsys):
     """A limit on the size of written files stands for the full disk: the same refusal from the file system."""
+    root = whole[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def fill(step, _):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step in (5, 6) else soft, hard))
+        if step == 5:
+            wait_for_save(root / "full", 4)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step in (5, 6, 7) else soft, hard))
         if step == 7:
-            time.sleep(0.5)  # the save after step 6 runs meanwhile
+            time.sleep(2)  # the save after step 6 fails meanwhile
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     try:
         workdir = train(whole, "full", fill)
@@ -192,6 +204,8 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(whole):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def fill(step, _):
+        if step == 7:
+            wait_for_save(whole[0] / "full_at_end", 6)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if step >= 7 else soft, hard))
 
     try:
