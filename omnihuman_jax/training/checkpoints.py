@@ -106,15 +106,16 @@ class Checkpoints:
             return
         meta = meta | {"fingerprint": fingerprint(state)}
         # The save before may still be under way, and its failure is not this one's.
-        self._guarded(None, self._manager.wait_until_finished)
-        self._guarded(None, self._stages.wait_until_finished)
-        self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, meta), force=True))
+        self._guarded("checkpoints", self._manager.wait_until_finished)
+        self._guarded("stages", self._stages.wait_until_finished)
+        self.failed = ""
+        self._guarded("checkpoints", lambda: self._manager.save(step, args=_save_args(state, meta), force=True))
 
     def save_stage(self, name: str, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves the stage's end to `stages/NAME/`, asynchronously; it is whole before a later running one begins."""
         meta = meta | {"fingerprint": fingerprint(state)}
         path = self._workdir / "stages" / name
-        self._guarded(meta["step"], lambda: self._stages.save(path, args=_save_args(state, meta), force=True))
+        self._guarded("stages", lambda: self._stages.save(path, args=_save_args(state, meta), force=True))
 
     def has_stage(self, name: str) -> bool:
         """Whether `stages/NAME/` is there."""
@@ -126,23 +127,20 @@ class Checkpoints:
 
     def check(self) -> None:
         """Finds out whether a save under way has failed."""
-        self._guarded(None, self._manager.check_for_errors)
-        self._guarded(None, self._stages.check_for_errors)
+        self._guarded("checkpoints", self._manager.check_for_errors)
+        self._guarded("stages", self._stages.check_for_errors)
 
-    def _guarded(self, step: int | None, action: Callable[[], Any]) -> None:
+    def _guarded(self, root: str, action: Callable[[], Any]) -> None:
         try:
             action()
-            if step is not None:
-                self.failed = ""
         # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not _is_disk_error(error):
                 raise
             self.failed = f"a checkpoint could not be written: {' '.join(str(error).split())[:300]}"
             self._tell(f"{self.failed}; the last whole one is {self.last_good()}; training goes on")
-            for root in ("checkpoints", "stages"):
-                for part in (self._workdir / root).glob(_HALF_WRITTEN):
-                    shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
+            for part in (self._workdir / root).glob(_HALF_WRITTEN):
+                shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
 
     def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
         """The newest running checkpoint that is whole, or None when the run has none at all.
@@ -201,8 +199,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the saves under way and closes the writers."""
-        self._guarded(None, self._manager.wait_until_finished)
-        self._guarded(None, self._stages.wait_until_finished)
+        self._guarded("checkpoints", self._manager.wait_until_finished)
+        self._guarded("stages", self._stages.wait_until_finished)
         self._manager.close()
         self._stages.close()
 
