@@ -137,6 +137,7 @@ class Batches:
         """
         longest = max((stage.window_frames or window.frames for stage in stages if stage.num_steps), default=1)
         records = usable_records(dataset.index, longest)
+        cls._warn_of_clips_without_motion(dataset, records, longest, window)
         schedule = Schedule(
             stages,
             dataset.index,
@@ -146,6 +147,19 @@ class Batches:
             records=records,
         )
         return cls(dataset, schedule, window, cache_bytes=cache_bytes)
+
+    @staticmethod
+    def _warn_of_clips_without_motion(dataset: Dataset, records: Sequence[int], frames: int, window: WindowConfig):
+        needed = frames + window.motion_frames
+        short = sum(dataset.index[i]["shape"][0] < needed for i in records)
+        if short and frames > 1 and window.motion_frames:
+            logging.warning(
+                "%d of %d training clips are shorter than %d frames (window and motion frames): their windows always "
+                "start at frame 0, so they do not train how a segment continues another",
+                short,
+                len(records),
+                1 + 4 * (needed - 1),
+            )
 
     def window_at(self, step: int) -> WindowConfig:
         """The window settings of a step: the loader's, with what its stage changes."""

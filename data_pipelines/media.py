@@ -45,6 +45,13 @@ def has_video(path: str | pathlib.Path) -> bool:
         return bool(container.streams.video)
 
 
+def is_exactly(path: str | pathlib.Path, frames: int, fps: float = FPS) -> bool:
+    """Whether the file's video stream has that many frames at that rate, as its header says."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        return stream.frames == frames and float(stream.average_rate or 0) == fps
+
+
 def _origin(container: av.container.InputContainer) -> float:
     """Start of the file in seconds on its own clock."""
     return (container.start_time or 0) / av.time_base

@@ -115,7 +115,8 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: conditions.Encoder
     audio = encoders.speech.encode(wave, total) if spoken else np.zeros((0, encoders.speech.dim), np.float32)
     samples = media.AUDIO_RATE // media.FPS
     # A raw clip that is one training clip already is copied, not coded again.
-    whole = len(pieces) == 1 and pieces[0].untouched and clip.end is None and clip.path.suffix == ".mp4"
+    whole = len(pieces) == 1 and pieces[0].untouched and clip.start == 0 and clip.end is None
+    whole = whole and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
     prepared = []
     for number, piece in enumerate(pieces):
         end = piece.first + settings.clip_frames

@@ -37,12 +37,21 @@ def resolve_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     return shape
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, *, num_slices: int = 1) -> Mesh:
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices that the devices belong to; 1 for other devices."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+
+
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
+) -> Mesh:
     """Builds the mesh over `devices` (default: all), with Auto axes.
 
-    With `num_slices` > 1 the data axis is laid across slices (over DCN) and everything else stays inside a slice.
+    With several slices (default: as many as the devices tell) the data axis is laid across them, over DCN, and
+    everything else stays inside a slice.
     """
     devices = list(jax.devices() if devices is None else devices)
+    num_slices = num_slices or count_slices(devices)
     shape = resolve_shape(sizes, len(devices))
     dims = tuple(shape.values())
     if num_slices > 1:

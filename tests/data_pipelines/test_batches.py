@@ -250,3 +250,17 @@ def test_a_batch_takes_a_few_milliseconds_once_records_are_cached(batches):
         batches.batch(step)
         times.append(time.perf_counter() - start)
     assert np.median(times) < 0.02
+
+
+def test_clips_too_short_for_motion_frames_are_told(tmp_path, caplog):
+    data = write_fake_dataset(tmp_path, 6, shapes=((5, 4, 4), (9, 4, 4)))
+    window = WindowConfig(frames=4, motion_frames=2)
+    with caplog.at_level("WARNING", logger="absl"):
+        Batches.open(
+            data,
+            [StagePlan("a", 1, 4, {"text": 0.9, "reference": 0.7, "audio": 0.0, "pose": 0.0})],
+            window,
+            global_batch_size=2,
+            seed=0,
+        )
+    assert "3 of 6 training clips are shorter than 21 frames" in caplog.text

@@ -135,6 +135,20 @@ def test_a_clip_of_training_size_is_copied_not_coded_again(tmp_path):
     assert data.clip_path(0).read_bytes() == (tmp_path / "in/a.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("how", ["longer", "slower", "later"])
+def test_a_part_of_a_file_or_another_rate_is_not_copied_whole(tmp_path, how):
+    """Copied, the clip would show other frames than the record's latents."""
+    frames = {"longer": 11, "slower": 9, "later": 11}[how]
+    path = tmp_path / "in/a.mp4"
+    media.write_mp4(path, brightness(5, frames, (32, 32)), fps=20 if how == "slower" else 25)
+    run([raw.RawClip("a", path, "synthetic", start=0.08 if how == "later" else 0.0)], tmp_path / "out")
+    data = Dataset.open(tmp_path / "out")
+    made = media.read_video(data.clip_path(0))
+    assert len(made) == 9
+    wanted = media.read_video(path, start=0.08 if how == "later" else 0.0)[:9]
+    assert np.abs(made.astype(int) - wanted.astype(int)).mean() < 4
+
+
 def test_manifest_crop_moves_keypoints_and_picks_the_size(tmp_path):
     frames = np.zeros((9, 64, 96, 3), np.uint8)
     frames[:, :, 60:90] = 200
