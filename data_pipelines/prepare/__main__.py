@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import contextlib
+import functools
 import pathlib
 import time
 
@@ -85,9 +86,10 @@ def main() -> None:
         print(f"{output} is up to date: {len(dataset)} clips")
         return
     from omnihuman_jax.models import vae as vaes  # JAX is only needed from here on
+    from omnihuman_jax.models import vae_streaming
 
     vae = vaes.load_vae(_VAE.value)
-    encode, _ = vaes.compiled(vae)
+    encode = functools.partial(vae_streaming.encode_clip, vae)
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         if detects:
