@@ -115,7 +115,7 @@ def test_a_frame_of_one_tile_is_not_touched():
 
 
 def test_tiles_equal_the_whole_frame_away_from_seams_and_differ_little_at_them():
-    """Without attention what is 24 latent columns inside a tile does not depend on its border; the rest does a little."""
+    """Without attention what is 24 columns inside a tile does not depend on its border; the rest does a little."""
     vae = build("wan2.1", attention=0.0)
     z = noise((1, 2, 4, 72, 3))
     whole = streaming.decode_clip(vae, z)
