@@ -247,7 +247,7 @@ def build_with(build: Callable[[], nnx.Module], tensors: Mapping[str, np.ndarray
     """The module with these parameters (by dotted path, all of them)."""
     graph, state = nnx.split(nnx.eval_shape(build))
     for keys, leaf in nnx.to_flat_state(state):
-        leaf.set_value(jnp.asarray(tensors[".".join(map(str, keys))]))
+        leaf.set_value(jnp.array(tensors[".".join(map(str, keys))]))  # a copy: the source may be a map of the file
     return nnx.merge(graph, state)
 
 

@@ -59,7 +59,9 @@ class _Bytes:
     """Reads little-endian values one after another, never beyond the end."""
 
     def __init__(self, path: Path):
-        self.path, self.data, self.at = path, np.memmap(path, np.uint8, "r"), 0
+        empty = not path.stat().st_size  # which cannot be mapped
+        self.path, self.at = path, 0
+        self.data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
 
     def take(self, count: int, what: str) -> bytes | np.ndarray:
         if self.at + count > len(self.data):
@@ -124,13 +126,13 @@ def _hf_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outside = re.fullmatch(r"encoder/(conv1|conv2|layer_norm)/(\w+)", name)
         if name == "encoder/position_encodings/encodings":
             found["embed_positions.weight"] = value
-        elif outside:
+        elif outside and outside[2] in parts:
             found[f"{outside[1]}.{parts[outside[2]]}"] = value
-        elif inside and inside[2] == "self_attention/linear_0":
+        elif inside and inside[2] == "self_attention/linear_0" and inside[3] in parts:
             for part, piece in zip("qkv", np.split(value, 3), strict=True):
                 if (part, inside[3]) != ("k", "bias"):  # zeros there: the original has none
                     found[f"layers.{inside[1]}.self_attn.{part}_proj.{inside[3]}"] = piece
-        elif inside and inside[2] in layer:
+        elif inside and inside[2] in layer and inside[3] in parts:
             found[f"layers.{inside[1]}.{layer[inside[2]]}.{parts[inside[3]]}"] = value
     return found
 
