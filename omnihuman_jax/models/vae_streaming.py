@@ -185,6 +185,10 @@ def balanced(vae: VAE, batch: int, frames: int, height: int, width: int) -> int:
 
 def _chunks(clip: Any, first: int, later: int) -> Iterator[Any]:
     """`first` frames, then `later` at a time; the last is filled up with copies of the clip's last frame."""
+    if clip.shape[1] <= first:
+        yield clip
+        return
+    clip = np.asarray(clip)  # slices of a device array would be compiled one by one
     yield clip[:, :first]
     for start in range(first, clip.shape[1], later):
         chunk = clip[:, start : start + later]
