@@ -147,8 +147,7 @@ def test_tiles_of_a_trained_vae_differ_little():
     z_error = relative(streaming.encode_clip(vae, video, tiling=tiling), z)
     whole = streaming.decode_clip(vae, z)
     error = relative(streaming.decode_clip(vae, z, tiling=tiling), whole)
-    print(z_error, error, relative(whole, video))
-    assert 0 < z_error < 0.02 and 0 < error < 0.02
+    assert 0 < z_error < 0.02 and 0 < error < 0.02  # measured 0.003 and 0.006
 
 
 @pytest.mark.parametrize(
