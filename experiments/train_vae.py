@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae import VAEConfig, save_vae
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import vae_train
+from omnihuman_jax.weights import lpips
 
 
 def define_flags() -> None:
@@ -182,7 +184,9 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
 def _steps(config, workdir, state, feed: Iterator[jax.Array], evaluator: Evaluator, checkpoints: Checkpoints):
     """Steps state.step + 1 … config.steps: next batch, step, log, save, evaluate. Returns the last state."""
-    done = int(state.step)
+    done, perceptual = int(state.step), None
+    if config.loss.lpips:
+        perceptual = jax.device_put(nnx.state(lpips.load(config.loss.lpips)), jax.tree.leaves(state.params)[0].sharding)
     steps = {}  # with and without the adversarial term, built when first needed
     clock, logged = time.perf_counter(), done
     with open(workdir / "metrics.jsonl", "a", buffering=1) as log:
@@ -192,7 +196,7 @@ def _steps(config, workdir, state, feed: Iterator[jax.Array], evaluator: Evaluat
             if adversarial not in steps:
                 function = vae_train.make_train_step(config, adversarial=adversarial)
                 steps[adversarial] = jax.jit(function, donate_argnums=0)
-            state, metrics = steps[adversarial](state, video)
+            state, metrics = steps[adversarial](state, video, perceptual)
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 line = {name: float(value) for name, value in metrics.items()}

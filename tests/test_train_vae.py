@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from data_pipelines import media
 from data_pipelines.video_windows import Bucket, VideoFolder
 from experiments import train_vae
 from experiments.configs import demo_vae
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.perceptual import LPIPS
 from omnihuman_jax.models.vae import load_vae
 from omnihuman_jax.training import vae_train
 
@@ -215,3 +217,13 @@ def test_the_command_reports_a_mistake_in_one_line(tmp_path):
     assert (
         result.stderr.strip() == "error: data.dir is empty; set --config.data.dir=DIR to a directory with video files"
     )
+
+
+def test_lpips_joins_the_loss_where_its_weights_are_given(clips):
+    config, video = tiny_config(clips, 1), np.random.default_rng(0).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
+    state = nnx.state(LPIPS((2, 2, 2, 2, 2), rngs=nnx.Rngs(0)))
+    assert float(vae_train.perceptual_distance(state, video, video)) == 0
+    assert float(vae_train.perceptual_distance(state, video, -video)) > 0
+    step, train_state = vae_train.make_train_step(config), jax.eval_shape(lambda: vae_train.create_state(config))
+    assert "lpips" in jax.eval_shape(step, train_state, video, state)[1]
+    assert "lpips" not in jax.eval_shape(step, train_state, video)[1]

@@ -1,9 +1,9 @@
 """Speech features at 25 fps, one row a pixel frame.
 
 "whisper-tiny.en": the encoder output of Whisper tiny.en (Radford et al. 2022), run by CTranslate2, its 50 Hz rows
-averaged in pairs. "log-mel": 80 mel channels at 50 Hz, two rows a frame, where Whisper cannot be had. Which one made a
-data set is recorded in it, and generation asks for that one by name: features of one are meaningless to a model of the
-other.
+averaged in pairs. "log-mel": 80 mel channels at 50 Hz, two rows a frame, where Whisper cannot be had. "wav2vec2:DIR" or
+"whisper:DIR": a checkpoint in a local directory, averaged in pairs; see `speech_checkpoints`. Which one made a data set
+is recorded in it, and generation asks for that one by name: features of one are meaningless to a model of the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipelines import fetch
-from data_pipelines.encoders import mel
+from data_pipelines.encoders import mel, speech_checkpoints
 from omnihuman_jax.errors import UserError, nearest
 
 RATE = mel.RATE
@@ -123,7 +123,7 @@ def load(kind: str | None = None, cache: str | pathlib.Path | None = None) -> Sp
     """The speech encoder called `kind`, or without a name Whisper, or log-mel (said so) if Whisper cannot be had.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name, or a checkpoint that cannot be read.
       PackageUnavailableError: (a UserError) Whisper is asked for by name and cannot be had.
     """
     if kind is None:
@@ -132,6 +132,10 @@ def load(kind: str | None = None, cache: str | pathlib.Path | None = None) -> Sp
         except fetch.PackageUnavailableError as error:
             print(f"speech encoder {WHISPER} is not available ({error}); using {LOG_MEL} features", flush=True)
             return _log_mel()
+    if speech_checkpoints.is_name(kind):
+        name, rows, width = speech_checkpoints.load(kind)
+        return SpeechEncoder(name, width, rows, "average")
     if kind not in (WHISPER, LOG_MEL):
-        raise UserError(f"unknown speech encoder {kind!r}{nearest(kind, (WHISPER, LOG_MEL))}")
+        names = (WHISPER, LOG_MEL, *(f"{name}:DIR" for name in speech_checkpoints.KINDS))
+        raise UserError(f"unknown speech encoder {kind!r}{nearest(kind, names)}")
     return _whisper(cache) if kind == WHISPER else _log_mel()

@@ -1,7 +1,8 @@
 """Token states of captions from all-MiniLM-L6-v2, a small BERT encoder, in NumPy.
 
 The network is BERT (Devlin et al. 2018) with 6 layers; weights and tokenizer come from one package, and 40 lines of
-NumPy need neither PyTorch nor ONNX for the few captions of a data set.
+NumPy need neither PyTorch nor ONNX for the few captions of a data set. States of any other encoder come in a file; see
+`text_states`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from scipy.special import erf
 from tokenizers import Tokenizer
 
 from data_pipelines import fetch
+from data_pipelines.encoders.text_states import PREFIX, StatesFile
 from omnihuman_jax.errors import UserError
 
 NAME = "minilm-l6-v2"
@@ -78,15 +80,19 @@ class TextEncoder:
         return x * self._weights[name + ".weight"] + self._weights[name + ".bias"]
 
 
-def load(kind: str | None = None, *, max_tokens: int = 32, cache: str | pathlib.Path | None = None) -> TextEncoder:
-    """The text encoder; `kind` is the name that a data set records, or None for the default.
+def load(
+    kind: str | None = None, *, max_tokens: int = 32, cache: str | pathlib.Path | None = None
+) -> TextEncoder | StatesFile:
+    """The text encoder; `kind` is the name that a data set records, "states:FILE", or None for the default.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name, or a file that cannot be read.
       PackageUnavailableError: (a UserError) its package cannot be had; there is no substitute.
     """
+    if kind is not None and kind.startswith(PREFIX):
+        return StatesFile(kind.removeprefix(PREFIX))
     if kind not in (None, NAME):
-        raise UserError(f"unknown text encoder {kind!r}; this program has {NAME!r}")
+        raise UserError(f"unknown text encoder {kind!r}; this program has {NAME!r} and '{PREFIX}FILE'")
     digests = {MODEL + "model.safetensors": WEIGHTS_SHA256}
     directory = fetch.fetch_tree(PACKAGE, MODEL, digests, cache=cache) / MODEL
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

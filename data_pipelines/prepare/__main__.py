@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import contextlib
+import functools
 import pathlib
 import time
 
@@ -31,7 +32,13 @@ _CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames of every clip at 
 _WORKERS = flags.DEFINE_integer("workers", 2, "Threads that decode and detect.")
 _BATCH = flags.DEFINE_integer("vae_batch", 8, "Clips that the VAE encodes at a time.")
 _AUDIO = flags.DEFINE_string(
-    "audio_encoder", None, "whisper-tiny.en or log-mel; default whisper-tiny.en if it can be had."
+    "audio_encoder",
+    None,
+    "whisper-tiny.en, log-mel, or a checkpoint in a local directory: wav2vec2:DIR, whisper:DIR (the output), "
+    "wav2vec2-all:DIR, whisper-all:DIR (every hidden state); default whisper-tiny.en if it can be had.",
+)
+_TEXT = flags.DEFINE_string(
+    "text_encoder", None, "minilm-l6-v2 (the default), or states:FILE, token states made elsewhere; docs/encoders.md."
 )
 _POSE = flags.DEFINE_enum(
     "pose", "auto", ["auto", "required", "none"],
@@ -77,7 +84,8 @@ def main() -> None:
     settings = _settings()
     clips = [clip for directory in _INPUT.value for clip in raw.read(directory)]
     detects = _detector(clips)
-    encoders = conditions.Encoders(text.load(cache=_CACHE.value), speech.load(_AUDIO.value, _CACHE.value), None)
+    captions = text.load(_TEXT.value, cache=_CACHE.value)
+    encoders = conditions.Encoders(captions, speech.load(_AUDIO.value, _CACHE.value), None)
     digest = pipeline.inputs_digest(clips, settings, encoders, pose.NAME if detects else "")
     output = pathlib.Path(_OUTPUT.value)
     dataset = pipeline.finished(output, digest)
@@ -85,9 +93,10 @@ def main() -> None:
         print(f"{output} is up to date: {len(dataset)} clips")
         return
     from omnihuman_jax.models import vae as vaes  # JAX is only needed from here on
+    from omnihuman_jax.models import vae_streaming
 
     vae = vaes.load_vae(_VAE.value)
-    encode, _ = vaes.compiled(vae)
+    encode = functools.partial(vae_streaming.encode_clip, vae)
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         if detects:

@@ -13,6 +13,7 @@ from data_pipelines import keypoints as kp
 from data_pipelines import media
 from data_pipelines.encoders.speech import SpeechEncoder
 from data_pipelines.encoders.text import TextEncoder
+from data_pipelines.encoders.text_states import StatesFile
 from data_pipelines.prepare.cut import Cut
 from data_pipelines.raw import RawClip
 from omnihuman_jax.errors import UserError
@@ -31,7 +32,7 @@ class Encoders:
       detect: frames (F,H,W,3) uint8 -> keypoints (F,K,3) or (0,K,3); None where no detector is available.
     """
 
-    text: TextEncoder
+    text: TextEncoder | StatesFile
     speech: SpeechEncoder
     detect: Callable[[np.ndarray], np.ndarray] | None
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)

@@ -1,18 +1,17 @@
 """Generates a clip of any length from a reference image and whatever drives it.
 
-All segments' latents are joined and decoded once, as one causal stream, so there are no seams.
+All segments' latents are joined and decoded as one causal stream, chunk by chunk, so there are no seams and memory does
+not grow with the clip.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
@@ -21,6 +20,7 @@ from omnihuman_jax.inference.sampling import Inputs, Progress, Settings, sample_
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae import VAE
+from omnihuman_jax.models.vae_streaming import decode_clip, encode_clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,26 +95,15 @@ def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
     return vae.config.spatial_stride * model.patch_size[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _jitted(graphdef, method, state, value):
-    return getattr(nnx.merge(graphdef, state), method)(value)
-
-
-def _call_vae(vae: VAE, method: str, value: Any) -> jax.Array:
-    """A method of the VAE under jit; compiled once for a shape, however often a VAE is loaded."""
-    graphdef, state = nnx.split(vae)
-    return _jitted(graphdef, method, state, value)
-
-
 def encode_reference(vae: VAE, image: np.ndarray, height: int, width: int) -> jax.Array:
     """Normalised latent (H, W, C) of a uint8 picture (h, w, 3), fitted to height x width pixels."""
     pixels = images.to_model(images.cover(image, height, width))
-    return _call_vae(vae, "encode", jnp.asarray(pixels)[None, None])[0, 0]
+    return jnp.asarray(encode_clip(vae, pixels[None, None])[0, 0])
 
 
 def decode_latents(vae: VAE, latents: jax.Array) -> np.ndarray:
     """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream."""
-    return np.asarray(_call_vae(vae, "decode", latents), np.float32)
+    return decode_clip(vae, latents)
 
 
 def pad_text(states: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

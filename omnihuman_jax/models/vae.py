@@ -19,7 +19,15 @@ from flax import nnx
 from jax import lax
 
 from omnihuman_jax.errors import UserError, nearest
-from omnihuman_jax.models.vae_layers import CausalConv3d, Downsample, FrameAttention, ResidualBlock, RMSNorm, Upsample
+from omnihuman_jax.models.vae_layers import (
+    CausalConv3d,
+    Downsample,
+    FrameAttention,
+    ResidualBlock,
+    RMSNorm,
+    Stream,
+    Upsample,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +94,17 @@ class VAEConfig:
         """Pixel frames per latent frame after the first."""
         return 2 ** sum(self.temporal_downsample)
 
-    def check_clip(self, frames: int, height: int, width: int) -> None:
-        """Raises UserError unless a clip of this size (frames, pixels) can be encoded."""
+    def check_clip(self, frames: int, height: int, width: int, *, first: bool = True) -> None:
+        """Raises UserError unless a clip of this size (frames, pixels), or a later chunk of one, can be encoded."""
         s, t = self.spatial_stride, self.temporal_stride
         if height < s or width < s or height % s or width % s:
             low, high = max(s, height // s * s), max(s, width // s * s)
             raise UserError(
                 f"size {height}x{width} pixels: the VAE needs multiples of {s}; use for example {low}x{high}"
             )
-        if frames < 1 or (frames - 1) % t:
+        if not first and (frames < 1 or frames % t):
+            raise UserError(f"a chunk of {frames} frames: after the first chunk the VAE needs a multiple of {t}")
+        if first and (frames < 1 or (frames - 1) % t):
             raise UserError(
                 f"{frames} frames: the VAE needs 1 + a multiple of {t}; use {1 + max(frames - 1, 0) // t * t}"
             )
@@ -118,11 +128,11 @@ class Encoder(nnx.Module):
         self.head_norm = RMSNorm(widths[-1])
         self.head = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3), zero=config.linear_path, **make)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv1(x)
+    def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
+        x = self.conv1(x, stream)
         for layer in (*self.downsamples, *self.middle):
-            x = layer(x)
-        return self.head(jax.nn.silu(self.head_norm(x)))
+            x = layer(x, stream)
+        return self.head(jax.nn.silu(self.head_norm(x)), stream)
 
 
 class Decoder(nnx.Module):
@@ -146,11 +156,11 @@ class Decoder(nnx.Module):
         self.head_norm = RMSNorm(widths[-1])
         self.head = CausalConv3d(widths[-1], 3 * config.patch_size**2, (3, 3, 3), zero=config.linear_path, **make)
 
-    def __call__(self, z: jax.Array) -> jax.Array:
-        x = self.conv1(z)
+    def __call__(self, z: jax.Array, stream: Stream) -> jax.Array:
+        x = self.conv1(z, stream)
         for layer in (*self.middle, *self.upsamples):
-            x = layer(x)
-        return self.head(jax.nn.silu(self.head_norm(x)))
+            x = layer(x, stream)
+        return self.head(jax.nn.silu(self.head_norm(x)), stream)
 
 
 class LinearPath(nnx.Module):
@@ -168,26 +178,28 @@ class LinearPath(nnx.Module):
         self.decode_matrix = nnx.Param(init(rngs.params(), (config.z_dim, size), jnp.float32))
         self.decode_bias = nnx.Param(jnp.zeros((size,), jnp.float32))
 
-    def blocks(self, video: jax.Array) -> jax.Array:
-        """(B, F, Hp, Wp, 3) -> (B, T, H, W, size); the first frame stands for a whole block of itself."""
+    def blocks(self, video: jax.Array, first: bool = True) -> jax.Array:
+        """(B, F, Hp, Wp, 3) -> (B, T, H, W, size); the clip's `first` frame stands for a whole block of itself."""
         t, s = self.config.temporal_stride, self.config.spatial_stride
-        video = jnp.concatenate([video[:, :1]] * (t - 1) + [video], axis=1)
+        if first:
+            video = jnp.concatenate([video[:, :1]] * (t - 1) + [video], axis=1)
         b, f, h, w, c = video.shape
         video = video.reshape(b, f // t, t, h // s, s, w // s, s, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
         return video.reshape(b, f // t, h // s, w // s, t * s * s * c)
 
-    def encode(self, video: jax.Array) -> jax.Array:
+    def encode(self, video: jax.Array, first: bool = True) -> jax.Array:
         """(B, F, Hp, Wp, 3) -> (B, T, H, W, z_dim)."""
         matrix, bias = lax.stop_gradient((self.encode_matrix[...], self.encode_bias[...]))
-        return self.blocks(video) @ matrix + bias
+        return self.blocks(video, first) @ matrix + bias
 
-    def decode(self, z: jax.Array) -> jax.Array:
-        """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3); of the first block only the last frame is kept."""
+    def decode(self, z: jax.Array, first: bool = True) -> jax.Array:
+        """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3); of the clip's `first` block only the last frame is kept."""
         t, s = self.config.temporal_stride, self.config.spatial_stride
         b, frames, h, w, _ = z.shape
         matrix, bias = lax.stop_gradient((self.decode_matrix[...], self.decode_bias[...]))
         video = (z @ matrix + bias).reshape(b, frames, h, w, t, s, s, 3)
-        return video.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, frames * t, h * s, w * s, 3)[:, t - 1 :]
+        video = video.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, frames * t, h * s, w * s, 3)
+        return video[:, t - 1 :] if first else video
 
     def principal_components(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters that code blocks (n, size) by their first principal components, each with unit variance."""
@@ -215,7 +227,8 @@ class VAE(nnx.Module):
     """The causal 3D VAE: 194 tensors at the default sizes, one to one those of Wan2.1's checkpoint.
 
     Letters: F = 1 + 4 (T - 1) pixel frames, Hp = 8 H and Wp = 8 W pixels, C latent channels. The methods are pure and
-    traceable; `compiled` wraps them for callers with arrays in hand.
+    traceable; `compiled` wraps them for callers with arrays in hand. With a `Stream` they take a chunk of a clip
+    instead of a whole one; see `vae_streaming`.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
@@ -230,17 +243,18 @@ class VAE(nnx.Module):
             # Unit variance of the latents is where this path starts: the posterior's noise should be well below it.
             self.conv1.bias[...] = self.conv1.bias[...].at[config.z_dim :].set(-6.0)
 
-    def encode_moments(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode_moments(self, video: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, jax.Array]:
         """(B, F, Hp, Wp, 3) in [-1, 1] -> mean and log variance of the posterior, both (B, T, H, W, C), float32.
 
         Raises:
           UserError: a size the VAE does not divide.
         """
-        self.config.check_clip(*video.shape[1:4])
-        moments = self.conv1(self.encoder(_fold(video, self.config.patch_size))).astype(jnp.float32)
+        stream = stream or Stream()
+        self.config.check_clip(*video.shape[1:4], first=stream.first)
+        moments = self.conv1(self.encoder(_fold(video, self.config.patch_size), stream)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         if self.config.linear_path:
-            mean = mean + self.linear.encode(video)
+            mean = mean + self.linear.encode(video, stream.first)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def normalise(self, mean: jax.Array) -> jax.Array:
@@ -248,19 +262,20 @@ class VAE(nnx.Module):
         shift, scale = self._statistics()
         return (mean - shift) / scale
 
-    def encode(self, video: jax.Array) -> jax.Array:
+    def encode(self, video: jax.Array, stream: Stream | None = None) -> jax.Array:
         """(B, F, Hp, Wp, 3) in [-1, 1] -> normalised latents (B, T, H, W, C): the posterior's mean, not a sample."""
-        return self.normalise(self.encode_moments(video)[0])
+        return self.normalise(self.encode_moments(video, stream)[0])
 
-    def decode_raw(self, z: jax.Array) -> jax.Array:
+    def decode_raw(self, z: jax.Array, stream: Stream | None = None) -> jax.Array:
         """Latents in the posterior's own units (B, T, H, W, C) -> video (B, F, Hp, Wp, 3), float32, not clipped."""
-        video = _unfold(self.decoder(self.conv2(z)).astype(jnp.float32), self.config.patch_size)
-        return video + self.linear.decode(z) if self.config.linear_path else video
+        stream = stream or Stream()
+        video = _unfold(self.decoder(self.conv2(z), stream).astype(jnp.float32), self.config.patch_size)
+        return video + self.linear.decode(z, stream.first) if self.config.linear_path else video
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: jax.Array, stream: Stream | None = None) -> jax.Array:
         """Normalised latents (B, T, H, W, C) -> video (B, F, Hp, Wp, 3) in [-1, 1]."""
         shift, scale = self._statistics()
-        return jnp.clip(self.decode_raw(latents * scale + shift), -1.0, 1.0)
+        return jnp.clip(self.decode_raw(latents * scale + shift, stream), -1.0, 1.0)
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:
         c = self.config

@@ -1,9 +1,12 @@
 """Layers of the causal 3D VAE, in the form of Wan2.1 (`wan/modules/vae.py`), channels last: (B, F, H, W, C).
 
-The reference runs a clip in chunks (1 frame, then 4 at a time) with a two-frame cache per convolution. Everything here
-takes the whole clip and gives the same numbers: a causal convolution over the clip equals the cached one, and the first
-frame is kept apart where the reference's first chunk skips the temporal resampling.
+The reference runs a clip in chunks (1 frame, then 4 at a time) with a two-frame cache per convolution. Here a chunk has
+any number of frames, the whole clip included, and the numbers are the same: a `Stream` carries the frames that a
+convolution still needs, and the first frame is kept apart where the reference's first chunk skips the temporal
+resampling.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +54,34 @@ def conv(x: jax.Array, kernel: jax.Array, spatial: tuple = ((0, 0), (0, 0)), str
     return lax.platform_dependent(x, kernel, cpu=form(_conv2d_over_stacked_frames), default=form(_conv3d))
 
 
+class Stream:
+    """The frames that causal layers keep from one chunk of a clip for the next, in the order in which the layers run.
+
+    Made anew for every chunk while its pass is traced; `kept` of one chunk is `past` of the next.
+
+    Attributes:
+      first: this chunk begins the clip.
+      kept: (B, 2 or 1, H, W, C) arrays, filled as the layers run.
+    """
+
+    def __init__(self, past: Sequence[jax.Array] | None = None):
+        self.first = past is None
+        self._past = iter(past or ())
+        self.kept: list[jax.Array] = []
+
+    def extend(self, x: jax.Array, frames: int, *, zeros: bool = True) -> jax.Array:
+        """x (B, F, H, W, C) with the `frames` frames before it in front, (B, frames + F, H, W, C).
+
+        At the clip's beginning they are zeros; with zeros=False there are none, and x comes back as it is.
+        """
+        if not self.first:
+            x = jnp.concatenate([next(self._past), x], axis=1)
+        elif zeros:
+            x = jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
+        self.kept.append(x[:, x.shape[1] - frames :])
+        return x
+
+
 class CausalConv3d(nnx.Module):
     """Convolution whose output frame f reads frames f-kt+1..f; frames before the clip are zeros."""
 
@@ -61,15 +92,23 @@ class CausalConv3d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((cout,), jnp.float32))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, spatial: tuple | None = None, stride: int = 1, causal: bool = True) -> jax.Array:
-        """(B, F, H, W, Cin) -> (B, F, H', W', Cout); `causal=False` leaves out the padding in time."""
-        kernel = self.kernel[...]
+    def __call__(
+        self,
+        x: jax.Array,
+        stream: Stream | None = None,
+        *,
+        spatial: tuple | None = None,
+        stride: int = 1,
+        causal: bool = True,
+    ) -> jax.Array:
+        """(B, F, H, W, Cin) -> (B, F, H', W', Cout); `causal=False` puts no frames before x."""
+        kernel, x = self.kernel[...], x.astype(self.dtype)
         taps, rows, columns = kernel.shape[:3]
         if spatial is None:
             spatial = ((rows // 2, rows // 2), (columns // 2, columns // 2))
         if causal and taps > 1:
-            x = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0), (0, 0)))
-        return conv(x.astype(self.dtype), kernel.astype(self.dtype), spatial, stride) + self.bias.astype(self.dtype)
+            x = (stream or Stream()).extend(x, taps - 1)
+        return conv(x, kernel.astype(self.dtype), spatial, stride) + self.bias.astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -96,9 +135,9 @@ class ResidualBlock(nnx.Module):
         self.conv2 = CausalConv3d(cout, cout, (3, 3, 3), dtype=dtype, rngs=rngs)
         self.shortcut = CausalConv3d(cin, cout, (1, 1, 1), dtype=dtype, rngs=rngs) if cin != cout else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+    def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)), stream)
+        h = self.conv2(jax.nn.silu(self.norm2(h)), stream)
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -110,7 +149,7 @@ class FrameAttention(nnx.Module):
         self.to_qkv = CausalConv3d(channels, 3 * channels, (1, 1, 1), dtype=dtype, rngs=rngs)
         self.proj = CausalConv3d(channels, channels, (1, 1, 1), dtype=dtype, rngs=rngs, zero=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
         batch, frames, rows, columns, channels = x.shape
         qkv = self.to_qkv(self.norm(x)).reshape(batch * frames, rows * columns, 1, 3 * channels)
         out = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
@@ -124,12 +163,14 @@ class Downsample(nnx.Module):
         self.resample = CausalConv3d(channels, channels, (1, 3, 3), dtype=dtype, rngs=rngs)
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
         x = self.resample(x, spatial=((0, 1), (0, 1)), stride=2)
-        if self.time_conv is None or x.shape[1] == 1:
+        if self.time_conv is None:
             return x
         # Output n reads frames 2n-2..2n of this level, so frame 0 is the left neighbour of the first window.
-        return jnp.concatenate([x[:, :1], self.time_conv(x, causal=False)[:, ::2]], axis=1)
+        window = stream.extend(x, 1, zeros=False)
+        rest = self.time_conv(window, causal=False)[:, ::2] if window.shape[1] > 1 else x[:, :0]
+        return jnp.concatenate([x[:, :1], rest], axis=1) if stream.first else rest
 
 
 class Upsample(nnx.Module):
@@ -139,12 +180,15 @@ class Upsample(nnx.Module):
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
         self.resample = CausalConv3d(channels, channels // 2, (1, 3, 3), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.time_conv is not None and x.shape[1] > 1:
-            rest = x[:, 1:]  # frame 0 is not among the causal inputs: the second frame sees zeros before it
+    def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
+        if self.time_conv is not None:
+            first, rest = (x[:, :1], x[:, 1:]) if stream.first else (x[:, :0], x)
             batch, frames, rows, columns, channels = rest.shape
-            pairs = self.time_conv(rest).reshape(batch, frames, rows, columns, 2, channels)
-            rest = jnp.moveaxis(pairs, 4, 2).reshape(batch, 2 * frames, rows, columns, channels)
-            x = jnp.concatenate([x[:, :1], rest], axis=1)
+            # Frame 0 is not among the causal inputs: the second frame sees zeros before it.
+            window = stream.extend(rest, self.time_conv.kernel.shape[0] - 1)
+            if frames:
+                pairs = self.time_conv(window, causal=False).reshape(batch, frames, rows, columns, 2, channels)
+                rest = jnp.moveaxis(pairs, 4, 2).reshape(batch, 2 * frames, rows, columns, channels)
+            x = jnp.concatenate([first, rest], axis=1)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
         return self.resample(x)

@@ -1,6 +1,7 @@
 """Training of the causal VAE: losses, state and step, as pure functions over plain parameter trees.
 
-The loss is L1 at several scales, L1 between spatial differences (edges), and a small KL term. The edge term weighs thin
+The loss is L1 at several scales, L1 between spatial differences (edges), a small KL term, LPIPS where its weights are
+given, and a discriminator's term from a step on. The edge term weighs thin
 structure (lips, eyes, fingers) by its contrast instead of its area, without knowing what a face is.
 """
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
+from jax import lax
 from ml_collections import ConfigDict
 
 from omnihuman_jax.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from omnihuman_jax.models.perceptual import LPIPS
 from omnihuman_jax.models.vae import VAE, VAEConfig
 from omnihuman_jax.sharding.rules import path_name
 
@@ -151,6 +154,14 @@ def reconstruction_losses(video: jax.Array, output: jax.Array, scales: int) -> d
     return {"l1": l1, "pyramid": pyramid, "edge": edge}
 
 
+def perceptual_distance(state: Any, video: jax.Array, output: jax.Array) -> jax.Array:
+    """Mean LPIPS of the frames of two clips (B, F, Hp, Wp, 3); `state` is that of an `LPIPS` module."""
+    widths = tuple(weight.shape[0] for weight in jax.tree.leaves(state["weights"]))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LPIPS(widths, rngs=nnx.Rngs(0))))
+    frames = (x.reshape(-1, *x.shape[2:]) for x in (video, output))
+    return jnp.mean(nnx.merge(graph, lax.stop_gradient(state))(*frames))
+
+
 def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
     """KL of N(mean, exp(logvar)) from N(0, 1) in nats, averaged over the latent's elements."""
     return 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
@@ -163,8 +174,10 @@ def psnr(video: jax.Array, output: jax.Array) -> jax.Array:
 
 
 def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callable[..., tuple[VAEState, dict]]:
-    """step(state, video (B, F, Hp, Wp, 3) in [-1, 1]) -> (state, metrics); jit it with the state donated.
+    """step(state, video (B, F, Hp, Wp, 3) in [-1, 1], perceptual=None) -> (state, metrics); jit it, the state donated.
 
+    `perceptual` is the state of an LPIPS module (`nnx.state`); with it, its mean distance over all frames joins the
+    loss with `config.loss.lpips_weight`. It is an argument, because constants of that size make compilation slow.
     The posterior's noise is a function of (seed, step), so a run that is started again repeats itself.
 
     Args:
@@ -177,7 +190,7 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
     critic_optimizer = _optimizer(config, config.adversarial.learning_rate)
     weights = config.loss
 
-    def loss_fn(params, critic_params, video, key):
+    def loss_fn(params, critic_params, video, key, perceptual):
         module = vae.bind(params)
         mean, logvar = module.encode_moments(video)
         noise = jax.random.normal(key, mean.shape)
@@ -185,6 +198,9 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         terms = reconstruction_losses(video, output, weights.scales)
         terms["kl"] = kl_divergence(mean, logvar)
         loss = terms["pyramid"] + weights.edge * terms["edge"] + weights.kl * terms["kl"]
+        if perceptual is not None:
+            terms["lpips"] = perceptual_distance(perceptual, video, output)
+            loss += weights.lpips_weight * terms["lpips"]
         if adversarial:
             terms["generator"] = generator_loss(critic.bind(critic_params)(output))
             loss += config.adversarial.weight * terms["generator"]
@@ -199,9 +215,9 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         updates, opt_state = critic_optimizer.update(grads, state.critic_opt_state, state.critic)
         return optax.apply_updates(state.critic, updates), opt_state, loss
 
-    def step(state: VAEState, video: jax.Array) -> tuple[VAEState, dict[str, jax.Array]]:
+    def step(state: VAEState, video: jax.Array, perceptual: Any = None) -> tuple[VAEState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, (metrics, output) = jax.grad(loss_fn, has_aux=True)(state.params, state.critic, video, key)
+        grads, (metrics, output) = jax.grad(loss_fn, has_aux=True)(state.params, state.critic, video, key, perceptual)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))

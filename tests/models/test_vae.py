@@ -1,7 +1,6 @@
 """The causal VAE: shapes, causality, its layers against float64 NumPy, Wan2.1's parameter list, files and errors."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from flax import nnx
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models import vae_layers
 from omnihuman_jax.models.vae import VAE, VAEConfig, compiled, load_vae, save_vae
+from omnihuman_jax.weights import wan_vae
 
 SMALL = VAEConfig(
     dim=4, num_res_blocks=1, z_dim=3, latent_mean=(0.1, -0.2, 0.3), latent_std=(0.5, 1.0, 2.0), dim_mult=(1, 2, 2, 2)
@@ -122,47 +122,29 @@ def test_a_black_pixel_has_a_finite_gradient_through_the_norm():
     assert bool(jnp.isfinite(gradient).all())
 
 
-# Our parameter paths -> the names in Wan2.1_VAE.pth.
-WAN_RULES = (
-    (r"\.norm1\.", ".residual.0."),
-    (r"(samples\.\d+|middle\.[02])\.conv1\.", r"\1.residual.2."),
-    (r"\.norm2\.", ".residual.3."),
-    (r"(samples\.\d+|middle\.[02])\.conv2\.", r"\1.residual.6."),
-    (r"\.resample\.", ".resample.1."),
-    (r"\.head\.", ".head.2."),
-    (r"\.head_norm\.", ".head.0."),
-    (r"\.kernel$", ".weight"),
-)
-
-
 def test_the_default_sizes_have_the_tensors_of_the_published_checkpoint():
-    vae = nnx.eval_shape(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0)))
-    names = {}
-    for keys, leaf in nnx.to_flat_state(nnx.state(vae)):
-        name = ".".join(map(str, keys))
-        for pattern, replacement in WAN_RULES:
-            name = re.sub(pattern, replacement, name)
-        names[name] = leaf.shape
+    names = {rule.theirs: rule.shape for rule in wan_vae.rules(wan_vae.WAN21, "native")}
     assert len(names) == 194
     assert sum(int(np.prod(shape)) for shape in names.values()) == 126_892_531
-    # A sample from the published list; kernels as (t, h, w, in, out).
+    # A sample from the published list.
     published = {
-        "encoder.conv1.weight": (3, 3, 3, 3, 96),
-        "encoder.downsamples.3.residual.2.weight": (3, 3, 3, 96, 192),
+        "encoder.conv1.weight": (96, 3, 3, 3, 3),
+        "encoder.downsamples.3.residual.2.weight": (192, 96, 3, 3, 3),
         "encoder.downsamples.3.shortcut.bias": (192,),
-        "encoder.downsamples.8.time_conv.weight": (3, 1, 1, 384, 384),
-        "encoder.middle.1.to_qkv.weight": (1, 1, 1, 384, 1152),
-        "encoder.head.2.weight": (3, 3, 3, 384, 32),
-        "conv1.weight": (1, 1, 1, 32, 32),
-        "conv2.weight": (1, 1, 1, 16, 16),
-        "decoder.conv1.weight": (3, 3, 3, 16, 384),
-        "decoder.middle.0.residual.6.weight": (3, 3, 3, 384, 384),
-        "decoder.upsamples.4.shortcut.weight": (1, 1, 1, 192, 384),
-        "decoder.upsamples.7.resample.1.weight": (1, 3, 3, 384, 192),
+        "encoder.downsamples.8.time_conv.weight": (384, 384, 3, 1, 1),
+        "encoder.middle.1.norm.gamma": (384, 1, 1),
+        "encoder.middle.1.to_qkv.weight": (1152, 384, 1, 1),
+        "encoder.head.2.weight": (32, 384, 3, 3, 3),
+        "conv1.weight": (32, 32, 1, 1, 1),
+        "conv2.weight": (16, 16, 1, 1, 1),
+        "decoder.conv1.weight": (384, 16, 3, 3, 3),
+        "decoder.middle.0.residual.6.weight": (384, 384, 3, 3, 3),
+        "decoder.upsamples.4.shortcut.weight": (384, 192, 1, 1, 1),
+        "decoder.upsamples.7.resample.1.weight": (192, 384, 3, 3),
         "decoder.upsamples.7.time_conv.bias": (768,),
-        "decoder.upsamples.14.residual.3.gamma": (96,),
-        "decoder.head.0.gamma": (96,),
-        "decoder.head.2.weight": (3, 3, 3, 96, 3),
+        "decoder.upsamples.14.residual.3.gamma": (96, 1, 1, 1),
+        "decoder.head.0.gamma": (96, 1, 1, 1),
+        "decoder.head.2.weight": (3, 96, 3, 3, 3),
     }
     assert {name: names.get(name) for name in published} == published
 

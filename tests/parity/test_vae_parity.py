@@ -1,6 +1,10 @@
-"""The VAE against diffusers' `AutoencoderKLWan`, which streams the clip in chunks with caches, on random weights."""
+"""The VAE against diffusers' `AutoencoderKLWan`, on files that it wrote, read by our importer.
 
-import re
+Theirs streams the clip in chunks with caches; ours takes it whole. Weights are random.
+"""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,94 +12,55 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (make test-all installs it)")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (make test-all installs it)")
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import safetensors.numpy  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from omnihuman_jax.models.vae import VAE, VAEConfig  # noqa: E402
+from omnihuman_jax.models.vae import load_vae  # noqa: E402
+from omnihuman_jax.models.vae_streaming import decode_clip  # noqa: E402
+from omnihuman_jax.weights import wan_vae  # noqa: E402
+from omnihuman_jax.weights.safetensors_files import Checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 WAN21 = {
-    "dim": 8,
-    "dim_mult": (1, 2, 4, 4),
+    "base_dim": 8,
+    "dim_mult": [1, 2, 4, 4],
     "num_res_blocks": 2,
     "z_dim": 4,
-    "temporal_downsample": (False, True, True),
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.1, -0.2, 0.3, 0.0],
+    "latents_std": [1.0, 2.0, 0.5, 1.5],
 }
-PATCHED = {
-    "dim": 8,
-    "dim_mult": (1, 2, 2),
+PATCHED = WAN21 | {
+    "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
-    "z_dim": 4,
-    "temporal_downsample": (True, True),
+    "temperal_downsample": [True, True],
+    "in_channels": 12,
+    "out_channels": 12,
     "patch_size": 2,
 }
 
-# Their names -> ours; decoder.up_blocks is renumbered first, because theirs nests what ours lists flat.
-RULES = (
-    (r"^quant_conv", "conv1"),
-    (r"^post_quant_conv", "conv2"),
-    (r"conv_in", "conv1"),
-    (r"norm_out", "head_norm"),
-    (r"conv_out", "head"),
-    (r"down_blocks", "downsamples"),
-    (r"mid_block\.attentions\.0", "middle.1"),
-    (r"mid_block\.resnets\.0", "middle.0"),
-    (r"mid_block\.resnets\.1", "middle.2"),
-    (r"conv_shortcut", "shortcut"),
-    (r"resample\.1", "resample"),
-    (r"weight$", "kernel"),
-)
+
+SETTINGS = {"wan2.1": WAN21, "patched": PATCHED}
 
 
-def our_name(name: str, num_res_blocks: int) -> str:
-    nested = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.*)", name)
-    if nested:
-        block, kind, index, rest = int(nested[1]), nested[2], int(nested[3]), nested[4]
-        flat = block * (num_res_blocks + 2) + (index if kind == "resnets" else num_res_blocks + 1)
-        name = f"decoder.upsamples.{flat}.{rest}"
-    for pattern, replacement in RULES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def our_layout(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(out, in, [t,] h, w) -> (t, h, w, in, out); a norm's (C, 1, 1, 1) -> (C,)."""
-    if len(shape) == 1:
-        return value.reshape(shape)
-    value = value if value.ndim == 5 else value[:, :, None]
-    return value.transpose(2, 3, 4, 1, 0)
-
-
-def pair(settings: dict):
-    """diffusers' module with random weights (norms and zero-initialised layers too), and ours with the same ones."""
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def pair(request, tmp_path_factory):
+    """diffusers' module with random weights (norms and zero-initialised layers too), the directory it wrote, ours."""
     torch.manual_seed(0)
-    channels = 3 * settings.get("patch_size", 1) ** 2
-    theirs = diffusers.AutoencoderKLWan(
-        base_dim=settings["dim"],
-        z_dim=settings["z_dim"],
-        dim_mult=list(settings["dim_mult"]),
-        num_res_blocks=settings["num_res_blocks"],
-        temperal_downsample=list(settings["temporal_downsample"]),
-        in_channels=channels,
-        out_channels=channels,
-        patch_size=settings.get("patch_size"),
-        latents_mean=[0.0] * settings["z_dim"],
-        latents_std=[1.0] * settings["z_dim"],
-    ).eval()
+    theirs = diffusers.AutoencoderKLWan(**SETTINGS[request.param]).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.add_(0.3 * torch.randn_like(parameter) if "gamma" in name else 0.03 * torch.randn_like(parameter))
-    ours = VAE(VAEConfig(**settings), rngs=nnx.Rngs(1))
-    mapped = {our_name(k, settings["num_res_blocks"]): v.numpy() for k, v in theirs.state_dict().items()}
-    state = nnx.state(ours, nnx.Param)
-    for keys, leaf in nnx.to_flat_state(state):
-        value = our_layout(mapped.pop(".".join(map(str, keys))), leaf.shape)
-        assert value.shape == leaf.shape, keys
-        leaf.set_value(jnp.asarray(value))
-    assert not mapped, f"not taken over: {sorted(mapped)}"
-    nnx.update(ours, state)
-    return theirs, ours
+    folder = tmp_path_factory.mktemp("vae")
+    theirs.save_pretrained(folder)
+    return theirs, folder, wan_vae.load(folder)
+
+
+def to_torch(x: np.ndarray):
+    return torch.from_numpy(x.transpose(0, 4, 1, 2, 3).copy())
 
 
 def relative_error(ours, theirs) -> float:
@@ -104,20 +69,103 @@ def relative_error(ours, theirs) -> float:
     return float(np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs))
 
 
-@pytest.mark.parametrize("settings", [WAN21, PATCHED], ids=["wan2.1", "patched"])
-@pytest.mark.parametrize("frames", [1, 5, 13])
-def test_whole_clip_equals_the_chunked_reference(settings, frames):
-    theirs, ours = pair(settings)
+def clip(frames: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(frames)
     video = rng.uniform(-1, 1, (1, frames, 32, 48, 3)).astype(np.float32)
-    latents = rng.normal(size=(1, 1 + (frames - 1) // 4, 4, 6, 4)).astype(np.float32)
+    return video, rng.normal(size=(1, 1 + (frames - 1) // 4, 4, 6, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("pair", "frames"), [("wan2.1", 1), ("wan2.1", 13), ("patched", 5)], indirect=["pair"], scope="module"
+)
+def test_whole_clip_equals_the_chunked_reference(pair, frames):
+    theirs, _, ours = pair
+    video, latents = clip(frames)
     with torch.no_grad():
-        posterior = theirs.encode(torch.from_numpy(video.transpose(0, 4, 1, 2, 3).copy())).latent_dist
-        decoded = theirs.decode(torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy())).sample
-    mean, logvar = ours.encode_moments(jnp.asarray(video))
-    assert relative_error(mean, posterior.mean) < 1e-4
-    assert relative_error(logvar, posterior.logvar) < 1e-4
+        posterior = theirs.encode(to_torch(video)).latent_dist
+        decoded = theirs.decode(to_torch(latents)).sample
+    graph, state = nnx.split(ours)
+    run = jax.jit(lambda s, v, z: (nnx.merge(graph, s).encode_moments(v), nnx.merge(graph, s).decode_raw(z)))
+    (mean, logvar), output = run(state, video, latents)
+    errors = {
+        "mean": relative_error(mean, posterior.mean),
+        "logvar": relative_error(logvar, posterior.logvar),
+        "decoded": relative_error(jnp.clip(output, -1, 1), decoded),
+    }
+    print(frames, errors)
     assert decoded.abs().lt(1).float().mean() > 0.5, (
         "most of the output is not clipped, so the comparison means something"
     )
-    assert relative_error(ours.decode(jnp.asarray(latents)), decoded) < 1e-4
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_gradients_of_the_input_and_of_every_parameter_agree(pair):
+    theirs, folder, ours = pair
+    video, latents = clip(5)
+    x, z = to_torch(video).requires_grad_(), to_torch(latents).requires_grad_()
+    theirs.zero_grad()
+    (theirs.encode(x).latent_dist.mean.square().sum() + theirs.decode(z).sample.square().sum()).backward()
+    graph, state = nnx.split(ours)
+
+    @jax.jit
+    def gradients(state, video, latents):
+        def loss(state, video, latents):
+            vae = nnx.merge(graph, state)
+            decoded = jnp.clip(vae.decode_raw(latents), -1, 1)
+            return jnp.square(vae.encode_moments(video)[0]).sum() + jnp.square(decoded).sum()
+
+        return jax.grad(loss, (0, 1, 2))(state, video, latents)
+
+    of_state, of_video, of_latents = gradients(state, video, latents)
+    assert relative_error(of_video, x.grad) < 1e-3
+    assert relative_error(of_latents, z.grad) < 1e-3
+    flat = {".".join(map(str, keys)): np.asarray(leaf[...]) for keys, leaf in nnx.to_flat_state(of_state)}
+    reference = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    errors = {}
+    for rule in wan_vae.rules(ours.config, "diffusers"):
+        expected = rule.load(reference.pop(rule.theirs))
+        errors[rule.ours] = float(np.linalg.norm(flat[rule.ours] - expected) / np.linalg.norm(expected))
+    worst = max(errors, key=errors.get)
+    print(
+        "input", relative_error(of_video, x.grad), "latents", relative_error(of_latents, z.grad), worst, errors[worst]
+    )
+    assert errors[worst] < 1e-3, worst
+    assert not reference
+
+
+def test_both_namings_and_the_way_back_are_exact(pair, tmp_path, monkeypatch):
+    theirs, folder, ours = pair
+    wan_vae.save(tmp_path / "back", ours)
+    original = safetensors.numpy.load_file(folder / "diffusion_pytorch_model.safetensors")
+    written = safetensors.numpy.load_file(tmp_path / "back" / "diffusion_pytorch_model.safetensors")
+    assert original.keys() == written.keys()
+    assert all(np.array_equal(original[name], written[name]) for name in original)
+    again = diffusers.AutoencoderKLWan.from_pretrained(tmp_path / "back")
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
+    )
+    assert again.config.latents_std == theirs.config.latents_std
+
+    native = {
+        b.theirs: original[a.theirs].reshape(b.shape)
+        for a, b in zip(*(wan_vae.rules(ours.config, naming) for naming in ("diffusers", "native")), strict=True)
+    }
+    (tmp_path / "native").mkdir()
+    safetensors.numpy.save_file(native, tmp_path / "native" / "Wan2.1_VAE.safetensors")
+    assert wan_vae.naming_of(Checkpoint(tmp_path / "native")) == "native"
+    monkeypatch.setattr(wan_vae, "WAN21", ours.config)
+    other = wan_vae.load(tmp_path / "native" / "Wan2.1_VAE.safetensors")
+    for a, b in zip(*(jax.tree.leaves(nnx.state(vae)) for vae in (ours, other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_command_writes_a_file_that_decodes_as_the_reference_does(pair, tmp_path):
+    theirs, folder, _ = pair
+    output = tmp_path / "vae.safetensors"
+    command = [sys.executable, "-m", "experiments.import_vae", f"--input={folder}", f"--output={output}"]
+    subprocess.run(command, check=True)
+    _, latents = clip(5)
+    mean, std = (np.array(theirs.config[name], np.float32) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        decoded = theirs.decode(to_torch(latents * std + mean)).sample
+    assert relative_error(decode_clip(load_vae(output), latents, latents=1), decoded) < 1e-4

@@ -1,0 +1,74 @@
+"""Token states that another program made: any Hugging Face encoder, run where it runs best; docs/encoders.md.
+
+The file is safetensors: tensor "0", "1", … (L, Dt) floating point, the states of the tokens of caption 0, 1, …, without
+padding; header entry "captions", a JSON list of them. It is called "states:FILE".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from omnihuman_jax.errors import UserError
+
+PREFIX = "states:"
+
+
+class StatesFile:
+    """A text encoder for the captions of a file.
+
+    Attributes:
+      name: "states:FILE", what dataset.json records as `text_encoder`.
+      dim: width Dt of a token state.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises UserError: no such file, or not of this form."""
+        self.path, self.name = Path(path), f"{PREFIX}{path}"
+        if not self.path.is_file():
+            raise UserError(f"text encoder {self.name}: no such file; docs/encoders.md says how to make one")
+        try:
+            with safetensors.safe_open(self.path, framework="numpy") as file:
+                captions = json.loads((file.metadata() or {})["captions"])
+                shapes = [tuple(file.get_slice(str(i)).get_shape()) for i in range(len(captions))]
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"text encoder {self.name}: not a file of token states ({error}); see docs/encoders.md"
+            ) from error
+        self._number = {caption: i for i, caption in enumerate(captions)}
+        widths = {shape[-1] for shape in shapes if len(shape) == 2 and shape[0]}
+        if len(widths) != 1 or any(len(shape) != 2 or not shape[0] for shape in shapes):
+            raise UserError(f"text encoder {self.name}: tensors must be (L, Dt) of one width, L of at least 1")
+        self.dim = widths.pop()
+
+    def encode(self, caption: str) -> np.ndarray:
+        """Caption -> (L, Dt) float32 states of its tokens.
+
+        Raises:
+          UserError: the caption is not in the file, or its states are not finite.
+        """
+        if caption not in self._number:
+            raise UserError(
+                f"text encoder {self.name}: has no states of {caption!r}; encode it with the same model and add it"
+            )
+        with safetensors.safe_open(self.path, framework="numpy") as file:
+            states = np.asarray(file.get_tensor(str(self._number[caption])), np.float32)
+        if not np.isfinite(states).all():
+            raise UserError(f"text encoder {self.name}: the states of {caption!r} are not finite; encode it again")
+        return states
+
+
+def write(path: str | Path, states: Mapping[str, np.ndarray]) -> None:
+    """Writes caption -> (L, Dt) states as float16 where that loses nothing, else float32."""
+    tensors = {}
+    for i, value in enumerate(states.values()):
+        value = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        tensors[str(i)] = half if np.array_equal(half.astype(np.float32), value) else value
+    safetensors.numpy.save_file(tensors, path, metadata={"captions": json.dumps(list(states))})

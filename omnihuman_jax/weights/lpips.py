@@ -1,0 +1,53 @@
+"""LPIPS weights, in the naming of `lpips.LPIPS(net="vgg").state_dict()`, as safetensors:
+
+    net.slice{1..5}.{i}.weight, .bias     VGG-16's convolutions; i is torchvision's index in `features`
+    lin{0..4}.model.1.weight              the channels' weights, (1, width, 1, 1)
+
+`lins.*` (the same weights again) and `scaling_layer.*` may be there and are not used.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flax import nnx
+
+from omnihuman_jax.models.perceptual import CONVOLUTIONS, LPIPS, WIDTHS
+from omnihuman_jax.weights.safetensors_files import Checkpoint, Rule, build_with, fit, parameter_shapes, reordered
+
+UNUSED = (r"lins\..*", r"scaling_layer\.(shift|scale)")
+
+
+def _index(level: int, convolution: int) -> int:
+    """torchvision's index: every convolution has its ReLU behind it, every level but the first a pooling before it."""
+    return 2 * (sum(CONVOLUTIONS[:level]) + convolution) + level
+
+
+def rules(widths: tuple[int, ...] = WIDTHS) -> list[Rule]:
+    """One rule a parameter: kernels (3, 3, in, out) <- (out, in, 3, 3), weights (C,) <- (1, C, 1, 1)."""
+    made = []
+    for ours, shape in parameter_shapes(lambda: LPIPS(widths, rngs=nnx.Rngs(0))).items():
+        inside = re.fullmatch(r"levels\.(\d+)\.(\d+)\.(kernel|bias)", ours)
+        if inside:
+            level, convolution = int(inside[1]), int(inside[2])
+            name = {"kernel": "weight", "bias": "bias"}[inside[3]]
+            theirs = f"net.slice{level + 1}.{_index(level, convolution)}.{name}"
+            made.append(reordered(ours, theirs, shape, (3, 2, 0, 1) if len(shape) == 4 else (0,)))
+        else:
+            made.append(_weights(ours, f"lin{ours.rpartition('.')[2]}.model.1.weight", shape))
+    return made
+
+
+def _weights(ours: str, theirs: str, shape: tuple[int, ...]) -> Rule:
+    return Rule(ours, theirs, (1, *shape, 1, 1), lambda x: x.reshape(shape), lambda x: x.reshape(1, *shape, 1, 1))
+
+
+def load(path: str | Path, widths: tuple[int, ...] = WIDTHS) -> LPIPS:
+    """Reads the weights from a safetensors file.
+
+    Raises:
+      UserError: it cannot be read, or a tensor is missing, left over, misshapen, or not finite.
+    """
+    tensors = fit(Checkpoint(path), rules(widths), unused=UNUSED)
+    return build_with(lambda: LPIPS(widths, rngs=nnx.Rngs(0)), tensors)
