@@ -13,10 +13,14 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.training.state import TrainState, make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
-_COMPUTE_KEYS = ("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta")
+_COMPUTE_KEYS = (
+    *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
+    *("guidance_default", "pooled_required"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Raises UserError naming the model keys in which a checkpoint differs from the config."""
+    # A key that a checkpoint does not have yet was introduced after it, with a default that means what was before.
+    saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
     differ = [
         f"model.{key}={_plain(saved.get(key))} there, {_plain(wanted.get(key))} here"
         for key in sorted(saved.keys() | wanted.keys())
