@@ -31,8 +31,8 @@ class ModelConfig:
       head_dim: head size D; 0 means hidden_size / num_heads.
       num_dual_blocks: dual-stream blocks (visual and text weights apart), first.
       num_single_blocks: single-stream blocks (parallel attention and MLP), after them.
-      num_decoder_blocks: single-stream blocks of the decoder tail (Motif-Video), last: they start again from the embedded
-        visual tokens, beside the visual tokens that the blocks before made in the place of text.
+      num_decoder_blocks: single-stream blocks of the decoder tail (Motif-Video), last: they start again from the
+        embedded visual tokens, with the visual tokens that the blocks before made in the place of text.
       mlp_hidden: inner width of the MLPs.
       mlp_activation: "gelu_tanh" or "swiglu" (which adds a gate projection).
       qk_norm: "rms" (per head) or "none".

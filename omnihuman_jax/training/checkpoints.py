@@ -96,7 +96,7 @@ def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         return checkpointer.restore(path, args=ocp.args.Composite(state=args)).state
 
 
-def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
     """Raises UserError naming the model keys in which a checkpoint differs from the config."""
     # A key that a checkpoint does not have yet was introduced after it, with a default that means what was before.
     saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import export
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
@@ -130,11 +131,13 @@ class _Run:
         self.bar.write(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
         if stage.init_from:
-            _, params, info = load_for_inference(stage.init_from, use_ema=False)
+            if export.is_exported(stage.init_from):
+                _, params, info = export.load(stage.init_from, shardings=shardings.params)
+            else:
+                _, params, info = load_for_inference(stage.init_from, use_ema=False)
+                params = jax.device_put(params, shardings.params)
             self.bar.write(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
-            fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(
-                jax.device_put(params, shardings.params)
-            )
+            fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
             return fresh._replace(step=state.step)
         if stage.first_step > 1 and self.config.optimizer.reset_at_stage:
             fresh = jax.jit(make_optimizer(self.config).init, out_shardings=shardings.opt_state)(state.params)
