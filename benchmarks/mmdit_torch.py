@@ -3,9 +3,9 @@
 python -m benchmarks.mmdit_torch [--tokens=2048] [--text=64] [--heads=8] [--head_dim=64] [--dual=2] [--single=4]
     [--repeats=5] [--output=FILE.json]        (in .venv-parity, which has PyTorch)
 
-Same weights, read from a file that the class wrote; same inputs; the gradients of every base parameter and of the input.
-The two alternate, so that a change of the machine's load meets both. Prints seconds and the ratio theirs / ours: above 1
-ours is the quicker.
+Same weights, read from a file that the class wrote; same inputs; gradients of every parameter and of the input. The two
+alternate, so that a change of the machine's load meets both. Prints seconds and the ratio theirs / ours: above 1 ours
+is the quicker.
 """
 
 import dataclasses

@@ -12,10 +12,12 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed 
 
 import safetensors.torch  # noqa: E402
 
+from experiments import cli  # noqa: E402
 from experiments.importing import fresh_conditions  # noqa: E402
 from omnihuman_jax.errors import UserError  # noqa: E402
 from omnihuman_jax.inference.export import to_tensors  # noqa: E402
 from omnihuman_jax.models.functional import Network  # noqa: E402
+from omnihuman_jax.training.state import make_network  # noqa: E402
 from omnihuman_jax.weights import formats  # noqa: E402
 from omnihuman_jax.weights.names import is_condition, path_name  # noqa: E402
 from omnihuman_jax.weights.write import Renamed  # noqa: E402
