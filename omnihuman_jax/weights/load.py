@@ -94,4 +94,5 @@ def _load_leaf(tensors, path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any, dt
             where = tuple(slice(*pair) for pair in (key[1:] if stacked else key))
             parts[key][layer if stacked else ...] = value[where]
     arrays = [jax.device_put(parts[key], device) for device, key in bounds.items()]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+    # Waits, so that these buffers are gone before those of the next leaf are made.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -34,7 +36,7 @@ def test_an_imported_base_is_an_exported_directory_with_fresh_conditions(tmp_pat
     config.vae.checkpoint = ""
     import_base(config, str(tmp_path / "base.safetensors"), "motif", str(tmp_path / "out"))
     loaded_config, loaded, info = export.load(tmp_path / "out")
-    assert loaded_config.model.to_dict() == config.model.to_dict() and loaded_config.vae.checkpoint == ""
+    assert make_network(loaded_config).config == network.config and loaded_config.vae.checkpoint == ""
     assert (info["step"], info["stage"], info["ema"]) == (0, "imported", False)
     fresh = to_tensors(fresh_conditions(network, config.seed))
     for name, value in to_tensors(loaded).items():
@@ -49,9 +51,10 @@ def test_an_imported_base_is_an_exported_directory_with_fresh_conditions(tmp_pat
     jax.tree.map(np.testing.assert_array_equal, sharded, loaded)
 
 
+@pytest.mark.slow
 def test_fresh_conditions_are_those_of_a_fresh_model():
     network = network_of("hunyuan")
-    whole = to_tensors(network.init(jax.random.key(5)))
+    whole = to_tensors(jax.jit(network.init)(jax.random.key(5)))
     fresh = to_tensors(fresh_conditions(network, 5))
     assert set(fresh) == {name for name in whole if is_condition(name)}
     for name, value in fresh.items():
@@ -115,6 +118,18 @@ def test_a_base_of_another_preset_or_format_says_so(tmp_path):
         UserError, match=r"config\.json: wrong base for the preset: rope_theta is 10000\.0, the preset's is 256"
     ):
         import_base(config_of("motif", tmp_path), str(path), "motif", str(tmp_path / "out"))
+
+
+def test_the_command_reports_a_mistake_in_one_line_and_status_2(tmp_path):
+    path = tmp_path / "base.pt"
+    path.write_bytes(b"PK")
+    command = [sys.executable, "-m", "experiments.import_weights", "--config=experiments/configs/motif_2b.py"]
+    arguments = [f"--input={path}", "--format=motif", f"--output={tmp_path}/out"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(errors) == 1 and "is a pickle" in errors[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_arguments_are_named(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from omnihuman_jax.inference.export import to_tensors
 from omnihuman_jax.sharding.rules import tree_shardings
@@ -58,7 +59,7 @@ from omnihuman_jax.weights.names import Entry, LINEAR, our_shapes, expand, row
 from omnihuman_jax.weights.read import open_files
 
 jax.config.update("jax_platforms", "cpu")
-LAYERS, D = 8, 768
+LAYERS, D = 12, 1024
 kernel = jax.ShapeDtypeStruct((LAYERS, D, D), jnp.float32)
 abstract = {"single": {name: {"kernel": kernel} for name in ("q", "k", "v", "out")}}
 names = [f"single.blocks.{{}}.{name}" for name in ("q", "k", "v")]
@@ -82,9 +83,7 @@ print((peak - result) / group)
 
 
 def test_loading_needs_little_memory_beside_the_result(tmp_path):
-    import safetensors.numpy
-
-    layers, d = 8, 768
+    layers, d = 12, 1024
     tensors = {}
     for i in range(layers):
         tensors[f"blocks.{i}.qkv.weight"] = np.full((3 * d, d), i, np.float32)
