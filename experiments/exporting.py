@@ -1,14 +1,16 @@
 """Export of a checkpoint: what `experiments.export` does with its flags."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiments import cli
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import export
+from omnihuman_jax.weights.formats import check_format
 
 
 def export_checkpoint(
-    checkpoint: str, output: str, formats: Sequence[str] = ("safetensors",), *, ema: bool = True
+    checkpoint: str, output: str, formats: Sequence[str] = ("safetensors",), *, ema: bool = True, naming: str = ""
 ) -> None:
     """Writes an exported directory and says what is in it.
 
@@ -17,6 +19,7 @@ def export_checkpoint(
       output: directory to make.
       formats: names out of `export.FORMATS`.
       ema: the EMA of the parameters, or the raw ones.
+      naming: whose names the base part has, out of `weights.formats.FORMATS`; "" = our own.
 
     Raises:
       UserError: an argument is missing or wrong; nothing is written then.
@@ -26,6 +29,8 @@ def export_checkpoint(
             raise UserError(f"--{name} is missing; see --help")
     for name in formats or [""]:
         export.check_format(name)
+    if naming:
+        check_format(naming, "--naming")
     folder = export.check_output(output)
     if export.is_exported(checkpoint):
         raise UserError(f"--checkpoint={checkpoint}: is an exported directory already; give a training checkpoint")
@@ -34,6 +39,11 @@ def export_checkpoint(
     cli.setup_platform(config)
     config, params, info = export.load(checkpoint, use_ema=ema)
     print(f"{info['path']}: step {info['step']} ({info['stage']}), {'EMA' if ema else 'raw'} parameters")
-    export.save(folder, config, params, info, ema=ema)
-    for file in sorted(folder.iterdir()):
+    export.save(folder, config, params, info, ema=ema, naming=naming)
+    list_files(folder)
+
+
+def list_files(folder: Path) -> None:
+    """Prints the files of a directory with their sizes."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

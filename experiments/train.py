@@ -17,11 +17,12 @@ from data_pipelines.schema import Dataset
 from experiments import cli
 from experiments.samples import SampleVideos
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import export
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
 from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.checkpoints import check_same_model, find_checkpoint, read_meta
+from omnihuman_jax.training.checkpoints import check_same_model
 from omnihuman_jax.training.curriculum import Stage, curriculum
 from omnihuman_jax.training.state import make_network
 
@@ -62,8 +63,8 @@ def check_start(config: ConfigDict, stages: Sequence[Stage]) -> None:
     Settings.from_config(config)
     for stage in stages:
         if stage.init_from:
-            path = find_checkpoint(stage.init_from)
-            check_same_model(read_meta(path)["config"]["model"], config.model.to_dict(), path)
+            there = export.load_config(stage.init_from).model.to_dict()
+            check_same_model(there, config.model.to_dict(), stage.init_from)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def stage(**changes) -> ConfigDict:
             "ratios": {"text": 0.9, "reference": 0.7, "audio": 0.0, "pose": 0.0},
             "latent_frames": 0,  # noisy latent frames T; 0 = data.latent_frames, 1 = images
             "motion_ratio": 0.75,  # share of windows that continue from motion frames
-            "init_from": "",  # checkpoint whose parameters the stage starts from; "" = the stage before
+            # Checkpoint or exported directory (experiments.import_weights) whose parameters the stage starts from; "" =
+            # the stage before.
+            "init_from": "",
         }
     )
     row.update(changes)

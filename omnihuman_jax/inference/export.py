@@ -4,45 +4,50 @@ A directory of:
 
     model.safetensors        parameters by dotted name, one tensor per block (`dual.blocks.3.img_q.kernel`),
                              or model-00001-of-00004.safetensors … with model.safetensors.index.json
-    vae.safetensors          the VAE, as it is
+    vae.safetensors          the VAE, as it is, where the config names one
     config.json              the resolved config, conditions, step, stage and what the parameters are
 
 Kernels are (in, out). In memory the blocks of one kind are stacked along a leading layer axis, because
 they run under one scan; files hold them apart, because that is what other tools expect.
+
+With a naming of `weights.formats`, in the place of model.safetensors:
+
+    transformer/             the base part under the original's names, with diffusers' config.json where it has one
+    conditions.safetensors   what OmniHuman adds to the base (audio, pose, null text), by dotted name
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from ml_collections import ConfigDict
 
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.checkpoints import find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.training.state import make_network
+from omnihuman_jax.weights import formats
+from omnihuman_jax.weights import load as weights_load
+from omnihuman_jax.weights.load import Source
+from omnihuman_jax.weights.names import STACKED, account, is_condition, our_shapes, same_names
+from omnihuman_jax.weights.read import open_files, read_json
+from omnihuman_jax.weights.write import Renamed, write_files
 
 FORMATS = ("safetensors",)
 CONFIG_FILE, WEIGHTS_FILE, VAE_FILE = "config.json", "model.safetensors", "vae.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+BASE_FOLDER, CONDITIONS_FILE = "transformer", "conditions.safetensors"
 KIND, VERSION = "omnihuman_jax.model", 1
 MAX_SHARD_BYTES = 5 * 10**9
-
-# Groups whose parameters carry a leading layer axis in memory.
-STACKED = ("dual", "single")
-_BLOCK = re.compile(rf"^({'|'.join(STACKED)})\.blocks\.(\d+)\.(.+)$")
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:
@@ -66,104 +71,34 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], abstract: Any, where: str | Path = "") -> Any:
-    """The inverse of `to_tensors`, on the default device.
-
-    Args:
-      tensors: name -> array.
-      abstract: nested dict of `jax.ShapeDtypeStruct`: the parameters the model has.
-      where: file or directory named in errors.
-
-    Raises:
-      UserError: a tensor is missing, left over, or of another shape.
-    """
-    left = set(tensors)
-
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in tensors:
-            raise UserError(f"{where}: tensor {name} is missing; it does not fit {CONFIG_FILE}; export it again")
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {tensors[name].shape}, the model of {CONFIG_FILE} needs {shape}; "
-                f"export it again"
-            )
-        left.discard(name)
-        return tensors[name]
-
-    def one(path, leaf):
-        group, *rest = (str(key.key) for key in path)
-        if group not in STACKED:
-            return jnp.asarray(take(".".join((group, *rest)), leaf.shape))
-        names = [".".join((group, "blocks", str(i), *rest)) for i in range(leaf.shape[0])]
-        return jnp.asarray(np.stack([take(name, leaf.shape[1:]) for name in names]))
-
-    params = jax.tree_util.tree_map_with_path(one, abstract)
-    if left:
-        raise UserError(f"{where}: tensor {min(left)} is not part of the model of {CONFIG_FILE}; export it again")
-    return params
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> int:
+    return write_files(folder, tensors, "model", max_bytes=max_bytes, metadata={"format": KIND})
 
 
-def shard(tensors: Mapping[str, np.ndarray], max_bytes: int) -> list[dict[str, np.ndarray]]:
-    """Cuts tensors, in order, into files of at most `max_bytes` (a larger tensor has its own)."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    used = 0
-    for name, value in tensors.items():
-        if shards[-1] and used + value.nbytes > max_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = value
-        used += value.nbytes
-    return shards
-
-
-def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> None:
-    shards = shard(tensors, max_bytes)
-    metadata = {"format": KIND}
-    if len(shards) == 1:
-        safetensors.numpy.save_file(_contiguous(shards[0]), folder / WEIGHTS_FILE, metadata=metadata)
-        return
-    where = {}
-    for i, part in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        safetensors.numpy.save_file(_contiguous(part), folder / file, metadata=metadata)
-        where |= dict.fromkeys(part, file)
-    total = sum(value.nbytes for value in tensors.values())
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _contiguous(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+def _write_renamed(folder: Path, config: ConfigDict, tensors: Mapping[str, np.ndarray], naming: str, size: int) -> int:
+    """The base part in another naming, and the condition modules beside it."""
+    network = make_network(config)
+    base = folder / BASE_FOLDER
+    base.mkdir()
+    entries = formats.base_entries(naming, network.config, network.abstract_params)
+    stem = "diffusion_pytorch_model" if formats.FORMATS[naming].class_config(network.config) else "model"
+    count = write_files(base, Renamed(tensors, entries), stem, max_bytes=size, metadata={"format": "pt"})
+    if described := formats.FORMATS[naming].class_config(network.config):
+        _write_json(base / CONFIG_FILE, described)
+    ours = {name: tensors[name] for name in tensors if is_condition(name)}
+    stem = CONDITIONS_FILE.removesuffix(".safetensors")
+    return count + write_files(folder, ours, stem, max_bytes=2**62, metadata={"format": KIND})
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / INDEX_FILE
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
-    tensors = {}
-    for file in files:
-        # The names come from a file, which must not lead out of the directory.
-        path = folder / Path(file).name
-        try:
-            tensors |= safetensors.numpy.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); export the checkpoint again") from error
-    return tensors
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the checkpoint again") from error
-
-
 def is_exported(path: str | Path) -> bool:
     """Whether `path` is a directory that `save` wrote."""
     path = Path(path)
-    return (path / CONFIG_FILE).is_file() and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file())
+    weights = (WEIGHTS_FILE, INDEX_FILE, CONDITIONS_FILE)
+    return (path / CONFIG_FILE).is_file() and any((path / name).is_file() for name in weights)
 
 
 def check_format(name: str) -> None:
@@ -189,16 +124,18 @@ def save(
     info: Mapping[str, Any],
     *,
     ema: bool,
+    naming: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes an exported directory; it appears complete or not at all.
 
     Args:
       output: directory to make; its parent must exist.
-      config: resolved config of the checkpoint; `vae.checkpoint` is copied into the directory.
-      params: nested dict of parameters.
+      config: resolved config of the checkpoint; `vae.checkpoint` is copied into the directory, unless it is empty.
+      params: nested dict of parameters, or a mapping from dotted names to arrays, each made when asked for.
       info: `step` and `stage` of the checkpoint.
       ema: whether `params` are the EMA (recorded).
+      naming: one of `weights.formats.FORMATS` for the base part; "" = our own names.
       max_shard_bytes: largest weight file.
 
     Returns:
@@ -208,18 +145,19 @@ def save(
       UserError: the place is taken or cannot be written, or the VAE file is missing.
     """
     output = check_output(output)
-    vae = Path(config.vae.checkpoint)
-    if not vae.is_file():
+    vae = Path(config.vae.checkpoint) if config.vae.checkpoint else None
+    if vae and not vae.is_file():
         raise UserError(f"vae.checkpoint={vae}: no such file; run the export where the training ran")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as made:
             folder = Path(made) / output.name
             folder.mkdir()
-            tensors = to_tensors(params)
-            _write_weights(folder, tensors, max_shard_bytes)
-            shutil.copyfile(vae, folder / VAE_FILE)
+            tensors = to_tensors(params) if isinstance(params, dict) else params
+            if naming:
+                count = _write_renamed(folder, config, tensors, naming, max_shard_bytes)
+            else:
+                count = _write_weights(folder, tensors, max_shard_bytes)
             plain = json.loads(json.dumps(config.to_dict()))
-            plain["vae"] |= {"checkpoint": VAE_FILE}
             head = {
                 "kind": KIND,
                 "version": VERSION,
@@ -227,9 +165,14 @@ def save(
                 "stage": info["stage"],
                 "ema": ema,
                 "conditions": list(CONDITIONS),
-                "parameters": int(sum(value.size for value in tensors.values())),
-                "vae_sha256": hashlib.sha256(vae.read_bytes()).hexdigest(),
+                "parameters": count,
             }
+            if vae:
+                shutil.copyfile(vae, folder / VAE_FILE)
+                plain["vae"] |= {"checkpoint": VAE_FILE}
+                head["vae_sha256"] = hashlib.sha256(vae.read_bytes()).hexdigest()
+            if naming:
+                head["naming"] = naming
             _write_json(folder / CONFIG_FILE, head | {"config": plain})
             if output.is_dir():
                 output.rmdir()
@@ -246,7 +189,7 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
       UserError: another kind or version, or conditions in another order than this program's.
     """
     path = Path(path).absolute()
-    head = _read_json(path / CONFIG_FILE)
+    head = read_json(path / CONFIG_FILE)
     found = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
     if found != (KIND, VERSION):
         raise UserError(f"{path / CONFIG_FILE}: kind and version are {found}, this program reads {(KIND, VERSION)}")
@@ -255,7 +198,8 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
             f"{path / CONFIG_FILE}: conditions are {head['conditions']}, this program has {list(CONDITIONS)}"
         )
     config = ConfigDict(head.pop("config"))
-    config.vae.checkpoint = str(path / VAE_FILE)
+    if config.vae.checkpoint:
+        config.vae.checkpoint = str(path / VAE_FILE)
     return config, head
 
 
@@ -270,13 +214,42 @@ def load_config(path: str | Path) -> ConfigDict:
     return ConfigDict(read_meta(find_checkpoint(path))["config"])
 
 
-def load(path: str | Path, *, use_ema: bool | None = None) -> tuple[ConfigDict, Any, dict[str, Any]]:
+def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapping[str, np.ndarray]:
+    """The parameters of an exported directory by dotted name, each read when asked for.
+
+    Raises:
+      UserError: a file is damaged, or a tensor is missing, left over, or of another shape.
+    """
+    path, network = Path(path), make_network(config)
+    shapes = our_shapes(network.abstract_params)
+    if not naming:
+        index = path / INDEX_FILE
+        return _open_same(index if index.is_file() else path / WEIGHTS_FILE, shapes)
+    files = open_files(path / BASE_FOLDER)
+    entries = formats.base_entries(naming, network.config, network.abstract_params)
+    formats.check_files(naming, files, entries, network.config, network.abstract_params)
+    ours = {name: shape for name, shape in shapes.items() if is_condition(name)}
+    return ChainMap(Source(files, entries), _open_same(path / CONDITIONS_FILE, ours))
+
+
+def _open_same(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    """A file, or the files of an index, with tensors under our own names."""
+    files, entries = open_files(path), same_names(shapes, shapes)
+    found = {name: stored.shape for name, stored in files.stored.items()}
+    account(entries, found, path, f"it does not fit {CONFIG_FILE}; export it again")
+    return Source(files, entries)
+
+
+def load(
+    path: str | Path, *, use_ema: bool | None = None, shardings: Any = None
+) -> tuple[ConfigDict, Any, dict[str, Any]]:
     """Loads the parameters of a training checkpoint or of an exported directory.
 
     Args:
       path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
       use_ema: the EMA or the raw parameters; None means the EMA of a checkpoint, and of an exported directory
         whichever kind it holds.
+      shardings: nested dict of shardings to load into; None = one device.
 
     Returns:
       (resolved config, nested dict of parameters, info with `step`, `stage`, `path` and `ema`).
@@ -286,7 +259,7 @@ def load(path: str | Path, *, use_ema: bool | None = None) -> tuple[ConfigDict, 
     """
     if not is_exported(path):
         use_ema = use_ema is not False
-        config, params, info = load_for_inference(path, use_ema=use_ema)
+        config, params, info = load_for_inference(path, use_ema=use_ema, shardings=shardings)
         return config, params, info | {"ema": use_ema}
     config, head = read_config(path)
     if use_ema is not None and head["ema"] != use_ema:
@@ -295,5 +268,6 @@ def load(path: str | Path, *, use_ema: bool | None = None) -> tuple[ConfigDict, 
             f"{path}: holds the {kinds[head['ema']]} parameters, the {kinds[use_ema]} ones were asked for; "
             f"use --{'' if head['ema'] else 'no'}ema, or export the checkpoint the other way"
         )
-    params = from_tensors(_read_weights(Path(path)), make_network(config).abstract_params, path)
+    tensors, abstract = open_tensors(path, config, head.get("naming", "")), make_network(config).abstract_params
+    params = weights_load.load(tensors, abstract, shardings, dtypes="model" if shardings else "file")
     return config, params, {name: head[name] for name in ("step", "stage", "ema")} | {"path": str(path)}

@@ -24,6 +24,7 @@ class Shared(NamedTuple):
       visual_row, text_row: (B or 1, N), (B or 1, L) int32 row of `vec` of each token.
       visual_rope, text_rope: rotations of the tokens.
       visual_segment, text_segment: (B, N), (B, L) int32.
+      cross_segment: (B, L) int32, the text tokens that text cross-attention sees (not those of images).
       audio: (B, A, hidden) audio tokens, or None where no sample of the batch has audio.
       audio_query: (B, N) int32 frame segments of the visual tokens; 0 hears nothing.
       audio_key: (B, A) int32.
@@ -36,6 +37,7 @@ class Shared(NamedTuple):
     text_rope: rope.Rotation
     visual_segment: jax.Array
     text_segment: jax.Array
+    cross_segment: jax.Array
     audio: jax.Array | None = None
     audio_query: jax.Array | None = None
     audio_key: jax.Array | None = None
@@ -62,6 +64,31 @@ def _hear(attention: AudioAttention, x: jax.Array, shared: Shared, span: slice) 
     return jnp.concatenate([x[:, : span.start], heard, x[:, span.stop :]], 1)
 
 
+class TextAttention(nnx.Module):
+    """Cross-attention of visual tokens to the text tokens of the same block (Motif-Video): rotated queries, no mask
+    but the segments. What it returns is added as it is.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dim, inner, bias = config.hidden_size, config.attention_dim, config.qkv_bias
+        self.q = linear(config, dim, inner, rngs=rngs, bias=bias)
+        self.k = linear(config, dim, inner, rngs=rngs, bias=bias)
+        self.v = linear(config, dim, inner, rngs=rngs, bias=bias)
+        self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
+        self.out = linear(config, inner, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, text: jax.Array, shared: Shared) -> jax.Array:
+        """x (B, N, hidden), modulated text (B, L, hidden) -> update (B, N, hidden)."""
+        config = self.config
+        q = _turned(config, self.q_norm, self.q(x), shared.visual_rope)
+        k = elementwise(self.k_norm)(_heads(config, self.k(text))).astype(config.compute_dtype)
+        segments = shared.visual_segment, shared.cross_segment
+        v = _heads(config, self.v(text))
+        out = attend(q, k, v, *segments, implementation=config.attention, gather_tokens=False)
+        return constrain(self.out(out.reshape(*out.shape[:2], -1)), "batch", "tokens", None)
+
+
 class DualBlock(nnx.Module):
     """Visual and text streams with their own weights, one joint attention, adaLN in six parts for each stream."""
 
@@ -81,6 +108,8 @@ class DualBlock(nnx.Module):
             }
             for name, part in parts.items():
                 setattr(self, f"{stream}_{name}", part)
+        if config.text_cross_attention_dual:
+            self.cross = TextAttention(config, rngs=rngs)
         self.audio = AudioAttention(config, rngs=rngs)
 
     def _project(self, stream: str, x: jax.Array, turn: rope.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -102,15 +131,18 @@ class DualBlock(nnx.Module):
         vrow, trow = shared.visual_row, shared.text_row
 
         visual_qkv = self._project("img", modulate(visual, vs1, vc1, vrow, config), shared.visual_rope)
-        text_qkv = self._project("txt", modulate(text, ts1, tc1, trow, config), shared.text_rope)
+        text_in = modulate(text, ts1, tc1, trow, config)
+        text_qkv = self._project("txt", text_in, shared.text_rope)
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(visual_qkv, text_qkv, strict=True))
         segment = jnp.concatenate([shared.visual_segment, shared.text_segment], 1)
         out = attend(q, k, v, segment, segment, implementation=config.attention)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
 
         n = visual.shape[1]
-        visual_out = constrain(out[:, :n], "batch", "tokens", None)
-        visual = gated(visual, vg1, vrow, self.img_out(visual_out))
+        visual_out = self.img_out(constrain(out[:, :n], "batch", "tokens", None))
+        visual = gated(visual, vg1, vrow, visual_out)
+        if config.text_cross_attention_dual:
+            visual = visual + self.cross(visual_out, text_in, shared)
         text = gated(text, tg1, trow, self.txt_out(out[:, n:]))
         visual = _hear(self.audio, visual, shared, span)
         visual = gated(visual, vg2, vrow, self.img_mlp(modulate(visual, vs2, vc2, vrow, config)))
@@ -119,9 +151,12 @@ class DualBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """One stream [visual, text] with attention and MLP in parallel, adaLN in three parts."""
+    """One stream [visual, text] with attention and MLP in parallel, adaLN in three parts.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    As a block of the decoder tail (`decoder`) the second half is not text but the encoded visual tokens.
+    """
+
+    def __init__(self, config: ModelConfig, *, decoder: bool = False, rngs: nnx.Rngs):
         self.config = config
         dim, inner = config.hidden_size, config.attention_dim
         self.mod = linear(config, dim, 3 * dim, rngs=rngs, init=ZEROS, dtype=jnp.float32)
@@ -135,6 +170,9 @@ class SingleBlock(nnx.Module):
         # HunyuanVideo's linear2 over [attention, mlp], kept as two kernels so that both shard over `tensor`.
         self.out = linear(config, inner, dim, rngs=rngs)
         self.mlp_out = linear(config, config.mlp_hidden, dim, rngs=rngs, bias=False)
+        self.has_cross = config.text_cross_attention_single and not decoder
+        if self.has_cross:
+            self.cross = TextAttention(config, rngs=rngs)
         self.audio = AudioAttention(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
@@ -150,6 +188,10 @@ class SingleBlock(nnx.Module):
         out = attend(q, k, _heads(config, self.v(h)), segment, segment, implementation=config.attention)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
         out = constrain(out, "batch", "tokens", None)
+        if self.has_cross:
+            n = shared.visual_row.shape[1]
+            crossed = out[:, :n] + self.cross(out[:, :n], h[:, n:], shared)
+            out = constrain(jnp.concatenate([crossed, out[:, n:]], 1), "batch", "tokens", None)
         hidden = constrain(self.mlp_in(h), "batch", "tokens", "mlp")
         hidden = swiglu(hidden, self.mlp_gate(h)) if config.mlp_activation == "swiglu" else gelu(hidden)
         x = gated(x, gate, row, self.out(out) + self.mlp_out(hidden))

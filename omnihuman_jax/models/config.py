@@ -31,6 +31,8 @@ class ModelConfig:
       head_dim: head size D; 0 means hidden_size / num_heads.
       num_dual_blocks: dual-stream blocks (visual and text weights apart), first.
       num_single_blocks: single-stream blocks (parallel attention and MLP), after them.
+      num_decoder_blocks: single-stream blocks of the decoder tail (Motif-Video), last: they start again from the
+        embedded visual tokens, with the visual tokens that the blocks before made in the place of text.
       mlp_hidden: inner width of the MLPs.
       mlp_activation: "gelu_tanh" or "swiglu" (which adds a gate projection).
       qk_norm: "rms" (per head) or "none".
@@ -44,7 +46,14 @@ class ModelConfig:
       text_embed: "linear" or "mlp" projection of the text states.
       text_refiner_depth: blocks of the HunyuanVideo token refiner (0: none).
       pooled_text_dim: width of a pooled text vector added to the modulation (0: none).
+      pooled_required: False lets a caller leave out the pooled vector, which is then zero.
       guidance_embed: the modulation sees an embedded guidance scale (guidance-distilled bases).
+      guidance_default: guidance scale where the caller gives none; 0: it has to be given.
+      text_cross_attention_dual, text_cross_attention_single: visual tokens attend to the block's text tokens once more,
+        with projections of their own, in the dual or the single blocks (Motif-Video); never in the decoder tail.
+      condition_channels: channels stacked on the noisy latents from the batch's `condition` (Motif-Video: 16 of the
+        first frame's latents and a mask); left out of the batch they are zero, which is text-to-video.
+      image_embed_dim: width of the image encoder's states in the batch's `image`, which join the text tokens (0: none).
       reference_time_slot: RoPE time of the reference tokens (0: the paper's zeroed temporal component).
       motion_frames: clean latent frames M ahead of the noisy ones.
       audio_dim: width of the audio features per 25 fps frame.
@@ -71,6 +80,7 @@ class ModelConfig:
     head_dim: int = 0
     num_dual_blocks: int = 2
     num_single_blocks: int = 4
+    num_decoder_blocks: int = 0
     mlp_hidden: int = 1024
     mlp_activation: str = "gelu_tanh"
     qk_norm: str = "rms"
@@ -84,7 +94,13 @@ class ModelConfig:
     text_embed: str = "linear"
     text_refiner_depth: int = 0
     pooled_text_dim: int = 0
+    pooled_required: bool = True
     guidance_embed: bool = False
+    guidance_default: float = 0.0
+    text_cross_attention_dual: bool = False
+    text_cross_attention_single: bool = False
+    condition_channels: int = 0
+    image_embed_dim: int = 0
     reference_time_slot: float = 0
     motion_frames: int = 2
     audio_dim: int = 384
@@ -129,6 +145,11 @@ class ModelConfig:
             raise UserError(f"model.motion_frames={self.motion_frames} is not divisible by the temporal patch size")
         if self.num_dual_blocks + self.num_single_blocks < 1:
             raise UserError("model: num_dual_blocks + num_single_blocks must be at least 1")
+        if self.text_cross_attention_single and self.attention_dim != self.hidden_size:
+            raise UserError(
+                f"model.text_cross_attention_single needs heads as wide as the stream, but num_heads x head_dim = "
+                f"{self.attention_dim} and hidden_size = {self.hidden_size}; change one of them"
+            )
         if self.pose_scale < 1 or self.pose_scale & (self.pose_scale - 1):
             raise UserError(f"model.pose_scale={self.pose_scale}: must be a power of two")
         if len(self.pose_widths) < self.pose_scale.bit_length():

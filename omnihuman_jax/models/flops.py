@@ -5,6 +5,8 @@ heads' width a, MLP width m (times 3/2 for swiglu's gate), A audio tokens per la
 
   dual block    2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + audio + 2 * 2 * 12 d^2
   single block  2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + audio + 2 * 2 * 3 d^2
+  decoder block the same with N in the place of L
+  text cross    2 (2 N d a + 2 L d a) + 4 N L a in each block that has it
   audio         2 (2 V d a + 2 T A d a) + 4 V pt A a
 
 The last term of a block is its modulation (two vectors a sample). Attention counts every pair of tokens, as if all
@@ -51,14 +53,17 @@ def forward_breakdown(
     d, a, tokens = config.hidden_size, config.attention_dim, visual + text
     mlp = config.mlp_hidden * (3 if config.mlp_activation == "swiglu" else 2)
     audio_keys = frames * config.audio_tokens
-    depth = config.num_dual_blocks + config.num_single_blocks
+    decoder, depth = config.num_decoder_blocks, config.num_dual_blocks + config.num_single_blocks
+    crossed = config.text_cross_attention_dual * config.num_dual_blocks
+    crossed += config.text_cross_attention_single * config.num_single_blocks
     patch = math.prod(config.patch_size)
     return {
-        "projections": depth * 2 * tokens * (4 * d * a + d * mlp),
-        "attention": depth * 4 * tokens**2 * a,
-        "audio_attention": depth
+        "projections": (depth * tokens + decoder * 2 * visual) * 2 * (4 * d * a + d * mlp),
+        "attention": (depth * tokens**2 + decoder * (2 * visual) ** 2) * 4 * a,
+        "text_attention": crossed * (4 * tokens * d * a + 4 * visual * text * a),
+        "audio_attention": (depth + decoder)
         * (2 * (2 * video + 2 * audio_keys) * d * a + 4 * video * pt * config.audio_tokens * a),
-        "modulation": 4 * d**2 * (12 * config.num_dual_blocks + 3 * config.num_single_blocks + 2),
+        "modulation": 4 * d**2 * (12 * config.num_dual_blocks + 3 * (config.num_single_blocks + decoder) + 2),
         "embedding": 2 * d * patch * (visual * config.latent_channels + video * config.pose_channels),
         "final": 2 * d * patch * video * config.latent_channels,
         "vectors": 2 * 2 * (256 * d + d * d),

@@ -4,6 +4,7 @@ Letters: B batch, T latent frames, M motion frames, H W latent rows/columns, C l
 L text tokens, K keypoints. Sources: OmniHuman-1 (arXiv 2502.01061, section 3); block form of HunyuanVideo and FLUX.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -30,24 +31,31 @@ class Inputs(NamedTuple):
       text: (B, L, hidden).
       audio: (B, T * audio_tokens, hidden), or None where no sample of the batch has audio.
       vec: (B, S, 2, hidden) float32 modulation vectors: noisy, and clean (t = 0).
+      image: (B, I, hidden) tokens of an image encoder, which go where the text goes, or None.
     """
 
     visual: tk.Tokens
     text: tk.Tokens
     audio: tk.Tokens | None
     vec: jax.Array
+    image: tk.Tokens | None = None
+
+
+def _pack_optional(samples: Sequence[Inputs], name: str) -> tk.Tokens | None:
+    parts = [getattr(sample, name) for sample in samples]
+    if any(part is None for part in parts) and any(part is not None for part in parts):
+        raise ValueError(f"pack_inputs: give {name} tokens (possibly absent by segment) to all samples or to none")
+    return None if parts[0] is None else tk.pack_row(parts)
 
 
 def pack_inputs(samples: Sequence[Inputs]) -> Inputs:
     """Packs samples of any sizes into one row; they do not see each other (segments) and keep their own modulation."""
-    heard = [sample.audio for sample in samples]
-    if any(a is None for a in heard) and any(a is not None for a in heard):
-        raise ValueError("pack_inputs: give audio tokens (possibly absent by segment) to all samples or to none")
     return Inputs(
         tk.pack_row([sample.visual for sample in samples]),
         tk.pack_row([sample.text for sample in samples]),
-        None if heard[0] is None else tk.pack_row(heard),
+        _pack_optional(samples, "audio"),
         jnp.concatenate([sample.vec for sample in samples], 1),
+        _pack_optional(samples, "image"),
     )
 
 
@@ -78,11 +86,15 @@ class OmniHuman(nnx.Module):
         self.x_embed = linear(config, patch * config.latent_channels, dim, rngs=rngs)
         # Together with x_embed this is one patch embedding over [noisy latents, pose channels].
         self.pose_embed = linear(config, patch * config.pose_channels, dim, rngs=rngs, bias=False)
+        if config.condition_channels:
+            self.condition_embed = linear(config, patch * config.condition_channels, dim, rngs=rngs, bias=False)
         self.time_embed = Embedder(config, TIME_FREQUENCIES, rngs=rngs)
         self.text_embed = text.make_text_embed(config, rngs=rngs)
         self.null_text = nnx.Param(0.02 * jax.random.normal(rngs.params(), (dim,), jnp.dtype(config.param_dtype)))
         if config.text_refiner_depth:
             self.refiner = text.TokenRefiner(config, rngs=rngs)
+        if config.image_embed_dim:
+            self.image_embed = text.ImageEmbedder(config, rngs=rngs)
         if config.pooled_text_dim:
             self.pooled_embed = Embedder(config, config.pooled_text_dim, rngs=rngs)
         if config.guidance_embed:
@@ -91,6 +103,8 @@ class OmniHuman(nnx.Module):
         self.pose = pose.PoseGuider(config, rngs=rngs)
         self.dual = blocks.stack(blocks.DualBlock, config, config.num_dual_blocks, rngs=rngs)
         self.single = blocks.stack(blocks.SingleBlock, config, config.num_single_blocks, rngs=rngs)
+        decoder_block = functools.partial(blocks.SingleBlock, decoder=True)
+        self.decoder = blocks.stack(decoder_block, config, config.num_decoder_blocks, rngs=rngs)
         self.final = FinalLayer(config, rngs=rngs)
 
     def __call__(
@@ -110,7 +124,9 @@ class OmniHuman(nnx.Module):
           batch: `motion` (B, M, H, W, C), `has_motion` (B,) bool, `reference` (B, H, W, C), `text` (B, L, text_dim),
             `text_mask` (B, L) bool, `audio` (B, 4T + 2*audio_context, audio_dim) at 25 fps, `keypoints` (B, 4T, K, 3)
             as fractions of the frame, `active` (B, 4) bool in the order of `conditions.CONDITIONS`. Leaving out
-            `audio` or `keypoints` says that no sample has it, gives the same values and saves the work.
+            `audio` or `keypoints` says that no sample has it, gives the same values and saves the work. A base with
+            `condition_channels` also takes `condition` (B, T, H, W, condition_channels), one with `image_embed_dim`
+            also `image` (B, I, image_embed_dim), both optional.
           pooled: (B, pooled_text_dim) pooled text vector, with `pooled_text_dim`.
           guidance: (B,) guidance scale, with `guidance_embed`.
 
@@ -118,7 +134,7 @@ class OmniHuman(nnx.Module):
           (B, T, H, W, C) float32.
 
         Raises:
-          UserError: latents that the patch size does not divide, or pooled/guidance given or missing against config.
+          UserError: latents that the patch size does not divide, or an input given or missing against the config.
         """
         inputs = self.embed(x_t, t, batch, pooled=pooled, guidance=guidance)
         n = x_t.shape[1] * x_t.shape[2] * x_t.shape[3] // math.prod(self.config.patch_size)
@@ -151,12 +167,25 @@ class OmniHuman(nnx.Module):
             features = self.pose(batch["keypoints"], active[:, POSE], x_t.shape[2], x_t.shape[3])
             stacked = self.pose_embed(tk.patchify(features, config.patch_size))
             value = value.at[:, -stacked.shape[1] :].add(stacked)
+        if self._given("condition", batch.get("condition"), "condition_channels"):
+            stacked = self.condition_embed(tk.patchify(batch["condition"], config.patch_size))
+            value = value.at[:, -stacked.shape[1] :].add(stacked)
+        has_image = self._given("image", batch.get("image"), "image_embed_dim")
         return Inputs(
             visual._replace(value=value),
             self._text(batch["text"], batch["text_mask"] & has_text[:, None], t),
             self.audio(batch["audio"], active[:, AUDIO]) if "audio" in batch else None,
             self._vectors(t, has_text, pooled, guidance)[:, None],
+            text.image_tokens(self.image_embed(batch["image"])) if has_image else None,
         )
+
+    def _given(self, name: str, value: jax.Array | None, key: str, *, required: bool = False) -> bool:
+        """Whether an input is given; UserError where the model has no use for it, or cannot do without."""
+        setting = getattr(self.config, key)
+        wrong = "given" if value is not None and not setting else "missing" if value is None and required else ""
+        if wrong:
+            raise UserError(f"{name} is {wrong}, but the model has model.{key}={setting}")
+        return value is not None
 
     def _text(self, states: jax.Array, mask: jax.Array, t: jax.Array) -> tk.Tokens:
         states = jnp.where(mask[..., None], states, 0).astype(self.config.compute_dtype)
@@ -168,12 +197,11 @@ class OmniHuman(nnx.Module):
     def _vectors(self, t: jax.Array, has_text: jax.Array, pooled, guidance) -> jax.Array:
         """Modulation vectors (B, 2, hidden): of the noisy tokens at t, and of the clean ones at 0."""
         config = self.config
-        for name, value, key in (("pooled", pooled, "pooled_text_dim"), ("guidance", guidance, "guidance_embed")):
-            setting = getattr(config, key)
-            if (value is not None) != bool(setting):
-                raise UserError(
-                    f"{name} is {'missing' if setting else 'given'}, but the model has model.{key}={setting}"
-                )
+        has_pooled, distilled = bool(config.pooled_text_dim), config.guidance_embed
+        if not self._given("pooled", pooled, "pooled_text_dim", required=config.pooled_required and has_pooled):
+            pooled = jnp.zeros((t.shape[0], config.pooled_text_dim)) if has_pooled else None
+        if not self._given("guidance", guidance, "guidance_embed", required=distilled and not config.guidance_default):
+            guidance = jnp.full(t.shape, config.guidance_default) if distilled else None
         vec = self.time_embed(sinusoid(1000 * jnp.stack([t, jnp.zeros_like(t)], 1)))
         if pooled is not None:
             vec += self.pooled_embed(jnp.where(has_text[:, None], pooled, 0))[:, None]
@@ -191,7 +219,10 @@ class OmniHuman(nnx.Module):
         """
         config, n = self.config, inputs.visual.value.shape[1]
         shards = mesh_axis("sequence")
-        visual, words = tk.pad(inputs.visual, shards), tk.pad(inputs.text, shards)
+        visual, words = tk.pad(inputs.visual, shards), inputs.text
+        if inputs.image is not None:
+            words = tk.concatenate(inputs.image, words)
+        words = tk.pad(words, shards)
         shared = self._shared(visual, words, inputs)
         # A slice that does not fall on shard borders would move the whole sequence; then all tokens take part.
         span = slice(clean_prefix if shards == 1 else 0, visual.value.shape[1])
@@ -199,10 +230,21 @@ class OmniHuman(nnx.Module):
         streams = blocks.run(self.dual, streams, config, shared, span)
         x = constrain(jnp.concatenate(streams, 1), "batch", "tokens", None)
         x = blocks.run(self.single, x, config, shared, span)
+        if self.decoder is not None:
+            # The tail knows the text through the encoded tokens only, which have no positions, as text has none.
+            x = jnp.concatenate([visual.value, x[:, : visual.value.shape[1]]], 1)
+            tail = shared._replace(
+                text_row=shared.visual_row,
+                text_rope=rope.rotation(jnp.zeros_like(visual.position), config.rope_axes, config.rope_theta),
+                text_segment=shared.visual_segment,
+            )
+            x = blocks.run(self.decoder, constrain(x, "batch", "tokens", None), config, tail, span)
         return self.final(x[:, :n], shared.vec, shared.visual_row[:, :n])
 
     def _shared(self, visual: tk.Tokens, words: tk.Tokens, inputs: Inputs) -> blocks.Shared:
         config, b = self.config, inputs.vec.shape[0]
+
+        images = 0 if inputs.image is None else inputs.image.segment.shape[1]
 
         def turn(positions):
             return rope.rotation(positions, config.rope_axes, config.rope_theta)
@@ -220,6 +262,7 @@ class OmniHuman(nnx.Module):
             text_rope=turn(words.position if config.rope_on_text else jnp.zeros_like(words.position)),
             visual_segment=visual.segment,
             text_segment=words.segment,
+            cross_segment=words.segment.at[:, :images].set(0),
         )
         if inputs.audio is None:
             return shared

@@ -28,6 +28,27 @@ def make_text_embed(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return linear(config, config.text_dim, config.hidden_size, rngs=rngs)
 
 
+class ImageEmbedder(nnx.Module):
+    """States of an image encoder (B, I, image_embed_dim) -> tokens (B, I, hidden) beside the text (Motif-Video)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config, dim = config, config.image_embed_dim
+        norm = {"epsilon": 1e-5, "dtype": jnp.float32, "param_dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
+        self.norm_in, self.norm_out = nnx.LayerNorm(dim, **norm), nnx.LayerNorm(config.hidden_size, **norm)
+        self.fc1 = linear(config, dim, dim, rngs=rngs)
+        self.fc2 = linear(config, dim, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.fc2(jax.nn.gelu(self.fc1(self.norm_in(x)), approximate=False))
+        return self.norm_out(x).astype(self.config.compute_dtype)
+
+
+def image_tokens(embedded: jax.Array) -> Tokens:
+    """Image tokens of the joint attention: embedded (B, I, hidden), all present."""
+    b, size, _ = embedded.shape
+    return Tokens(embedded, jnp.zeros((1, size, 3)), jnp.ones((b, size), jnp.int32), jnp.zeros((1, size), bool))
+
+
 def text_tokens(embedded: jax.Array, mask: jax.Array, null: jax.Array) -> Tokens:
     """Text tokens of the joint attention; a sample without text has the learned null token and nothing else.
 

@@ -20,12 +20,16 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.sharding.rules import path_name
 from omnihuman_jax.training.processes import is_main, say
 from omnihuman_jax.training.state import TrainState, make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
-_COMPUTE_KEYS = ("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta")
+_COMPUTE_KEYS = (
+    *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
+    *("guidance_default", "pooled_required"),
+)
 _HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 
 
@@ -228,8 +232,10 @@ def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         return checkpointer.restore(path, args=ocp.args.Composite(state=args)).state
 
 
-def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
     """Raises UserError naming the model keys in which a checkpoint differs from the config."""
+    # A key that a checkpoint does not have yet was introduced after it, with a default that means what was before.
+    saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
     differ = [
         f"model.{key}={_plain(saved.get(key))} there, {_plain(wanted.get(key))} here"
         for key in sorted(saved.keys() | wanted.keys())
@@ -280,12 +286,15 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
 
 
-def load_for_inference(path: str | Path, *, use_ema: bool = True) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """Loads only the parameters (or their EMA) of a checkpoint onto one device.
+def load_for_inference(
+    path: str | Path, *, use_ema: bool = True, shardings: Any = None
+) -> tuple[ConfigDict, Any, dict[str, Any]]:
+    """Loads only the parameters (or their EMA) of a checkpoint.
 
     Args:
       path: workdir, `checkpoints/STEP` or `stages/NAME`.
       use_ema: the EMA instead of the raw parameters.
+      shardings: nested dict of shardings to load into; None = one device.
 
     Returns:
       (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
@@ -293,10 +302,11 @@ def load_for_inference(path: str | Path, *, use_ema: bool = True) -> tuple[Confi
     path = find_checkpoint(path)
     meta = read_meta(path)
     config = ConfigDict(meta["config"])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), make_network(config).abstract_params
-    )
+    shapes = make_network(config).abstract_params
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     part = "ema" if use_ema else "params"
     params = _restore(path, {part: abstract})[part]
     return config, params, {"step": meta["step"], "stage": meta["stage"], "path": str(path)}

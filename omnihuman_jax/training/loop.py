@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import export
 from omnihuman_jax.models import flops
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import metrics as metrics_lib
-from omnihuman_jax.training.checkpoints import Checkpoints, load_for_inference
+from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.curriculum import Stage, curriculum, stage_at
 from omnihuman_jax.training.evaluation import HeldOutLoss
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
@@ -234,11 +235,10 @@ class _Run:
         self.tell(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
         if stage.init_from:
-            _, params, info = load_for_inference(stage.init_from, use_ema=False)
+            raw = None if export.is_exported(stage.init_from) else False  # an exported directory holds one kind
+            _, params, info = export.load(stage.init_from, use_ema=raw, shardings=shardings.params)
             self.tell(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
-            fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(
-                jax.device_put(jax.device_get(params), shardings.params)
-            )
+            fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
             return fresh._replace(step=state.step)
         if stage.first_step > 1 and self.config.optimizer.reset_at_stage:
             fresh = jax.jit(make_optimizer(self.config).init, out_shardings=shardings.opt_state)(state.params)

@@ -15,6 +15,8 @@ from omnihuman_jax.models.mmdit import OmniHuman, count_params, pack_inputs
 from tests.models.reference import Reference
 from tests.models.tiny import B, H, T, W, initial, random_batch, tiny_config, trained, velocity
 
+MOTIF = {"num_decoder_blocks": 1, "text_cross_attention_dual": True, "text_cross_attention_single": True}
+
 
 def without(batch, *conditions):
     active = batch["active"].copy()
@@ -115,8 +117,9 @@ def test_untrained_audio_and_pose_paths_change_nothing():
     assert np.abs(out).max() > 0.1
 
 
-def test_unrolled_blocks_give_the_scanned_values():
-    config = tiny_config()
+@pytest.mark.parametrize("form", [{}, MOTIF], ids=["plain", "decoder and text cross-attention"])
+def test_unrolled_blocks_give_the_scanned_values(form):
+    config = tiny_config(**form)
     unrolled = dataclasses.replace(config, scan_blocks=False)
     x_t, t, batch = random_batch(config)
     expected = velocity(trained(config), x_t, t, batch)
@@ -124,9 +127,9 @@ def test_unrolled_blocks_give_the_scanned_values():
     np.testing.assert_allclose(velocity((graph, trained(config)[1]), x_t, t, batch), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
-def test_rematerialisation_does_not_change_gradients(remat):
-    config = tiny_config(num_dual_blocks=0)
+@pytest.mark.parametrize(("remat", "form"), [("full", {}), ("dots", {}), ("attention", {}), ("full", MOTIF)])
+def test_rematerialisation_does_not_change_gradients(remat, form):
+    config = tiny_config(num_dual_blocks=0, **form)
     x_t, t, batch = random_batch(config)
     # Audio stays: its attention is inside the blocks. Poses are not.
     inputs = x_t, t, {name: value for name, value in batch.items() if name != "keypoints"}
@@ -165,8 +168,9 @@ def test_the_reference_time_slot_moves_only_the_reference():
     assert list(position[::per_frame]) == [-7, -2, -1, 0, 1, 2]
 
 
-def test_packed_samples_of_different_sizes_do_not_see_each_other():
-    config = tiny_config()
+@pytest.mark.parametrize("form", [{}, MOTIF], ids=["plain", "decoder and text cross-attention"])
+def test_packed_samples_of_different_sizes_do_not_see_each_other(form):
+    config = tiny_config(**form)
     model = trained(config)
     a = random_batch(config, batch=1)
     b = random_batch(config, batch=1, frames=2, rows=6, columns=4, seed=3)
@@ -218,8 +222,9 @@ def test_refiner_pooled_text_guidance_swiglu_and_text_rope_all_act():
         velocity(trained(tiny_config()), x_t, t, batch, pooled=given["pooled"])
 
 
-def test_a_sequence_sharded_mesh_gives_the_values_of_one_device():
-    config = tiny_config()
+@pytest.mark.parametrize("form", [{}, MOTIF], ids=["plain", "decoder and text cross-attention"])
+def test_a_sequence_sharded_mesh_gives_the_values_of_one_device(form):
+    config = tiny_config(**form)
     x_t, t, batch = random_batch(config, rows=4, columns=4)
     expected = velocity(trained(config), x_t, t, batch)
     mesh = jax.make_mesh((1, 2, 2, 1), ("data", "fsdp", "sequence", "tensor"),
@@ -230,6 +235,30 @@ def test_a_sequence_sharded_mesh_gives_the_values_of_one_device():
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
+def test_condition_channels_and_image_tokens_act_when_given_and_are_refused_without_a_use():
+    config = tiny_config(condition_channels=4, image_embed_dim=6, **MOTIF)
+    x_t, t, batch = random_batch(config)
+    model, rng = trained(config), np.random.default_rng(5)
+    out = velocity(model, x_t, t, batch)
+    zeros = np.zeros((B, T, H, W, 4), np.float32)
+    np.testing.assert_allclose(velocity(model, x_t, t, {**batch, "condition": zeros}), out, atol=1e-5)
+    given = {"condition": zeros + 1, "image": rng.standard_normal((B, 3, 6)).astype(np.float32)}
+    for name, value in given.items():
+        changed = velocity(model, x_t, t, {**batch, name: value})
+        assert np.isfinite(changed).all() and np.abs(changed - out).max() > 1e-3
+        with pytest.raises(UserError, match=f"{name} is given, but the model has"):
+            velocity(trained(tiny_config()), x_t, t, {**batch, name: value})
+
+
+def test_pooled_text_and_guidance_have_defaults_where_the_config_says_so():
+    sizes = {"pooled_text_dim": 4, "guidance_embed": True}
+    config = tiny_config(**sizes, pooled_required=False, guidance_default=2.0)
+    x_t, t, batch = random_batch(config)
+    given = {"pooled": np.zeros((B, 4), np.float32), "guidance": np.full(B, 2.0, np.float32)}
+    expected = velocity(trained(tiny_config(**sizes)), x_t, t, batch, **given)
+    np.testing.assert_array_equal(velocity(trained(config), x_t, t, batch), expected)
+
+
 def test_parameters_are_counted_without_being_made():
     config = tiny_config()
     assert count_params(config) == sum(x.size for x in jax.tree.leaves(initial(config)[1]))
@@ -237,8 +266,9 @@ def test_parameters_are_counted_without_being_made():
     assert count_params(huge) > 10e9
 
 
-def test_flops_count_matmuls_of_the_compiled_program():
-    config = tiny_config(num_dual_blocks=1, num_single_blocks=1, scan_blocks=False)
+@pytest.mark.parametrize("form", [{}, MOTIF], ids=["plain", "decoder and text cross-attention"])
+def test_flops_count_matmuls_of_the_compiled_program(form):
+    config = tiny_config(num_dual_blocks=1, num_single_blocks=1, scan_blocks=False, **form)
     graph, params = initial(config)
     x_t, t, batch = random_batch(config, batch=1)
     jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p)(x_t, t, batch))(params)
@@ -247,7 +277,8 @@ def test_flops_count_matmuls_of_the_compiled_program():
     assert train_step_flops(config, 2, (T, H, W)) == 6 * sum(parts.values())
     # The program computes audio logits over all frames and masks them; the model needs those of the own frame only.
     video, keys = T * (H // 2) * (W // 2), T * config.audio_tokens
-    masked = 2 * 4 * video * (keys - config.audio_tokens) * config.attention_dim
+    blocks = 3 if form else 2
+    masked = blocks * 4 * video * (keys - config.audio_tokens) * config.attention_dim
     # It also projects the reference and motion tokens to velocities, which nobody reads.
     unread = 2 * 3 * (H // 2) * (W // 2) * config.hidden_size * 4 * config.latent_channels
     assert dot_flops(jaxpr.jaxpr) == sum(parts.values()) + masked + unread

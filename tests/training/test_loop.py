@@ -1,6 +1,7 @@
 """The loop through all three stages: logs, checkpoints, resume."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,8 +9,15 @@ import optax
 import pytest
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import export
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.checkpoints import Checkpoints, find_checkpoint, load_for_inference, read_meta
+from omnihuman_jax.training.checkpoints import (
+    Checkpoints,
+    check_same_model,
+    find_checkpoint,
+    load_for_inference,
+    read_meta,
+)
 from omnihuman_jax.training.state import abstract_state
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
@@ -103,6 +111,14 @@ def test_a_finished_run_has_nothing_to_train(run, capsys):
     assert "nothing to train" in capsys.readouterr().out
 
 
+def test_a_checkpoint_from_before_a_model_key_was_introduced_is_the_same_model():
+    model = tiny_config(Path("data")).model.to_dict()
+    older = {key: value for key, value in model.items() if key not in ("num_decoder_blocks", "condition_channels")}
+    check_same_model(older, model, "run")
+    with pytest.raises(UserError, match=r"model.condition_channels=0 there, 17 here"):
+        check_same_model(older, model | {"condition_channels": 17}, "run")
+
+
 def test_a_checkpoint_of_another_model_shape_is_refused(run):
     root, dataset, config = run
     other = config.copy_and_resolve_references()
@@ -120,6 +136,19 @@ def test_a_stage_starts_from_another_runs_stage(run):
     _, there, _ = load_for_inference(root / "whole" / "stages" / "stage3", use_ema=False)
     _, here, _ = load_for_inference(root / "warm", use_ema=False)
     jax.tree.map(np.testing.assert_array_equal, there, here)
+
+
+def test_a_stage_starts_from_an_exported_directory(run):
+    root, dataset, _ = run
+    there, params, info = load_for_inference(root / "whole" / "stages" / "stage3", use_ema=False)
+    there.vae.checkpoint = ""
+    export.save(root / "exported", there, params, info, ema=False)
+    config = tiny_config(root / "data", steps=(1, 0, 0))
+    config.stages.stage1.init_from = str(root / "exported")
+    config.stages.stage1.learning_rate = 0.0
+    train_tiny(config, root / "warm-exported", dataset)
+    _, here, _ = load_for_inference(root / "warm-exported", use_ema=False)
+    jax.tree.map(np.testing.assert_array_equal, params, here)
 
 
 def test_find_checkpoint_names_what_is_missing(tmp_path):

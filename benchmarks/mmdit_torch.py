@@ -1,0 +1,218 @@
+"""Forward and backward of a HunyuanVideo-like network: ours beside diffusers' class in PyTorch, on this CPU.
+
+python -m benchmarks.mmdit_torch [--tokens=2048] [--text=64] [--heads=8] [--head_dim=64] [--dual=2] [--single=4]
+    [--repeats=5] [--output=FILE.json]        (in .venv-parity, which has PyTorch)
+
+Same weights, read from a file that the class wrote; same inputs; gradients of every parameter and of the input. The two
+alternate, so that a change of the machine's load meets both. Prints seconds and the ratio theirs / ours: above 1 ours
+is the quicker.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections import ChainMap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jax
+import numpy as np
+import torch
+from absl import flags
+from flax import nnx
+
+from omnihuman_jax import command
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.mmdit import OmniHuman
+from omnihuman_jax.tokens import unpatchify
+from omnihuman_jax.weights import formats
+from omnihuman_jax.weights.load import Source, load
+from omnihuman_jax.weights.names import is_condition, our_shapes
+from omnihuman_jax.weights.read import open_files
+
+NAMING = "hunyuan_diffusers"
+CHANNELS, TEXT_DIM, POOLED = 16, 256, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is run: visual tokens and text tokens, heads and their size, blocks."""
+
+    tokens: int = 2048
+    text: int = 64
+    heads: int = 8
+    head_dim: int = 64
+    dual: int = 2
+    single: int = 4
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    for field in dataclasses.fields(Sizes):
+        flags.DEFINE_integer(field.name, field.default, f"Size: {field.name}.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Timed runs of each, after one that is not timed.", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+
+
+def model_config(sizes: Sizes) -> ModelConfig:
+    """Our configuration of the network."""
+    spatial = 2 * (7 * sizes.head_dim // 32)
+    return ModelConfig(
+        latent_channels=CHANNELS,
+        hidden_size=sizes.heads * sizes.head_dim,
+        num_heads=sizes.heads,
+        num_dual_blocks=sizes.dual,
+        num_single_blocks=sizes.single,
+        mlp_hidden=4 * sizes.heads * sizes.head_dim,
+        rope_axes=(sizes.head_dim - 2 * spatial, spatial, spatial),
+        text_dim=TEXT_DIM,
+        text_len=sizes.text,
+        text_refiner_depth=2,
+        pooled_text_dim=POOLED,
+        guidance_embed=True,
+    )
+
+
+def make_inputs(sizes: Sizes) -> dict[str, np.ndarray]:
+    """One sample of `tokens` patches, as square as they go, in 8 latent frames where 8 divides them."""
+    frames = math.gcd(sizes.tokens, 8)
+    per_frame = sizes.tokens // frames
+    rows = max(n for n in range(1, math.isqrt(per_frame) + 1) if per_frame % n == 0)
+    rng = np.random.default_rng(0)
+    shape = (1, frames, 2 * rows, 2 * per_frame // rows, CHANNELS)
+
+    def draw(*size: int) -> np.ndarray:
+        return rng.standard_normal(size).astype(np.float32)
+
+    return {
+        "x": draw(*shape),
+        "cotangent": draw(*shape),
+        "t": np.array([0.5], np.float32),
+        "text": draw(1, sizes.text, TEXT_DIM),
+        "mask": np.ones((1, sizes.text), bool),
+        "pooled": draw(1, POOLED),
+        "guidance": np.array([6.0], np.float32),
+    }
+
+
+def theirs(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str) -> Callable[[], np.ndarray]:
+    """Their forward and backward; writes the weights into `folder`. Returns the gradient of x, channels first."""
+    torch.manual_seed(0)
+    described = formats.FORMATS[NAMING].class_config(model_config(sizes))
+    model = diffusers.HunyuanVideoTransformer3DModel(**{k: v for k, v in described.items() if k != "_class_name"})
+    model.save_pretrained(folder)
+    kind = getattr(torch, dtype)
+    model = model.to(kind)
+    x, cotangent = (torch.from_numpy(given[name].transpose(0, 4, 1, 2, 3).copy()) for name in ("x", "cotangent"))
+    x, cotangent = x.to(kind).requires_grad_(), cotangent.to(kind)
+    arguments = {
+        "timestep": 1000 * torch.from_numpy(given["t"]),
+        "encoder_hidden_states": torch.from_numpy(given["text"]).to(kind),
+        "encoder_attention_mask": torch.from_numpy(given["mask"]),
+        "pooled_projections": torch.from_numpy(given["pooled"]).to(kind),
+        "guidance": 1000 * torch.from_numpy(given["guidance"]),
+    }
+
+    def step() -> np.ndarray:
+        model.zero_grad()
+        x.grad = None
+        (model(hidden_states=x, **arguments).sample * cotangent).sum().backward()
+        return x.grad.float().numpy()
+
+    return step
+
+
+def ours(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str) -> Callable[[], np.ndarray]:
+    """Our forward and backward with the weights in `folder`, the condition modules' gradients left out."""
+    config = dataclasses.replace(model_config(sizes), dtype=dtype, param_dtype=dtype, motion_frames=0)
+    network = Network(config)
+    files = open_files(folder)
+    entries = formats.base_entries(NAMING, config, network.abstract_params)
+    shapes = our_shapes(network.abstract_params)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if is_condition(name)}
+    params = load(ChainMap(Source(files, entries), zeros), network.abstract_params)
+    b, _, h, w, c = given["x"].shape
+    batch = {
+        "motion": np.zeros((b, 0, h, w, c), np.float32),
+        "has_motion": np.zeros(b, bool),
+        "reference": np.zeros((b, h, w, c), np.float32),
+        "text": given["text"],
+        "text_mask": given["mask"],
+        "active": np.array([[True, False, False, False]]),
+    }
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: OmniHuman(config, rngs=nnx.Rngs(0))))
+
+    def velocity(params: Any, x: jax.Array) -> jax.Array:
+        leaves = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(leaves, params)
+        model = nnx.merge(graph, leaves)
+        inputs = model.embed(x, given["t"], batch, pooled=given["pooled"], guidance=given["guidance"])
+        # A base alone has no reference tokens, so only the video tokens are run.
+        video = jax.tree.map(lambda leaf: leaf[:, -sizes.tokens :], inputs.visual)
+        return unpatchify(model.trunk(inputs._replace(visual=video)), x.shape[1:4], config.patch_size)
+
+    @jax.jit
+    def gradients(params: Any, x: jax.Array) -> Any:
+        return jax.grad(lambda p, x: (velocity(p, x) * given["cotangent"]).sum(), (0, 1))(params, x)
+
+    def step() -> np.ndarray:
+        grads = jax.block_until_ready(gradients(params, given["x"]))
+        return np.asarray(grads[1], np.float32).transpose(0, 4, 1, 2, 3)
+
+    return step
+
+
+def compare(sizes: Sizes, dtype: str, repeats: int) -> dict[str, Any]:
+    """Times both; seconds are medians, `agreement` the relative difference of the gradients of x."""
+    given = make_inputs(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {"theirs": theirs(sizes, given, Path(folder), dtype), "ours": ours(sizes, given, Path(folder), dtype)}
+    first = {name: step() for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    difference = np.linalg.norm(first["ours"] - first["theirs"]) / np.linalg.norm(first["theirs"])
+    return {
+        "dtype": dtype,
+        **dataclasses.asdict(sizes),
+        "ours_seconds": medians["ours"],
+        "theirs_seconds": medians["theirs"],
+        "ratio": medians["theirs"] / medians["ours"],
+        "agreement": float(difference),
+    }
+
+
+def main(_: list[str]) -> None:
+    """Entry point."""
+    values = flags.FLAGS
+    sizes = Sizes(**{field.name: values[field.name].value for field in dataclasses.fields(Sizes)})
+    if values.output and not Path(values.output).absolute().parent.is_dir():
+        raise UserError(f"--output={values.output}: its directory does not exist; make it first")
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        result = compare(sizes, dtype, values.repeats)
+        print(
+            f"{dtype}: ours {result['ours_seconds']:.3f} s, PyTorch {result['theirs_seconds']:.3f} s, theirs / ours "
+            f"{result['ratio']:.2f}, gradients differ by {result['agreement']:.1e}",
+            flush=True,
+        )
+        results.append(result)
+    if values.output:
+        Path(values.output).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run_main(lambda: main([]))

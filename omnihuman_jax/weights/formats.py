@@ -1,0 +1,88 @@
+"""The formats by name: what an importer or exporter is asked for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.weights import hunyuan, hunyuan_diffusers, motif
+from omnihuman_jax.weights.names import Entry, account, check_complete, expand, is_condition, our_shapes
+from omnihuman_jax.weights.read import Files, read_json
+
+FORMATS: dict[str, ModuleType] = {"motif": motif, "hunyuan": hunyuan, "hunyuan_diffusers": hunyuan_diffusers}
+CONFIG_FILE = "config.json"
+
+
+def check_format(name: str, flag: str = "--format") -> None:
+    """Raises UserError for a format that is not there, naming those that are."""
+    if name not in FORMATS:
+        raise UserError(f"{flag}={name}: unknown naming{nearest(name, FORMATS)}; there is {', '.join(FORMATS)}")
+
+
+def base_entries(name: str, config: ModelConfig, abstract: Any) -> list[Entry]:
+    """Entries of a model's base part in a format's naming.
+
+    Args:
+      name: one of `FORMATS`.
+      config: the model's configuration.
+      abstract: its parameter tree, of anything with a shape.
+
+    Raises:
+      UserError: the format has no names for a part of this model.
+    """
+    shapes = {ours: shape for ours, shape in our_shapes(abstract).items() if not is_condition(ours)}
+    entries = expand(FORMATS[name].rows(config), shapes, config.patch_size)
+    nameless = shapes.keys() - {ours for entry in entries for ours in entry.ours}
+    if nameless:
+        raise UserError(
+            f"{name} has no name for {', '.join(sorted(nameless)[:3])}{' …' if len(nameless) > 3 else ''}; it is for "
+            "another kind of model than this config's"
+        )
+    check_complete(entries, shapes)
+    return entries
+
+
+def check_files(name: str, files: Files, entries: list[Entry], config: ModelConfig, abstract: Any) -> None:
+    """Checks a checkpoint of a base against the model, before any tensor is read.
+
+    Raises:
+      UserError: tensors missing, left over or misshapen; another layout or format; a config.json beside the weights
+        that says something else than the model's config.
+    """
+    if any(getattr(FORMATS[name], "OTHER_LAYOUT", "\0") in tensor for tensor in files.stored):
+        raise UserError(
+            f"{files.path}: has the older layout with {FORMATS[name].OTHER_LAYOUT}, which computes something else; "
+            "get the diffusers one"
+        )
+    beside = files.path.parent / CONFIG_FILE
+    if beside.is_file():
+        found = read_json(beside)
+        _check_config(beside, found if isinstance(found, dict) else {}, FORMATS[name].class_config(config))
+    shapes = {tensor: stored.shape for tensor, stored in files.stored.items()}
+    account(entries, shapes, files.path, _hint(name, shapes.keys(), config, abstract))
+
+
+def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    differ = [
+        f"{key} is {found[key]}, the preset's is {value}"
+        for key, value in expected.items()
+        if key in found and found[key] != value
+    ]
+    if differ:
+        raise UserError(
+            f"{path}: wrong base for the preset: {'; '.join(differ)}; change the preset or --config.model.*"
+        )
+
+
+def _hint(name: str, found: Any, config: ModelConfig, abstract: Any) -> str:
+    """Which format the names are, when they are not this one's; else what may be wrong."""
+    fits = {}
+    for other, module in FORMATS.items():
+        entries = expand(module.rows(config), our_shapes(abstract), config.patch_size)
+        fits[other] = sum(entry.theirs in found for entry in entries)
+    best = max(fits, key=fits.get)
+    if fits[best] > 2 * fits[name]:
+        return f"these are names of --format={best}"
+    return "wrong base for the preset, or an incomplete checkpoint"

@@ -1,0 +1,98 @@
+"""Loading into shards, a tensor at a time.
+
+Peak host memory above the sharded result: one leaf of the parameter tree (the stacked layers of one kind) as this host
+holds it, and one tensor of the file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from omnihuman_jax.weights.names import Entry, block_shape, leaf_names
+from omnihuman_jax.weights.read import Files
+
+
+class Source(Mapping[str, np.ndarray]):
+    """Our tensors by dotted name, each read from its file when asked for, in the file's dtype and our layout."""
+
+    def __init__(self, files: Files, entries: Sequence[Entry]):
+        self._files = files
+        self._entries = {name: entry for entry in entries for name in entry.ours}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        span = entry.span(name)
+        if len(entry.ours) == 1:
+            value = self._files.read(entry.theirs)
+        elif entry.axis == 0:
+            value = self._files.read(entry.theirs, span)
+        else:
+            value = self._files.read(entry.theirs)[:, span]
+        return entry.layout.to_ours(value, entry.patch)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Cast(Mapping[str, np.ndarray]):
+    """Another mapping's tensors in one dtype."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], dtype: Any):
+        self._tensors, self._dtype = tensors, np.dtype(dtype)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name].astype(self._dtype, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def load(tensors: Mapping[str, np.ndarray], abstract: Any, shardings: Any = None, *, dtypes: str = "model") -> Any:
+    """Parameters from tensors by dotted name, straight into their shards.
+
+    Args:
+      tensors: name -> array in our layout, as `Source`; each is asked for once.
+      abstract: nested dict of `jax.ShapeDtypeStruct`.
+      dtypes: "model" = those of `abstract`; "file" = as the tensors are.
+      shardings: nested dict of shardings (`sharding.rules.tree_shardings`); None = all on the default device.
+
+    Returns:
+      Nested dict of arrays, as `abstract`.
+    """
+    if shardings is None:
+        whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: whole, abstract)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, sharding: _load_leaf(tensors, path, leaf, sharding, dtypes), abstract, shardings
+    )
+
+
+def _load_leaf(tensors, path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any, dtypes: str) -> jax.Array:
+    names = leaf_names(path, leaf.shape)
+    stacked = block_shape(path, leaf.shape) != tuple(leaf.shape)
+    # Device -> ((start, stop), …) of its shard; replicas share one buffer.
+    bounds = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+    }
+    parts: dict[Any, np.ndarray] = {}
+    for layer, name in enumerate(names):
+        value = tensors[name]
+        for key in set(bounds.values()):
+            if not layer:
+                dtype = leaf.dtype if dtypes == "model" else value.dtype
+                parts[key] = np.empty([stop - start for start, stop in key], dtype)
+            # The layer axis is never sharded.
+            where = tuple(slice(*pair) for pair in (key[1:] if stacked else key))
+            parts[key][layer if stacked else ...] = value[where]
+    arrays = [jax.device_put(parts[key], device) for device, key in bounds.items()]
+    # Waits, so that these buffers are gone before those of the next leaf are made.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))

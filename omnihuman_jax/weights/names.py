@@ -1,0 +1,241 @@
+"""Names and layouts: a table's rows, expanded to one entry a tensor, and the account of every tensor.
+
+Our dotted name of a tensor is `dual.blocks.3.img_q.kernel`; in memory the blocks of a kind are stacked
+(`dual/img_q/kernel` with a leading layer axis). Linear layers elsewhere are (out, in), ours (in, out). A tensor of
+theirs can hold several of ours side by side (fused query, key and value).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from omnihuman_jax.errors import UserError
+
+STACKED = ("dual", "single", "decoder")  # groups whose parameters carry a leading layer axis in memory
+LISTED = 12  # tensors of one kind of mistake named in an error
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How one of our tensors lies in theirs; `patch` is the model's patch size.
+
+    Attributes:
+      parameter: our name of what they call `weight`.
+      shape: (our shape, patch) -> their shape.
+      to_ours: (their array, patch) -> ours.
+      to_theirs: (our array, patch) -> theirs.
+    """
+
+    parameter: str
+    shape: Callable[[Shape, Shape], Shape]
+    to_ours: Callable[[np.ndarray, Shape], np.ndarray]
+    to_theirs: Callable[[np.ndarray, Shape], np.ndarray]
+
+
+def _swap(x: np.ndarray) -> np.ndarray:
+    return np.concatenate(np.split(x, 2)[::-1])
+
+
+def _regroup(x: np.ndarray, groups: int) -> np.ndarray:
+    """Rows (groups, n) -> (n, groups)."""
+    return x.reshape(groups, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+
+def _reversed(shape: Shape, _: Shape) -> Shape:
+    return shape[::-1]
+
+
+# A bias is its own transpose, so a linear layer's layout serves its bias too.
+LINEAR = Layout("kernel", _reversed, lambda x, _: x.T, lambda x, _: x.T)
+NORM = Layout("scale", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
+PLAIN = Layout("", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
+# adaLN halves the other way round: (scale, shift) there, (shift, scale) here.
+SWAPPED = Layout("kernel", _reversed, lambda x, _: _swap(x).T, lambda x, _: _swap(x.T))
+# The output projection: a patch is (C, pt, ph, pw) there, (pt, ph, pw, C) here.
+UNPATCH = Layout(
+    "kernel",
+    _reversed,
+    lambda x, patch: _regroup(x, x.shape[0] // math.prod(patch)).T,
+    lambda x, patch: _regroup(x.T, math.prod(patch)),
+)
+
+
+def _patch_to_ours(x: np.ndarray, patch: Shape) -> np.ndarray:
+    return x if x.ndim == 1 else x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
+
+
+def _patch_to_theirs(x: np.ndarray, patch: Shape) -> np.ndarray:
+    return x if x.ndim == 1 else x.reshape(*patch, -1, x.shape[1]).transpose(4, 3, 0, 1, 2)
+
+
+def _patch_shape(shape: Shape, patch: Shape) -> Shape:
+    return shape if len(shape) == 1 else (shape[1], shape[0] // math.prod(patch), *patch)
+
+
+# The patch embedding: a convolution (out, C, pt, ph, pw) there, a linear layer over flat patches here.
+PATCH = Layout("kernel", _patch_shape, _patch_to_ours, _patch_to_theirs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One rule of a table: a layer of theirs and the layer or layers of ours that it holds.
+
+    Attributes:
+      theirs: name without `.weight` and `.bias`; `{}` stands for the block's number.
+      ours: our names, likewise, side by side in theirs. A layer that the model's config leaves out is left out.
+      layout: how each of ours lies in theirs.
+      axis: axis of their weight along which ours are joined.
+      offset: what their block numbers start from.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout = LINEAR
+    axis: int = 0
+    offset: int = 0
+
+
+def row(theirs: str, *ours: str, layout: Layout = LINEAR, axis: int = 0, offset: int = 0) -> Row:
+    """A `Row` with our names as arguments."""
+    return Row(theirs, ours, layout, axis, offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of theirs and those of ours that it holds.
+
+    Attributes:
+      theirs: its name.
+      ours: our names, in order.
+      shapes: our shapes.
+      layout, axis, patch: see `Row` and `Layout`.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    layout: Layout
+    axis: int
+    patch: Shape
+
+    @property
+    def parts(self) -> list[Shape]:
+        """Their shape of each of ours."""
+        return [self.layout.shape(shape, self.patch) for shape in self.shapes]
+
+    @property
+    def shape(self) -> Shape:
+        """Their shape of the whole."""
+        first = list(self.parts[0])
+        first[self.axis] = sum(part[self.axis] for part in self.parts)
+        return tuple(first)
+
+    def span(self, name: str) -> slice:
+        """Where along `axis` our tensor lies."""
+        sizes = [part[self.axis] for part in self.parts]
+        index = self.ours.index(name)
+        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+
+
+def our_shapes(abstract: Any) -> dict[str, Shape]:
+    """Dotted name -> shape of every tensor of a parameter tree, blocks apart."""
+    shapes: dict[str, Shape] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+        shapes |= dict.fromkeys(leaf_names(path, leaf.shape), block_shape(path, leaf.shape))
+    return shapes
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Dotted name of a leaf of the parameter tree: `dual.img_q.kernel`."""
+    return ".".join(str(key.key) for key in path)
+
+
+def leaf_names(path: tuple[Any, ...], shape: Shape) -> list[str]:
+    """Dotted names of the tensors in a leaf of the parameter tree: one, or one a layer."""
+    group, *rest = (str(key.key) for key in path)
+    if group not in STACKED:
+        return [".".join((group, *rest))]
+    return [".".join((group, "blocks", str(i), *rest)) for i in range(shape[0])]
+
+
+def block_shape(path: tuple[Any, ...], shape: Shape) -> Shape:
+    """Shape of one tensor in a leaf of the parameter tree."""
+    return tuple(shape[1:] if str(path[0].key) in STACKED else shape)
+
+
+def is_condition(name: str) -> bool:
+    """Whether one of our tensors belongs to what OmniHuman adds to a base: audio, pose, and the null text."""
+    parts = name.split(".")
+    return parts[0] in ("audio", "pose", "pose_embed", "null_text") or "audio" in parts
+
+
+def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> list[Entry]:
+    """A table's rows as one entry a tensor, for a model with these tensors."""
+    entries = []
+    for rule in rows:
+        numbers = range(max((_count(name, shapes) for name in rule.ours), default=0)) if "{}" in rule.theirs else [0]
+        for i in numbers:
+            for suffix, parameter in (("weight", rule.layout.parameter), ("bias", "bias")):
+                ours = [f"{name.format(i)}.{parameter}" for name in rule.ours]
+                ours = [name for name in ours if name in shapes]
+                if not ours:
+                    continue
+                # Layers joined along their inputs have one bias together; it is of the first.
+                axis = rule.axis if suffix == "weight" else 0
+                theirs = f"{rule.theirs.format(i + rule.offset)}.{suffix}"
+                sizes = tuple(shapes[name] for name in ours)
+                entries.append(Entry(theirs, tuple(ours), sizes, rule.layout, axis, tuple(patch)))
+    return entries
+
+
+def _count(pattern: str, shapes: Mapping[str, Shape]) -> int:
+    """How many blocks a name with `{}` has."""
+    before, after = pattern.split("{}")
+    found = (name[len(before) :].split(".")[0] for name in shapes if name.startswith(before) and f"{after}." in name)
+    return 1 + max((int(number) for number in found if number.isdigit()), default=-1)
+
+
+def same_names(names: Iterable[str], shapes: Mapping[str, Shape]) -> list[Entry]:
+    """Entries of tensors stored under our own names."""
+    return [Entry(name, (name,), (shapes[name],), PLAIN, 0, ()) for name in names]
+
+
+def check_complete(entries: Sequence[Entry], names: Iterable[str]) -> None:
+    """Raises ValueError unless the entries hold each of our tensors exactly once: a table that forgets one is wrong."""
+    held = [name for entry in entries for name in entry.ours]
+    wrong = set(names) ^ set(held) or {name for name in held if held.count(name) > 1}
+    if wrong:
+        raise ValueError(f"name table: {', '.join(sorted(wrong))} not held exactly once")
+
+
+def account(entries: Sequence[Entry], found: Mapping[str, Shape], where: Any, hint: str = "") -> None:
+    """Checks a file's tensors against the entries, every one of both.
+
+    Args:
+      entries: what there should be.
+      found: name -> shape of what there is.
+      where: named in the error.
+      hint: what to do, at the end of the error.
+
+    Raises:
+      UserError: tensors that are missing, misshapen or left over, by name in both namings.
+    """
+    missing, misshapen, wanted = [], [], {entry.theirs for entry in entries}
+    for entry in entries:
+        ours = "" if entry.ours == (entry.theirs,) else f" (here {', '.join(entry.ours)})"
+        if entry.theirs not in found:
+            missing.append(f"{entry.theirs}{ours} is missing")
+        elif tuple(found[entry.theirs]) != entry.shape:
+            misshapen.append(f"{entry.theirs}{ours} has shape {tuple(found[entry.theirs])}, should be {entry.shape}")
+    extra = [f"{name} is not part of the model" for name in sorted(set(found) - wanted)]
+    told = []
+    for lines in (missing, misshapen, extra):
+        told += [f"tensor {line}" for line in lines[:LISTED]]
+        told += [f"{len(lines) - LISTED} more such"] * (len(lines) > LISTED)
+    if told:
+        raise UserError(f"{where}: {'; '.join(told)}{f'; {hint}' if hint else ''}")

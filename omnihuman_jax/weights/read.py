@@ -1,0 +1,180 @@
+"""Reading safetensors from disk, a tensor or some of its rows at a time: one file, or shards with an index.
+
+The header is read here rather than by the safetensors package, so that a damaged file is reported with the tensor it
+hits, and so that rows of a tensor can be read without the rest of it. Pickles are never opened.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from omnihuman_jax.errors import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+INDEX = ".safetensors.index.json"
+MAX_HEADER_BYTES = 10**8  # the format's own limit
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: the bytes from `start` of a file, row by row."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class Files:
+    """The tensors of a checkpoint on disk.
+
+    Attributes:
+      path: what was opened; named in errors.
+      stored: name -> where it lies.
+    """
+
+    def __init__(self, path: Path, stored: Mapping[str, Stored]):
+        self.path, self.stored = path, stored
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor, or a contiguous slice of its first axis, in its dtype.
+
+        Raises:
+          UserError: the file ends inside the tensor, or a value is not finite.
+        """
+        file, dtype, shape, start = self.stored[name]
+        if rows is not None:
+            first, stop, _ = rows.indices(shape[0])
+            start += first * math.prod(shape[1:]) * dtype.itemsize
+            shape = (stop - first, *shape[1:])
+        count = math.prod(shape)
+        try:
+            raw = np.fromfile(file, np.uint8, count * dtype.itemsize, offset=start)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}), at tensor {name}") from error
+        if raw.size != count * dtype.itemsize:
+            raise UserError(f"{file}: ends inside tensor {name}; get the file again")
+        value = raw.view(dtype).reshape(shape)
+        if not np.isfinite(value).all():
+            raise UserError(f"{file}: tensor {name} holds NaN or infinity; get the file again, or another checkpoint")
+        return value
+
+
+def open_files(path: str | Path) -> Files:
+    """Opens a safetensors file, an index of shards, or a directory with either; reads headers only.
+
+    Raises:
+      UserError: nothing there, a pickle, a damaged file, an index naming what is missing, a dtype that is not read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _in_directory(path)
+    _check_no_pickle(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a safetensors file, its index, or the directory with them")
+    if not path.name.endswith(".json"):
+        return Files(path, read_header(path))
+    stored: dict[str, Stored] = {}
+    names = _weight_map(path)
+    for file in sorted(set(names.values())):
+        for name, where in read_header(path.parent / file).items():
+            if name in stored:
+                raise UserError(f"{path}: tensor {name} is in {stored[name].file.name} and in {file}; keep one of them")
+            stored[name] = where
+    for name, file in names.items():
+        if name not in stored or stored[name].file.name != file:
+            raise UserError(f"{path}: tensor {name} should be in {file}, which does not have it; get that file again")
+    return Files(path, stored)
+
+
+def _in_directory(folder: Path) -> Path:
+    for pattern in (f"*{INDEX}", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"{folder}: holds {', '.join(file.name for file in found)}; name the one to read")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            _check_no_pickle(file)
+    raise UserError(f"{folder}: holds no .safetensors file; give the directory with the transformer's weights")
+
+
+def _check_no_pickle(path: Path) -> None:
+    """Refuses pickles by name and by their first bytes: loading one runs whatever code it holds."""
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(2)
+    if path.suffix in PICKLES or start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04")):
+        command = (
+            "python -c \"import torch, safetensors.torch; w = torch.load('IN', map_location='cpu', weights_only=True); "
+            "w = w.get('module', w); safetensors.torch.save_file({k: v.clone().contiguous() for k, v in w.items()}, "
+            "'OUT')\""
+        )
+        command = command.replace("IN", str(path)).replace("OUT", str(path.with_suffix(".safetensors")))
+        raise UserError(f"{path}: is a pickle, which is not opened here; convert it with {command}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file of an index, every file checked to be there."""
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{path}: has no weight_map from tensors to files; it is not a safetensors index")
+    for name, file in names.items():
+        if Path(file).name != file:
+            raise UserError(f"{path}: tensor {name} is said to be in {file}, outside the index's directory")
+        if not (path.parent / file).is_file():
+            raise UserError(f"{path}: tensor {name} is said to be in {file}, which is missing; get that file too")
+    return names
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); get it again") from error
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Name -> place of every tensor in one safetensors file.
+
+    Raises:
+      UserError: not such a file, one that ends too early (naming the first tensor lost), or a dtype that is not read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise UserError(f"{path}: cannot be read (no whole safetensors header in {size} bytes); get it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [(*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items()]
+            entries = [(int(a), int(b), str(n), str(d), tuple(map(int, shape))) for a, b, n, d, shape in entries]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read (a broken safetensors header: {error}); get it again") from error
+    stored = {}
+    for first, stop, name, dtype, shape in sorted(entries):
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{path}: tensor {name} is {dtype}, this reads {', '.join(DTYPES)}; get the unquantised weights"
+            )
+        if first < 0 or stop - first != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise UserError(f"{path}: tensor {name} has {stop - first} bytes, not those of {dtype} {shape}")
+        if 8 + length + stop > size:
+            raise UserError(
+                f"{path}: is truncated: tensor {name} ends at byte {8 + length + stop}, the file has {size}; "
+                "get it again"
+            )
+        stored[name] = Stored(path, DTYPES[dtype], shape, 8 + length + first)
+    return stored

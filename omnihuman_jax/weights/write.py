@@ -1,0 +1,74 @@
+"""Writing safetensors: our parameters in another naming, and files of bounded size with an index."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from omnihuman_jax.weights.names import Entry
+from omnihuman_jax.weights.read import INDEX
+
+
+class Renamed(Mapping[str, np.ndarray]):
+    """Our tensors under another format's names and in its layout, made when asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]):
+        self._tensors, self._entries = tensors, {entry.theirs: entry for entry in entries}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        parts = [entry.layout.to_theirs(self._tensors[ours], entry.patch) for ours in entry.ours]
+        return np.concatenate(parts, entry.axis)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def assign(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Cuts tensors, in order, into files of at most `max_bytes` (a larger tensor has its own)."""
+    files: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if files[-1] and used + size > max_bytes:
+            files.append([])
+            used = 0
+        files[-1].append(name)
+        used += size
+    return files
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, np.ndarray], stem: str, *, max_bytes: int, metadata: Mapping[str, str]
+) -> int:
+    """Writes STEM.safetensors, or STEM-00001-of-0000N.safetensors … with an index; holds one file's tensors at a time.
+
+    Args:
+      folder: directory, which exists.
+      tensors: name -> array, as `Renamed` or `load.Source`; each is asked for twice.
+      stem: file name without its ending.
+      max_bytes: largest file, in bytes.
+      metadata: strings for the header.
+
+    Returns:
+      The number of values written.
+    """
+    sizes, count = {}, 0
+    for name in tensors:
+        value = tensors[name]
+        sizes[name], count = value.nbytes, count + value.size
+    files = assign(sizes, max_bytes)
+    where = {}
+    for i, names in enumerate(files, 1):
+        file = f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else f"{stem}.safetensors"
+        part = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        safetensors.numpy.save_file(part, folder / file, metadata=dict(metadata))
+        where |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    return count

@@ -1,0 +1,145 @@
+"""Import and export of a base: there and back bit for bit, a training start, and one line for what is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from experiments.importing import fresh_conditions, import_base
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import export
+from omnihuman_jax.inference.export import to_tensors
+from omnihuman_jax.sharding.rules import tree_shardings
+from omnihuman_jax.training.state import make_network
+from omnihuman_jax.weights import formats
+from omnihuman_jax.weights.names import is_condition
+from omnihuman_jax.weights.read import open_files
+from tests.inference import tiny
+from tests.weights.bases import FORMS, network_of, random_params, write_base
+
+INFO = {"step": 3, "stage": "stage1"}
+
+
+def config_of(naming, tmp_path):
+    return tiny.config(tmp_path, **FORMS[naming])
+
+
+def test_an_imported_base_is_an_exported_directory_with_fresh_conditions(tmp_path, capsys):
+    config, network = config_of("motif", tmp_path), network_of("motif")
+    params = random_params(network)
+    write_base(tmp_path / "base.safetensors", "motif", params)
+    config.vae.checkpoint = ""
+    import_base(config, str(tmp_path / "base.safetensors"), "motif", str(tmp_path / "out"))
+    loaded_config, loaded, info = export.load(tmp_path / "out")
+    assert make_network(loaded_config).config == network.config and loaded_config.vae.checkpoint == ""
+    assert (info["step"], info["stage"], info["ema"]) == (0, "imported", False)
+    fresh = to_tensors(fresh_conditions(network, config.seed))
+    for name, value in to_tensors(loaded).items():
+        expected = fresh[name] if is_condition(name) else to_tensors(params)[name]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    assert not fresh["single.blocks.0.audio.out.kernel"].any()
+    assert "Apache" in capsys.readouterr().out
+    # What a stage's init_from does: straight into shards.
+    mesh = jax.make_mesh((1, 4, 1, 2), ("data", "fsdp", "sequence", "tensor"))
+    shardings = tree_shardings(network.abstract_params, mesh)
+    sharded = export.load(tmp_path / "out", shardings=shardings)[1]
+    jax.tree.map(np.testing.assert_array_equal, sharded, loaded)
+
+
+@pytest.mark.slow
+def test_fresh_conditions_are_those_of_a_fresh_model():
+    network = network_of("hunyuan")
+    whole = to_tensors(jax.jit(network.init)(jax.random.key(5)))
+    fresh = to_tensors(fresh_conditions(network, 5))
+    assert set(fresh) == {name for name in whole if is_condition(name)}
+    for name, value in fresh.items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("naming", formats.FORMATS)
+@pytest.mark.parametrize("max_bytes", [10**9, 20_000])
+def test_an_export_in_the_originals_naming_is_the_original_and_loads_again(naming, max_bytes, tmp_path):
+    config, params = config_of(naming, tmp_path), random_params(network_of(naming))
+    original = write_base(tmp_path / "base.safetensors", naming, params)
+    made = export.save(tmp_path / "out", config, params, INFO, ema=True, naming=naming, max_shard_bytes=max_bytes)
+    base = open_files(made / "transformer")
+    assert set(base.stored) == set(original)
+    for name, value in original.items():
+        np.testing.assert_array_equal(base.read(name), value, err_msg=name)
+    assert (len(list((made / "transformer").glob("*.safetensors"))) == 1) == (max_bytes > 20_000)
+    conditions = safetensors.numpy.load_file(made / "conditions.safetensors")
+    assert set(conditions) == {name for name in to_tensors(params) if is_condition(name)}
+    assert json.loads((made / "config.json").read_text())["naming"] == naming
+    assert export.is_exported(made)
+    loaded_config, loaded, info = export.load(made)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert info["ema"] and make_network(loaded_config).config == network_of(naming).config
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("x_embedder.proj.bias"), r"tensor x_embedder\.proj\.bias \(here x_embed\.bias\) is missing"),
+        (lambda t: t.update(head=np.ones(1, np.float32)), "tensor head is not part of the model"),
+        (
+            lambda t: t.update({"proj_out.bias": np.ones(3, np.float32)}),
+            r"proj_out\.bias \(here final\.proj\.bias\) has shape \(3,\), should be \(16,\); wrong base",
+        ),
+        (lambda t: t["proj_out.bias"].fill(np.nan), r"base\.safetensors: tensor proj_out\.bias holds NaN"),
+    ],
+)
+def test_what_is_wrong_with_a_base_is_one_line(spoil, message, tmp_path):
+    config, params = config_of("motif", tmp_path), random_params(network_of("motif"))
+    tensors = write_base(tmp_path / "base.safetensors", "motif", params)
+    spoil(tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(UserError, match=message) as caught:
+        import_base(config, str(tmp_path / "base.safetensors"), "motif", str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_preset_or_format_says_so(tmp_path):
+    params = random_params(network_of("hunyuan"))
+    path = tmp_path / "base.safetensors"
+    write_base(path, "hunyuan", params)
+    with pytest.raises(UserError, match=r"these are names of --format=hunyuan$"):
+        import_base(config_of("hunyuan", tmp_path), str(path), "hunyuan_diffusers", str(tmp_path / "out"))
+    with pytest.raises(UserError, match="hunyuan has no name for"):
+        import_base(config_of("motif", tmp_path), str(path), "hunyuan", str(tmp_path / "out"))
+    (tmp_path / "config.json").write_text('{"rope_theta": 10000.0}')
+    write_base(path, "motif", random_params(network_of("motif")))
+    with pytest.raises(
+        UserError, match=r"config\.json: wrong base for the preset: rope_theta is 10000\.0, the preset's is 256"
+    ):
+        import_base(config_of("motif", tmp_path), str(path), "motif", str(tmp_path / "out"))
+
+
+def test_the_command_reports_a_mistake_in_one_line_and_status_2(tmp_path):
+    path = tmp_path / "base.pt"
+    path.write_bytes(b"PK")
+    command = [sys.executable, "-m", "experiments.import_weights", "--config=experiments/configs/motif_2b.py"]
+    arguments = [f"--input={path}", "--format=motif", f"--output={tmp_path}/out"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(errors) == 1 and "is a pickle" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_arguments_are_named(tmp_path):
+    config = config_of("motif", tmp_path)
+    for arguments, missing in (
+        (("", "motif", "o"), "input"),
+        (("i", "", "o"), "format"),
+        (("i", "motif", ""), "output"),
+    ):
+        with pytest.raises(UserError, match=f"--{missing} is missing"):
+            import_base(config, *arguments)
+    with pytest.raises(UserError, match=re.escape(", ".join(formats.FORMATS))):
+        import_base(config, "i", "wan", "o")
