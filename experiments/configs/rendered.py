@@ -1,4 +1,4 @@
-"""Longer training on rendered people: up to 20 minutes of one data-centre GPU, or 3 hours on 2 cores."""
+"""Longer training on rendered people: an hour on 2 quiet cores; what it reached is in benchmarks/results/."""
 
 from ml_collections import ConfigDict
 
