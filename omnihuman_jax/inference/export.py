@@ -87,7 +87,7 @@ def _write_renamed(folder: Path, config: ConfigDict, tensors: Mapping[str, np.nd
         _write_json(base / CONFIG_FILE, described)
     ours = {name: tensors[name] for name in tensors if is_condition(name)}
     stem = CONDITIONS_FILE.removesuffix(".safetensors")
-    return count + write_files(folder, ours, stem, max_bytes=2**62, metadata={"format": KIND})
+    return count + write_files(folder, ours, stem, metadata={"format": KIND})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -234,9 +234,8 @@ def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapp
 
 def _open_same(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Source:
     """A file, or the files of an index, with tensors under our own names."""
-    files, entries = open_files(path), same_names(shapes, shapes)
-    found = {name: stored.shape for name, stored in files.stored.items()}
-    account(entries, found, path, f"it does not fit {CONFIG_FILE}; export it again")
+    files, entries = open_files(path), same_names(shapes)
+    account(entries, files.shapes, path, f"it does not fit {CONFIG_FILE}; export it again")
     return Source(files, entries)
 
 

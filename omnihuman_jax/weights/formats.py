@@ -9,7 +9,7 @@ from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.weights import hunyuan, hunyuan_diffusers, motif
 from omnihuman_jax.weights.names import Entry, account, check_complete, expand, is_condition, our_shapes
-from omnihuman_jax.weights.read import Files, read_json
+from omnihuman_jax.weights.read import Files
 
 FORMATS: dict[str, ModuleType] = {"motif": motif, "hunyuan": hunyuan, "hunyuan_diffusers": hunyuan_diffusers}
 CONFIG_FILE = "config.json"
@@ -56,12 +56,8 @@ def check_files(name: str, files: Files, entries: list[Entry], config: ModelConf
             f"{files.path}: has the older layout with {FORMATS[name].OTHER_LAYOUT}, which computes something else; "
             "get the diffusers one"
         )
-    beside = files.path.parent / CONFIG_FILE
-    if beside.is_file():
-        found = read_json(beside)
-        _check_config(beside, found if isinstance(found, dict) else {}, FORMATS[name].class_config(config))
-    shapes = {tensor: stored.shape for tensor, stored in files.stored.items()}
-    account(entries, shapes, files.path, _hint(name, shapes.keys(), config, abstract))
+    _check_config(files.path.parent / CONFIG_FILE, files.settings(CONFIG_FILE), FORMATS[name].class_config(config))
+    account(entries, files.shapes, files.path, _hint(name, files.stored.keys(), config, abstract))
 
 
 def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

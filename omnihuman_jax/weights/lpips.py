@@ -14,7 +14,9 @@ from pathlib import Path
 from flax import nnx
 
 from omnihuman_jax.models.perceptual import CONVOLUTIONS, LPIPS, WIDTHS
-from omnihuman_jax.weights.safetensors_files import Checkpoint, Rule, build_with, fit, parameter_shapes, reordered
+from omnihuman_jax.weights import modules
+from omnihuman_jax.weights.names import PLAIN, Entry, expanded, one_to_one, permuted
+from omnihuman_jax.weights.read import open_files
 
 UNUSED = (r"lins\..*", r"scaling_layer\.(shift|scale)")
 
@@ -24,23 +26,19 @@ def _index(level: int, convolution: int) -> int:
     return 2 * (sum(CONVOLUTIONS[:level]) + convolution) + level
 
 
-def rules(widths: tuple[int, ...] = WIDTHS) -> list[Rule]:
-    """One rule a parameter: kernels (3, 3, in, out) <- (out, in, 3, 3), weights (C,) <- (1, C, 1, 1)."""
+def entries(widths: tuple[int, ...] = WIDTHS) -> list[Entry]:
+    """One a parameter: kernels (3, 3, in, out) <- (out, in, 3, 3), weights (C,) <- (1, C, 1, 1)."""
     made = []
-    for ours, shape in parameter_shapes(lambda: LPIPS(widths, rngs=nnx.Rngs(0))).items():
+    for ours, shape in modules.parameter_shapes(lambda: LPIPS(widths, rngs=nnx.Rngs(0))).items():
         inside = re.fullmatch(r"levels\.(\d+)\.(\d+)\.(kernel|bias)", ours)
         if inside:
             level, convolution = int(inside[1]), int(inside[2])
             name = {"kernel": "weight", "bias": "bias"}[inside[3]]
             theirs = f"net.slice{level + 1}.{_index(level, convolution)}.{name}"
-            made.append(reordered(ours, theirs, shape, (3, 2, 0, 1) if len(shape) == 4 else (0,)))
+            made.append(one_to_one(theirs, ours, shape, permuted((3, 2, 0, 1)) if len(shape) == 4 else PLAIN))
         else:
-            made.append(_weights(ours, f"lin{ours.rpartition('.')[2]}.model.1.weight", shape))
+            made.append(one_to_one(f"lin{ours.rpartition('.')[2]}.model.1.weight", ours, shape, expanded((0, 2, 3))))
     return made
-
-
-def _weights(ours: str, theirs: str, shape: tuple[int, ...]) -> Rule:
-    return Rule(ours, theirs, (1, *shape, 1, 1), lambda x: x.reshape(shape), lambda x: x.reshape(1, *shape, 1, 1))
 
 
 def load(path: str | Path, widths: tuple[int, ...] = WIDTHS) -> LPIPS:
@@ -49,5 +47,4 @@ def load(path: str | Path, widths: tuple[int, ...] = WIDTHS) -> LPIPS:
     Raises:
       UserError: it cannot be read, or a tensor is missing, left over, misshapen, or not finite.
     """
-    tensors = fit(Checkpoint(path), rules(widths), unused=UNUSED)
-    return build_with(lambda: LPIPS(widths, rngs=nnx.Rngs(0)), tensors)
+    return modules.load(lambda: LPIPS(widths, rngs=nnx.Rngs(0)), open_files(path, UNUSED), entries(widths))

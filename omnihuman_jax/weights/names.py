@@ -2,7 +2,8 @@
 
 Our dotted name of a tensor is `dual.blocks.3.img_q.kernel`; in memory the blocks of a kind are stacked
 (`dual/img_q/kernel` with a leading layer axis). Linear layers elsewhere are (out, in), ours (in, out). A tensor of
-theirs can hold several of ours side by side (fused query, key and value).
+theirs can hold several of ours side by side (fused query, key and value). Models without such layers need no table:
+their entries are made one by one (`one_to_one`).
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def _reversed(shape: Shape, _: Shape) -> Shape:
     return shape[::-1]
 
 
-# A bias is its own transpose, so a linear layer's layout serves its bias too.
+# Axes in reverse order. A bias is its own transpose, so a linear layer's layout serves its bias too.
 LINEAR = Layout("kernel", _reversed, lambda x, _: x.T, lambda x, _: x.T)
 NORM = Layout("scale", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
 PLAIN = Layout("", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
@@ -79,6 +80,27 @@ def _patch_shape(shape: Shape, patch: Shape) -> Shape:
 
 # The patch embedding: a convolution (out, C, pt, ph, pw) there, a linear layer over flat patches here.
 PATCH = Layout("kernel", _patch_shape, _patch_to_ours, _patch_to_theirs)
+
+
+def _views(to_ours: Callable[[np.ndarray], np.ndarray], to_theirs: Callable[[np.ndarray], np.ndarray]) -> Layout:
+    """A layout of views of the array, whatever the patch; the shape is that of a view of one zero."""
+    return Layout(
+        "",
+        lambda shape, _: to_theirs(np.broadcast_to(np.int8(0), shape)).shape,
+        lambda x, _: to_ours(x),
+        lambda x, _: to_theirs(x),
+    )
+
+
+def permuted(axes: Sequence[int], squeezed: Shape = ()) -> Layout:
+    """Their axis i is our axis axes[i]; of these, their axes `squeezed` have length 1 and are not there."""
+    back = np.argsort(axes)
+    return _views(lambda x: np.expand_dims(x, squeezed).transpose(back), lambda x: x.transpose(axes).squeeze(squeezed))
+
+
+def expanded(axes: Shape) -> Layout:
+    """Theirs has axes of length 1 that ours has not; `axes` are their places there."""
+    return _views(lambda x: x.squeeze(axes), lambda x: np.expand_dims(x, axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +222,14 @@ def _count(pattern: str, shapes: Mapping[str, Shape]) -> int:
     return 1 + max((int(number) for number in found if number.isdigit()), default=-1)
 
 
-def same_names(names: Iterable[str], shapes: Mapping[str, Shape]) -> list[Entry]:
+def one_to_one(theirs: str, ours: str, shape: Shape, layout: Layout = LINEAR) -> Entry:
+    """The `Entry` of a tensor that holds one of ours, of our shape `shape`."""
+    return Entry(theirs, (ours,), (tuple(shape),), layout, 0, ())
+
+
+def same_names(shapes: Mapping[str, Shape]) -> list[Entry]:
     """Entries of tensors stored under our own names."""
-    return [Entry(name, (name,), (shapes[name],), PLAIN, 0, ()) for name in names]
+    return [one_to_one(name, name, shape, PLAIN) for name, shape in shapes.items()]
 
 
 def check_complete(entries: Sequence[Entry], names: Iterable[str]) -> None:

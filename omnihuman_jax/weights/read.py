@@ -1,13 +1,15 @@
 """Reading safetensors from disk, a tensor or some of its rows at a time: one file, or shards with an index.
 
 The header is read here rather than by the safetensors package, so that a damaged file is reported with the tensor it
-hits, and so that rows of a tensor can be read without the rest of it. Pickles are never opened.
+hits, and so that rows of a tensor can be read without the rest of it. Pickles are never opened. Every importer
+reads through this module.
 """
 
 import json
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +18,13 @@ import numpy as np
 
 from omnihuman_jax.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 INDEX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 10**8  # the format's own limit
 
@@ -35,12 +42,27 @@ class Files:
     """The tensors of a checkpoint on disk.
 
     Attributes:
-      path: what was opened; named in errors.
+      path: the file or index that was opened; named in errors.
       stored: name -> where it lies.
     """
 
     def __init__(self, path: Path, stored: Mapping[str, Stored]):
         self.path, self.stored = path, stored
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: stored.shape for name, stored in self.stored.items()}
+
+    def settings(self, name: str = "config.json") -> dict[str, Any]:
+        """The JSON object in a file beside the weights, {} without such a file.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        path = self.path.parent / name
+        found = read_json(path) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a contiguous slice of its first axis, in its dtype.
@@ -66,8 +88,12 @@ class Files:
         return value
 
 
-def open_files(path: str | Path) -> Files:
+def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
     """Opens a safetensors file, an index of shards, or a directory with either; reads headers only.
+
+    Args:
+      path: the file, index, or directory.
+      unused: regular expressions (whole names) of tensors that may be there, of any dtype, and are left out.
 
     Raises:
       UserError: nothing there, a pickle, a damaged file, an index naming what is missing, a dtype that is not read.
@@ -79,18 +105,24 @@ def open_files(path: str | Path) -> Files:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a safetensors file, its index, or the directory with them")
     if not path.name.endswith(".json"):
-        return Files(path, read_header(path))
+        return Files(path, read_header(path, unused))
     stored: dict[str, Stored] = {}
     names = _weight_map(path)
     for file in sorted(set(names.values())):
-        for name, where in read_header(path.parent / file).items():
+        for name, where in read_header(path.parent / file, unused).items():
             if name in stored:
                 raise UserError(f"{path}: tensor {name} is in {stored[name].file.name} and in {file}; keep one of them")
             stored[name] = where
     for name, file in names.items():
+        if _matches(name, unused):
+            continue
         if name not in stored or stored[name].file.name != file:
             raise UserError(f"{path}: tensor {name} should be in {file}, which does not have it; get that file again")
     return Files(path, stored)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _in_directory(folder: Path) -> Path:
@@ -103,7 +135,7 @@ def _in_directory(folder: Path) -> Path:
     for file in sorted(folder.iterdir()):
         if file.suffix in PICKLES:
             _check_no_pickle(file)
-    raise UserError(f"{folder}: holds no .safetensors file; give the directory with the transformer's weights")
+    raise UserError(f"{folder}: holds no .safetensors file; give the directory with the weights")
 
 
 def _check_no_pickle(path: Path) -> None:
@@ -144,8 +176,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error}); get it again") from error
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor in one safetensors file.
+def read_header(path: Path, unused: Sequence[str] = ()) -> dict[str, Stored]:
+    """Name -> place of every tensor in one safetensors file, but for those that `unused` matches.
 
     Raises:
       UserError: not such a file, one that ends too early (naming the first tensor lost), or a dtype that is not read.
@@ -165,16 +197,18 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise UserError(f"{path}: cannot be read (a broken safetensors header: {error}); get it again") from error
     stored = {}
     for first, stop, name, dtype, shape in sorted(entries):
+        if 8 + length + stop > size:
+            raise UserError(
+                f"{path}: is truncated: tensor {name} ends at byte {8 + length + stop}, the file has {size}; "
+                "get it again"
+            )
+        if _matches(name, unused):
+            continue
         if dtype not in DTYPES:
             raise UserError(
                 f"{path}: tensor {name} is {dtype}, this reads {', '.join(DTYPES)}; get the unquantised weights"
             )
         if first < 0 or stop - first != math.prod(shape) * DTYPES[dtype].itemsize:
             raise UserError(f"{path}: tensor {name} has {stop - first} bytes, not those of {dtype} {shape}")
-        if 8 + length + stop > size:
-            raise UserError(
-                f"{path}: is truncated: tensor {name} ends at byte {8 + length + stop}, the file has {size}; "
-                "get it again"
-            )
         stored[name] = Stored(path, DTYPES[dtype], shape, 8 + length + first)
     return stored

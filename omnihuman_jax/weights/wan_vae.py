@@ -15,16 +15,10 @@ from flax import nnx
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae import VAE, VAEConfig
-from omnihuman_jax.weights.safetensors_files import (
-    Checkpoint,
-    Rule,
-    build_with,
-    fit,
-    parameter_shapes,
-    parameters,
-    reordered,
-    write,
-)
+from omnihuman_jax.weights import modules
+from omnihuman_jax.weights.names import PLAIN, Entry, expanded, one_to_one, permuted
+from omnihuman_jax.weights.read import Files, open_files
+from omnihuman_jax.weights.write import Renamed, write_files
 
 # Statistics of the latents, from the published code.
 LATENT_MEAN = (
@@ -77,38 +71,33 @@ def their_name(ours: str, config: VAEConfig, naming: str) -> str:
     return ours
 
 
-def rules(config: VAEConfig, naming: str) -> list[Rule]:
-    """One rule a parameter: kernels (t, h, w, in, out) <- (out, in, [t,] h, w), gamma (C,) <- (C, 1, 1[, 1])."""
+def entries(config: VAEConfig, naming: str) -> list[Entry]:
+    """One a parameter: kernels (t, h, w, in, out) <- (out, in, [t,] h, w), gamma (C,) <- (C, 1, 1[, 1])."""
     made = []
-    for ours, shape in parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0))).items():
-        theirs = their_name(ours, config, naming)
+    for ours, shape in modules.parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0))).items():
         flat = ".middle.1." in ours or ".resample." in ours  # two-dimensional there: over the pixels of each frame
         if len(shape) == 5:
-            made.append(reordered(ours, theirs, shape, (4, 3, 0, 1, 2), (2,) if flat else ()))
+            layout = permuted((4, 3, 0, 1, 2), (2,) if flat else ())
         elif ours.endswith(".gamma"):
-            full = (*shape, 1, 1) if flat else (*shape, 1, 1, 1)
-            made.append(_reshaped(ours, theirs, shape, full))
+            layout = expanded((1, 2) if flat else (1, 2, 3))
         else:
-            made.append(_reshaped(ours, theirs, shape, shape))
+            layout = PLAIN
+        made.append(one_to_one(their_name(ours, config, naming), ours, shape, layout))
     return made
 
 
-def _reshaped(ours: str, theirs: str, our_shape: tuple[int, ...], shape: tuple[int, ...]) -> Rule:
-    return Rule(ours, theirs, shape, lambda x: x.reshape(our_shape), lambda x: x.reshape(shape))
-
-
-def naming_of(checkpoint: Checkpoint) -> str:
+def naming_of(files: Files) -> str:
     """ "native" or "diffusers".
 
     Raises:
       UserError: neither.
     """
-    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.", "quant_conv.")) for name in checkpoint.names):
+    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.", "quant_conv.")) for name in files.stored):
         return "diffusers"
-    if any(name.startswith(("encoder.downsamples.", "decoder.upsamples.")) for name in checkpoint.names):
+    if any(name.startswith(("encoder.downsamples.", "decoder.upsamples.")) for name in files.stored):
         return "native"
-    first = checkpoint.names[0] if checkpoint.names else "nothing"
-    raise UserError(f"{checkpoint.path}: not a Wan VAE (its first tensor is {first}); give the VAE's own file")
+    first = min(files.stored, default="nothing")
+    raise UserError(f"{files.path}: not a Wan VAE (its first tensor is {first}); give the VAE's own file")
 
 
 def config_of(settings: Mapping[str, Any]) -> VAEConfig:
@@ -147,10 +136,10 @@ def load(path: str | Path) -> VAE:
     Raises:
       UserError: it cannot be read, or a tensor is missing, left over, misshapen, or not finite.
     """
-    checkpoint = Checkpoint(path)
-    naming = naming_of(checkpoint)
-    config = config_of(checkpoint.config if naming == "diffusers" else {})
-    return build_with(lambda: VAE(config, rngs=nnx.Rngs(0)), fit(checkpoint, rules(config, naming)))
+    files = open_files(path)
+    naming = naming_of(files)
+    config = config_of(files.settings() if naming == "diffusers" else {})
+    return modules.load(lambda: VAE(config, rngs=nnx.Rngs(0)), files, entries(config, naming))
 
 
 def save(folder: str | Path, vae: VAE) -> None:
@@ -180,6 +169,6 @@ def save(folder: str | Path, vae: VAE) -> None:
         "latents_mean": config.latent_mean or (0.0,) * config.z_dim,
         "latents_std": config.latent_std or (1.0,) * config.z_dim,
     }
-    name = folder / "diffusion_pytorch_model.safetensors"
-    write(name, parameters(vae), rules(config, "diffusers"), {"format": "pt"})
+    renamed = Renamed(modules.parameters(vae), entries(config, "diffusers"))
+    write_files(folder, renamed, "diffusion_pytorch_model", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

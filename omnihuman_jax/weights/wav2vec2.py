@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
 
 from omnihuman_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from omnihuman_jax.weights.safetensors_files import Checkpoint, Rule, build_with, fit, parameter_shapes, reordered
+from omnihuman_jax.weights import modules
+from omnihuman_jax.weights.names import LINEAR, Entry, expanded, one_to_one
+from omnihuman_jax.weights.read import open_files
 
 # Parts that the features do not need: training masks and heads.
 UNUSED = (
@@ -30,20 +30,17 @@ WEIGHT_NORM = (
 )
 
 
-def rules(config: Wav2Vec2Config, prefix: str = "", *, old_weight_norm: bool = False) -> list[Rule]:
-    """One rule a parameter: kernels (in, out) <- (out, in), (k, in, out) <- (out, in, k), lengths (k,) <- (1, 1, k)."""
+def entries(config: Wav2Vec2Config, prefix: str = "", *, old_weight_norm: bool = False) -> list[Entry]:
+    """One a parameter: kernels (in, out) <- (out, in), (k, in, out) <- (out, in, k), lengths (k,) <- (1, 1, k)."""
     made = []
-    for ours, shape in parameter_shapes(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0))).items():
+    for ours, shape in modules.parameter_shapes(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0))).items():
         theirs = ours
         for pattern, replacement in NAMES:
             theirs = re.sub(pattern, replacement, theirs)
         for name, other in WEIGHT_NORM[old_weight_norm].items():
             theirs = theirs.replace(f"pos_conv_embed.{name}", f"pos_conv_embed.{other}")
-        theirs = prefix + theirs
-        if ours.endswith("pos_conv_embed.length"):
-            made.append(Rule(ours, theirs, (1, 1, *shape), np.ravel, lambda x: x[None, None]))
-        else:
-            made.append(reordered(ours, theirs, shape, range(len(shape))[::-1]))
+        layout = expanded((0, 1)) if ours.endswith("pos_conv_embed.length") else LINEAR
+        made.append(one_to_one(prefix + theirs, ours, shape, layout))
     return made
 
 
@@ -53,13 +50,12 @@ def load(path: str | Path) -> Wav2Vec2:
     Raises:
       UserError: it cannot be read, is another model, or a tensor is missing, left over, misshapen, or not finite.
     """
-    checkpoint = Checkpoint(path)
-    settings = dict(checkpoint.config)
-    extractor = checkpoint.directory / "preprocessor_config.json"
-    if extractor.is_file():
-        settings["do_normalize"] = json.loads(extractor.read_text()).get("do_normalize", True)
+    files = open_files(path, UNUSED)
+    settings, extractor = files.settings(), files.settings("preprocessor_config.json")
+    if "do_normalize" in extractor:
+        settings["do_normalize"] = extractor["do_normalize"]
     config = Wav2Vec2Config.from_hf(settings)
-    prefix = "wav2vec2." if any(name.startswith("wav2vec2.") for name in checkpoint.names) else ""
-    old = any(name.endswith(".weight_g") for name in checkpoint.names)
-    table = rules(config, prefix, old_weight_norm=old)
-    return build_with(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)), fit(checkpoint, table, unused=UNUSED))
+    prefix = "wav2vec2." if any(name.startswith("wav2vec2.") for name in files.stored) else ""
+    old = any(name.endswith(".weight_g") for name in files.stored)
+    table = entries(config, prefix, old_weight_norm=old)
+    return modules.load(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)), files, table)

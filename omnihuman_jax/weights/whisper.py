@@ -11,29 +11,23 @@ from flax import nnx
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.whisper import WhisperConfig, WhisperEncoder
-from omnihuman_jax.weights.safetensors_files import (
-    Checkpoint,
-    Rule,
-    build_with,
-    fit,
-    parameter_shapes,
-    reordered,
-)
+from omnihuman_jax.weights import modules
+from omnihuman_jax.weights.names import PLAIN, Entry, account, one_to_one
+from omnihuman_jax.weights.read import open_files
 
 # Parts that the features do not need.
 UNUSED = (r"(model\.)?decoder\..*", r"proj_out\.weight")
 PREFIXES = ("model.encoder.", "encoder.", "")
 
 
-def rules(config: WhisperConfig, prefix: str = "model.encoder.") -> list[Rule]:
-    """One rule a parameter: kernels (in, out) <- (out, in), (k, in, out) <- (out, in, k)."""
+def entries(config: WhisperConfig, prefix: str = "model.encoder.") -> list[Entry]:
+    """One a parameter: kernels (in, out) <- (out, in), (k, in, out) <- (out, in, k)."""
     made = []
-    for ours, shape in parameter_shapes(lambda: WhisperEncoder(config, rngs=nnx.Rngs(0))).items():
+    for ours, shape in modules.parameter_shapes(lambda: WhisperEncoder(config, rngs=nnx.Rngs(0))).items():
         if ours == "embed_positions":
-            made.append(reordered(ours, prefix + "embed_positions.weight", shape, (0, 1)))
+            made.append(one_to_one(prefix + "embed_positions.weight", ours, shape, PLAIN))
             continue
-        theirs = prefix + re.sub(r"\.(kernel|scale)$", ".weight", ours)
-        made.append(reordered(ours, theirs, shape, range(len(shape))[::-1]))
+        made.append(one_to_one(prefix + re.sub(r"\.(kernel|scale)$", ".weight", ours), ours, shape))
     return made
 
 
@@ -43,11 +37,10 @@ def load(path: str | Path) -> WhisperEncoder:
     Raises:
       UserError: it cannot be read, is another model, or a tensor is missing, left over, misshapen, or not finite.
     """
-    checkpoint = Checkpoint(path)
-    config = WhisperConfig.from_hf(checkpoint.config)
-    prefix = next((p for p in PREFIXES if p + "conv1.weight" in checkpoint.names), PREFIXES[0])
-    table = rules(config, prefix)
-    return build_with(lambda: WhisperEncoder(config, rngs=nnx.Rngs(0)), fit(checkpoint, table, unused=UNUSED))
+    files = open_files(path, UNUSED)
+    config = WhisperConfig.from_hf(files.settings())
+    prefix = next((p for p in PREFIXES if p + "conv1.weight" in files.stored), PREFIXES[0])
+    return modules.load(lambda: WhisperEncoder(config, rngs=nnx.Rngs(0)), files, entries(config, prefix))
 
 
 # CTranslate2's ids of data types (include/ctranslate2/types.h), as far as they are needed.
@@ -157,13 +150,11 @@ def load_ctranslate2(path: str | Path) -> WhisperEncoder:
         encoder_ffn_dim=len(found.get("layers.0.fc1.bias", ())),
         max_source_positions=len(found.get("embed_positions.weight", ())),
     )
-    ours = {}
-    for rule in rules(config, ""):
-        if rule.theirs not in found or found[rule.theirs].shape != rule.shape:
-            has = found[rule.theirs].shape if rule.theirs in found else "missing"
-            raise UserError(f"{path}: tensor {rule.theirs} (ours: {rule.ours}) is {has}, should be {rule.shape}")
-        value = found[rule.theirs]
+    table, ours = entries(config, ""), {}
+    account(table, {name: value.shape for name, value in found.items()}, path, "another model, or a quantised one")
+    for held in table:
+        value, name = found[held.theirs], held.ours[0]
         if not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
-            raise UserError(f"{path}: tensor {rule.theirs} (ours: {rule.ours}) is quantised or not finite")
-        ours[rule.ours] = np.ascontiguousarray(rule.load(value), np.float32)
-    return build_with(lambda: WhisperEncoder(config, rngs=nnx.Rngs(0)), ours)
+            raise UserError(f"{path}: tensor {held.theirs} (here {name}) is quantised or not finite")
+        ours[name] = held.layout.to_ours(value, held.patch).astype(np.float32)
+    return modules.build_with(lambda: WhisperEncoder(config, rngs=nnx.Rngs(0)), ours)

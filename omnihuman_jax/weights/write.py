@@ -1,6 +1,8 @@
 """Writing safetensors: our parameters in another naming, and files of bounded size with an index."""
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +31,7 @@ class Renamed(Mapping[str, np.ndarray]):
         return len(self._entries)
 
 
-def assign(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
     """Cuts tensors, in order, into files of at most `max_bytes` (a larger tensor has its own)."""
     files: list[list[str]] = [[]]
     used = 0
@@ -43,15 +45,22 @@ def assign(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def write_files(
-    folder: Path, tensors: Mapping[str, np.ndarray], stem: str, *, max_bytes: int, metadata: Mapping[str, str]
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    stem: str,
+    *,
+    max_bytes: float = math.inf,
+    metadata: Mapping[str, str],
 ) -> int:
     """Writes STEM.safetensors, or STEM-00001-of-0000N.safetensors … with an index; holds one file's tensors at a time.
+
+    A file is written beside itself first, then renamed.
 
     Args:
       folder: directory, which exists.
       tensors: name -> array, as `Renamed` or `load.Source`; each is asked for twice.
       stem: file name without its ending.
-      max_bytes: largest file, in bytes.
+      max_bytes: largest file, in bytes; without it there is one.
       metadata: strings for the header.
 
     Returns:
@@ -66,7 +75,9 @@ def write_files(
     for i, names in enumerate(files, 1):
         file = f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else f"{stem}.safetensors"
         part = {name: np.ascontiguousarray(tensors[name]) for name in names}
-        safetensors.numpy.save_file(part, folder / file, metadata=dict(metadata))
+        partial = folder / f"{file}.partial"
+        safetensors.numpy.save_file(part, partial, metadata=dict(metadata))
+        os.replace(partial, folder / file)
         where |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

@@ -11,7 +11,8 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from omnihuman_jax.models.whisper import WhisperConfig, WhisperEncoder
 from omnihuman_jax.weights import wav2vec2, whisper
-from omnihuman_jax.weights.safetensors_files import parameters, write
+from omnihuman_jax.weights.modules import parameters
+from omnihuman_jax.weights.write import Renamed, write_files
 
 WAV2VEC2 = {
     "hidden_size": 16,
@@ -31,12 +32,12 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("speech")
     w = Wav2Vec2Config(**WAV2VEC2)
     h = WhisperConfig(**WHISPER)
-    for name, model, rules, settings in (
-        ("wav2vec2", Wav2Vec2(w, rngs=nnx.Rngs(0)), wav2vec2.rules(w), WAV2VEC2),
-        ("whisper", WhisperEncoder(h, rngs=nnx.Rngs(0)), whisper.rules(h), WHISPER),
+    for name, model, entries, settings in (
+        ("wav2vec2", Wav2Vec2(w, rngs=nnx.Rngs(0)), wav2vec2.entries(w), WAV2VEC2),
+        ("whisper", WhisperEncoder(h, rngs=nnx.Rngs(0)), whisper.entries(h), WHISPER),
     ):
         (root / name).mkdir()
-        write(root / name / "model.safetensors", parameters(model), rules, {"format": "pt"})
+        write_files(root / name, Renamed(parameters(model), entries), "model", metadata={"format": "pt"})
         (root / name / "config.json").write_text(json.dumps(settings | {"model_type": name}))
     return root
 

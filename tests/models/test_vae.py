@@ -123,7 +123,7 @@ def test_a_black_pixel_has_a_finite_gradient_through_the_norm():
 
 
 def test_the_default_sizes_have_the_tensors_of_the_published_checkpoint():
-    names = {rule.theirs: rule.shape for rule in wan_vae.rules(wan_vae.WAN21, "native")}
+    names = {entry.theirs: entry.shape for entry in wan_vae.entries(wan_vae.WAN21, "native")}
     assert len(names) == 194
     assert sum(int(np.prod(shape)) for shape in names.values()) == 126_892_531
     # A sample from the published list.

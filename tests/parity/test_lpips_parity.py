@@ -67,7 +67,7 @@ def test_distances_and_their_gradients_agree(tmp_path):
 
 
 def test_the_published_sizes_have_the_names_of_the_package():
-    names = {rule.theirs: rule.shape for rule in lpips.rules()}
+    names = {entry.theirs: entry.shape for entry in lpips.entries()}
     assert len(names) == 2 * 13 + 5
     assert names["net.slice1.0.weight"] == (64, 3, 3, 3) and names["net.slice5.28.weight"] == (512, 512, 3, 3)
     assert names["net.slice3.14.bias"] == (256,) and names["lin4.model.1.weight"] == (1, 512, 1, 1)

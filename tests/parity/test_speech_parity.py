@@ -103,7 +103,7 @@ def test_every_hidden_state_of_wav2vec2_agrees(wav2vec2_pair, batch, samples, le
     assert max(errors) < 1e-4, errors
 
 
-def compare_gradients(ours, theirs, x, rules, ours_loss, theirs_loss, skip=()):
+def compare_gradients(ours, theirs, x, entries, ours_loss, theirs_loss, skip=()):
     """Relative errors of the gradient of the input and of every parameter."""
     given = torch.from_numpy(x).requires_grad_()
     theirs.zero_grad()
@@ -116,12 +116,12 @@ def compare_gradients(ours, theirs, x, rules, ours_loss, theirs_loss, skip=()):
     # A key's bias changes no attention weight: its gradient is rounding, so errors are relative to the largest one.
     size = max(np.linalg.norm(value) / value.size**0.5 for value in reference.values())
     errors = {"input": relative(of_x, given.grad)}
-    for rule in rules:
-        if rule.theirs in skip:
+    for entry in entries:
+        if entry.theirs in skip:
             continue
-        expected = rule.load(reference.pop(rule.theirs))
+        expected, name = entry.layout.to_ours(reference.pop(entry.theirs), entry.patch), entry.ours[0]
         scale = max(np.linalg.norm(expected), 1e-4 * size * expected.size**0.5)
-        errors[rule.ours] = float(np.linalg.norm(flat[rule.ours] - expected) / scale)
+        errors[name] = float(np.linalg.norm(flat[name] - expected) / scale)
     worst = max(errors, key=errors.get)
     print(errors["input"], worst, errors[worst])
     assert errors[worst] < 1e-3, (worst, errors[worst])
@@ -134,7 +134,7 @@ def test_every_gradient_of_wav2vec2_agrees(wav2vec2_pair):
         ours,
         theirs,
         wave(2, 901),
-        wav2vec2.rules(ours.config),
+        wav2vec2.entries(ours.config),
         lambda model, x: jnp.sin(model(x)[0]).sum(),
         lambda x: theirs(x).last_hidden_state.sin().sum(),
     )
@@ -186,7 +186,7 @@ def test_every_gradient_of_whisper_agrees(whisper_pair):
         ours,
         theirs,
         np.random.default_rng(0).normal(size=(2, 80, 60)).astype(np.float32),
-        whisper.rules(ours.config, ""),
+        whisper.entries(ours.config, ""),
         lambda model, x: jnp.sin(model(x)[0]).sum(),
         lambda x: theirs(x).last_hidden_state.sin().sum(),
         skip=("embed_positions.weight",),  # fixed in the reference

@@ -20,7 +20,7 @@ from flax import nnx  # noqa: E402
 from omnihuman_jax.models.vae import load_vae  # noqa: E402
 from omnihuman_jax.models.vae_streaming import decode_clip  # noqa: E402
 from omnihuman_jax.weights import wan_vae  # noqa: E402
-from omnihuman_jax.weights.safetensors_files import Checkpoint  # noqa: E402
+from omnihuman_jax.weights.read import open_files  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -122,9 +122,9 @@ def test_gradients_of_the_input_and_of_every_parameter_agree(pair):
     flat = {".".join(map(str, keys)): np.asarray(leaf[...]) for keys, leaf in nnx.to_flat_state(of_state)}
     reference = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     errors = {}
-    for rule in wan_vae.rules(ours.config, "diffusers"):
-        expected = rule.load(reference.pop(rule.theirs))
-        errors[rule.ours] = float(np.linalg.norm(flat[rule.ours] - expected) / np.linalg.norm(expected))
+    for entry in wan_vae.entries(ours.config, "diffusers"):
+        expected, name = entry.layout.to_ours(reference.pop(entry.theirs), entry.patch), entry.ours[0]
+        errors[name] = float(np.linalg.norm(flat[name] - expected) / np.linalg.norm(expected))
     worst = max(errors, key=errors.get)
     print(
         "input", relative_error(of_video, x.grad), "latents", relative_error(of_latents, z.grad), worst, errors[worst]
@@ -148,11 +148,11 @@ def test_both_namings_and_the_way_back_are_exact(pair, tmp_path, monkeypatch):
 
     native = {
         b.theirs: original[a.theirs].reshape(b.shape)
-        for a, b in zip(*(wan_vae.rules(ours.config, naming) for naming in ("diffusers", "native")), strict=True)
+        for a, b in zip(*(wan_vae.entries(ours.config, naming) for naming in ("diffusers", "native")), strict=True)
     }
     (tmp_path / "native").mkdir()
     safetensors.numpy.save_file(native, tmp_path / "native" / "Wan2.1_VAE.safetensors")
-    assert wan_vae.naming_of(Checkpoint(tmp_path / "native")) == "native"
+    assert wan_vae.naming_of(open_files(tmp_path / "native")) == "native"
     monkeypatch.setattr(wan_vae, "WAN21", ours.config)
     other = wan_vae.load(tmp_path / "native" / "Wan2.1_VAE.safetensors")
     for a, b in zip(*(jax.tree.leaves(nnx.state(vae)) for vae in (ours, other)), strict=True):

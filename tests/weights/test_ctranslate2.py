@@ -9,7 +9,8 @@ from flax import nnx
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.whisper import WhisperConfig, WhisperEncoder
 from omnihuman_jax.weights import whisper
-from omnihuman_jax.weights.safetensors_files import parameters
+from omnihuman_jax.weights.modules import parameters
+from omnihuman_jax.weights.write import Renamed
 
 CONFIG = WhisperConfig(
     num_mel_bins=5,
@@ -43,7 +44,7 @@ def tensor(name: str, value: np.ndarray, dtype: int) -> bytes:
 
 def model_bin(encoder: WhisperEncoder) -> bytes:
     """The file as CTranslate2's converter lays it out, float32."""
-    theirs = {rule.theirs: rule.store(parameters(encoder)[rule.ours]) for rule in whisper.rules(CONFIG, "")}
+    theirs = Renamed(parameters(encoder), whisper.entries(CONFIG, ""))
     tensors = {"encoder/position_encodings/encodings": theirs["embed_positions.weight"]}
     for ours, name in NAMES.items():
         norm = "norm" in ours
@@ -79,7 +80,7 @@ def test_broken_files_are_refused(encoder, tmp_path):
         (data.replace(b"WhisperSpec", b"WhatperSpec"), "holds a WhatperSpec"),
         (
             data.replace(b"encoder/conv2/weight", b"encoder/conv2/wEight"),
-            "conv2.weight (ours: conv2.kernel) is missing",
+            "conv2.weight (here conv2.kernel) is missing",
         ),
         (b"", "truncated"),
     ):

@@ -67,6 +67,22 @@ def test_a_layout_has_an_inverse_and_its_shape(layout, bias):
     np.testing.assert_array_equal(layout.to_ours(theirs, patch), x)
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "formula", "theirs"),
+    [
+        (names.permuted((4, 3, 0, 1, 2)), (1, 2, 3, 4, 5), "thwio->oithw", (5, 4, 1, 2, 3)),
+        (names.permuted((4, 3, 0, 1, 2), (2,)), (1, 2, 3, 4, 5), "thwio->oihw", (5, 4, 2, 3)),
+        (names.expanded((0, 2, 3)), (5,), "c->c", (1, 5, 1, 1)),
+    ],
+)
+def test_a_layout_of_views_moves_axes_and_has_an_inverse(layout, shape, formula, theirs):
+    x = np.random.default_rng(0).standard_normal(shape)
+    moved = layout.to_theirs(x, ())
+    assert moved.shape == layout.shape(shape, ()) == theirs
+    np.testing.assert_array_equal(moved, np.einsum(formula, x).reshape(theirs))
+    np.testing.assert_array_equal(layout.to_ours(moved, ()), x)
+
+
 def test_a_patch_embedding_is_their_convolution():
     rng = np.random.default_rng(0)
     theirs, pixels = rng.standard_normal((5, 3, 1, 2, 2)), rng.standard_normal((3, 1, 2, 2))

@@ -20,6 +20,7 @@ def tensors():
         "a": rng.standard_normal((4, 3)).astype(np.float32),
         "b": rng.standard_normal(5).astype(np.float16),
         "c": rng.standard_normal((2, 2, 2)).astype(ml_dtypes.bfloat16),
+        "d": rng.standard_normal(2),
     }
 
 
@@ -84,8 +85,27 @@ def test_a_value_that_is_not_finite_names_its_tensor(file, tensors):
 
 def test_a_dtype_that_is_not_read_names_its_tensor(file, tensors):
     safetensors.numpy.save_file(tensors | {"scale": np.arange(3)}, file)
-    with pytest.raises(UserError, match=r"weights\.safetensors: tensor scale is I64, this reads F32, F16, BF16"):
+    with pytest.raises(UserError, match=r"weights\.safetensors: tensor scale is I64, this reads F64, F32, F16, BF16"):
         open_files(file)
+
+
+def test_tensors_without_a_use_are_left_out_whatever_they_are(file, tensors, tmp_path):
+    more = tensors | {"head.bias": np.arange(3)}
+    safetensors.numpy.save_file(more, file)
+    (tmp_path / "shards").mkdir()
+    for path in (file, write_shards(tmp_path / "shards", more)):
+        assert set(open_files(path, ("other", r"head\..*")).stored) == set(tensors)
+    with pytest.raises(UserError, match=r"tensor head\.bias is I64"):
+        open_files(file, ("head",))  # the whole name or nothing
+
+
+def test_settings_are_those_beside_the_file(file, tmp_path):
+    assert open_files(file).settings() == {}
+    (tmp_path / "config.json").write_text('{"width": 3}')
+    assert open_files(tmp_path).settings() == {"width": 3}
+    (tmp_path / "other.json").write_text("{")
+    with pytest.raises(UserError, match=r"other\.json: cannot be read"):
+        open_files(file).settings("other.json")
 
 
 def test_an_index_must_agree_with_its_files(tmp_path, tensors):

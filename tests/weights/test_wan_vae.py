@@ -1,7 +1,6 @@
 """Importing a VAE: what is refused, and that the message names the file and the tensor."""
 
 import json
-import struct
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +11,7 @@ from flax import nnx
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae import VAE, VAEConfig
 from omnihuman_jax.weights import wan_vae
-from omnihuman_jax.weights.safetensors_files import parameters
+from omnihuman_jax.weights.modules import parameters
 
 SMALL = VAEConfig(
     dim=2,
@@ -83,9 +82,9 @@ def test_misfits_are_all_listed_in_both_namings(folder):
     )
     refused(
         folder,
-        "missing: decoder.conv_out.bias (ours: decoder.head.bias)",
-        "not ours: decoder.extra.weight (ours: none)",
-        "encoder.conv_in.bias (ours: encoder.conv1.bias) (5,) instead of (2,)",
+        "tensor decoder.conv_out.bias (here decoder.head.bias) is missing",
+        "tensor decoder.extra.weight is not part of the model",
+        "tensor encoder.conv_in.bias (here encoder.conv1.bias) has shape (5,), should be (2,)",
         str(folder),
     )
 
@@ -97,7 +96,7 @@ def test_a_tensor_that_is_not_finite_is_named(folder):
 
 def test_integers_are_refused(folder):
     change(folder, decoder__conv_out__bias=np.zeros(3, np.int8))
-    refused(folder, FILE, "decoder.conv_out.bias has dtype I8")
+    refused(folder, FILE, "decoder.conv_out.bias is I8, this reads")
 
 
 def test_a_truncated_file_names_the_first_tensor_it_lacks(folder):
@@ -105,9 +104,7 @@ def test_a_truncated_file_names_the_first_tensor_it_lacks(folder):
     (folder / FILE).write_bytes(data[:-4])
     refused(folder, FILE, "truncated: tensor ")
     (folder / FILE).write_bytes(data[:20])
-    refused(folder, FILE, "truncated in its header")
-    (folder / FILE).write_bytes(struct.pack("<Q", 5) + b"hello")
-    refused(folder, FILE, "not a safetensors file")
+    refused(folder, FILE, "no whole safetensors header in 20 bytes")
 
 
 def test_a_sharded_checkpoint_is_read_and_a_missing_shard_named(vae, folder):
@@ -122,14 +119,16 @@ def test_a_sharded_checkpoint_is_read_and_a_missing_shard_named(vae, folder):
     read, ours = parameters(wan_vae.load(folder)), parameters(vae)
     assert all(np.array_equal(ours[name], read[name]) for name in ours)
     (folder / "b.safetensors").unlink()
-    refused(folder, "model.safetensors.index.json", f"tensor {names[1]} is in b.safetensors, which is missing")
+    refused(
+        folder, "model.safetensors.index.json", f"tensor {names[1]} is said to be in b.safetensors, which is missing"
+    )
 
 
 def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
     path = tmp_path / "Wan2.1_VAE.pth"
     path.write_bytes(b"\x80\x02.")
     for given in (path, tmp_path):
-        refused(given, "Wan2.1_VAE.pth: a pickle", "weights_only=True", "Wan2.1_VAE.safetensors")
+        refused(given, "Wan2.1_VAE.pth: is a pickle", "weights_only=True", "Wan2.1_VAE.safetensors")
 
 
 def test_another_model_is_refused(folder, tmp_path):
@@ -143,8 +142,8 @@ def test_another_model_is_refused(folder, tmp_path):
 
 def test_the_published_sizes_have_194_tensors_in_both_namings():
     for naming in ("native", "diffusers"):
-        rules = wan_vae.rules(wan_vae.WAN21, naming)
-        assert len({rule.theirs for rule in rules}) == 194
+        entries = wan_vae.entries(wan_vae.WAN21, naming)
+        assert len({entry.theirs for entry in entries}) == 194
 
 
 def test_a_linear_path_cannot_be_exported(tmp_path):
