@@ -151,8 +151,10 @@ class _Run:
                 state, done, counter = init_state(self.config, self.mesh, self.network), 0, RatioCounter()
         if is_main():
             write_config(self.workdir, self.plain_config)
-        if restored and done == stage_at(self.stages, min(done, last)).last_step:
-            self.end_stage(state, done, stage_at(self.stages, done), counter)  # the restart may have cut it short
+        if restored and done <= last:
+            stage = stage_at(self.stages, done)
+            if done == stage.last_step and not self.checkpoints.has_stage(stage.name):
+                self.end_stage(state, done, stage, counter)  # its checkpoint could not be written then
         if done >= last:
             say(f"{self.workdir}: all {done} steps are done; nothing to train")
             return
