@@ -120,7 +120,7 @@ def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
         # A device waiting in a collective holds a thread of XLA's pool, which has as many as there are cores; with too
         # few, the devices it waits for never run; with many more, they get in each other's way (8 a device: a quarter
         # slower on 2 cores). XLA reads the size from NPROC.
-        os.environ["NPROC"] = str(max(2 * config.simulated_devices + 4, os.cpu_count() or 1))
+        os.environ["NPROC"] = str(max(2 * config.simulated_devices, os.cpu_count() or 1))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -7,7 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu would ask a metadata server for its topology on a machine that has none.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Threads for 8 simulated devices that wait for each other; see experiments.cli.setup_platform.
-os.environ.setdefault("NPROC", "20")
+os.environ.setdefault("NPROC", "16")
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
 # In the environment rather than jax.config, so that the commands that tests start share the cache.

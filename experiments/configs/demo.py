@@ -13,7 +13,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.mesh.update({"data": 2, "fsdp": -1})
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
     config.data.dir = "runs/demo/data"
-    for name, steps, rate in (("stage1", 150, 4e-3), ("stage2", 150, 3e-3), ("stage3", 150, 2e-3)):
+    for name, steps, rate in (("stage1", 130, 4e-3), ("stage2", 130, 3e-3), ("stage3", 130, 2e-3)):
         config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
     config.optimizer.b2 = 0.99  # moments over 100 steps, not over 1000
     config.ema_decay = 0.98
