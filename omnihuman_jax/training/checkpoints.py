@@ -6,6 +6,7 @@ and the one before is used.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
@@ -42,18 +44,35 @@ class Restored:
     path: Path
 
 
-@jax.jit
-def _sums(tree: Any) -> Any:
-    def one(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> jax.Array:
+    """Sums of the bit patterns (leaves,) uint32. Each device adds up what it holds, once; one collective joins them."""
 
-    return jax.tree.map(one, tree)
+    def local(leaves: list[jax.Array]) -> jax.Array:
+        sums = []
+        for x, spec in zip(leaves, specs, strict=True):
+            unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+            total = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
+            used = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
+            for axis in mesh.axis_names:  # of copies, the first one counts
+                total = total if axis in used else jnp.where(jax.lax.axis_index(axis) == 0, total, 0)
+            sums.append(total)
+        return jax.lax.psum(jnp.stack(sums), mesh.axis_names)
+
+    whole = PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=whole, check_vma=False)(leaves)
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
-    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip."""
-    return {path_name(path): int(x) for path, x in jax.tree_util.tree_flatten_with_path(_sums(tree))[0]}
+    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip.
+
+    Args:
+      tree: arrays with `NamedSharding`s of one mesh.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = [leaf for _, leaf in flat]
+    sums = _sums(leaves, leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves))
+    return {path_name(path): int(x) for (path, _), x in zip(flat, jax.device_get(sums), strict=True)}
 
 
 class Checkpoints:

@@ -11,13 +11,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines import batches as batches_lib
 from data_pipelines.feed import Feed
 from experiments import cli
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.checkpoints import load_for_inference
+from omnihuman_jax.training.checkpoints import fingerprint, load_for_inference
 from omnihuman_jax.training.curriculum import curriculum
 from omnihuman_jax.training.faults import STALLED, Watchdog
 from omnihuman_jax.training.goodput import Goodput
@@ -117,6 +119,19 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(wh
 
     with pytest.raises(UserError, match=r"2 steps in a row were not finite .*last good checkpoint is .*/checkpoints/"):
         train(whole, "all_bad", poison, config)
+
+
+def test_fingerprints_are_sums_of_bits_on_every_mesh():
+    tree = {"a": np.arange(64, dtype=np.float32).reshape(8, 8), "b": np.float32(1.5), "c": np.arange(4, dtype=np.int32)}
+    expected = {k: int(np.asarray(v).view(np.uint32).sum(dtype=np.uint64) % 2**32) for k, v in tree.items()}
+    for sizes in ({"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = make_mesh(sizes)
+        specs = {"a": PartitionSpec("fsdp", "tensor"), "b": PartitionSpec(), "c": PartitionSpec()}
+        placed = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in tree.items()}
+        assert fingerprint(placed) == expected
+    placed["a"] = placed["a"].at[3, 3].add(1e-5)
+    found = fingerprint(placed)
+    assert found["a"] != expected["a"] and found["b"] == expected["b"]
 
 
 def damage(folder):
