@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.sharding.mesh import local_mesh
 from omnihuman_jax.sharding.rules import path_name
 from omnihuman_jax.training.processes import is_main, say
 from omnihuman_jax.training.state import TrainState, make_network
@@ -67,10 +68,12 @@ def fingerprint(tree: Any) -> dict[str, int]:
     """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip.
 
     Args:
-      tree: arrays with `NamedSharding`s of one mesh.
+      tree: arrays on one mesh, or on one device without any.
     """
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     leaves = [leaf for _, leaf in flat]
+    if not isinstance(leaves[0].sharding, NamedSharding):
+        leaves = jax.device_put(leaves, NamedSharding(local_mesh(), PartitionSpec()))
     sums = _sums(leaves, leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves))
     return {path_name(path): int(x) for (path, _), x in zip(flat, jax.device_get(sums), strict=True)}
 
