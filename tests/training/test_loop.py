@@ -75,7 +75,7 @@ def test_a_stage_checkpoint_is_kept_for_each_stage(run):
     assert len(list((root / "whole" / "checkpoints").glob("[0-9]*"))) == 2
 
 
-@pytest.mark.parametrize(("reset", "count"), [(True, 2), (False, 4)])
+@pytest.mark.parametrize(("reset", "count"), [(True, 2), pytest.param(False, 4, marks=pytest.mark.slow)])
 def test_a_stage_starts_with_fresh_moments_unless_told_otherwise(run, reset, count):
     root, dataset, _ = run
     config = tiny_config(root / "data", steps=(2, 2, 0))
@@ -214,6 +214,7 @@ def test_a_resume_tells_what_it_restored_and_which_changes_matter(run, capsys):
     assert "(safe): log_every: 1 -> 2" in said
 
 
+@pytest.mark.slow
 def test_profile_steps_write_a_trace(tmp_path):
     dataset = tiny_data(tmp_path / "data")
     config = tiny_config(tmp_path / "data", steps=(3, 0, 0))

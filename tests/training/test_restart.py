@@ -118,6 +118,7 @@ def stop_after(root, workdir, step, processes):
     assert launch.wait(started) == [0] * processes, launch.log(workdir)[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(alone):
     workdir = alone / "two"
     stop_after(alone, workdir, 8, processes=2)
