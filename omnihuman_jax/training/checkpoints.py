@@ -34,6 +34,14 @@ _COMPUTE_KEYS = (
     *("guidance_default", "pooled_required"),
 )
 _HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
+# Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
+# of small ones takes longer than writing them, while training waits.
+_SHARED_WRITE_BYTES = 1 << 20
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES),
+    override=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
