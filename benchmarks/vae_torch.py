@@ -1,0 +1,206 @@
+"""The Wan2.1 VAE: ours beside diffusers' class in PyTorch, on this CPU: seconds and peak memory.
+
+python -m benchmarks.vae_torch [--dim=96] [--frames=17] [--height=128] [--width=128] [--repeats=3]
+    [--output=FILE.json]        (in .venv-parity, which has PyTorch)
+
+Same weights, read from a file that the class wrote; same clip. Encoding, decoding, and training: the gradients of a
+reconstruction's squared error in every parameter and in the clip. diffusers streams in chunks of one latent frame; so
+does ours where nothing is differentiated. Every measurement is a process of its own, the sides alternating, so that one
+side's memory is not the other's. Prints the ratios theirs / ours: above 1 ours is the quicker, or the smaller.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from omnihuman_jax import command
+from omnihuman_jax.errors import UserError
+
+CHANNELS = 16
+TASKS = ("encode", "decode", "train")
+ROUNDS = 2  # processes of each side a task
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is run: channels of the first level (Wan2.1: 96), frames 1 + 4n, rows and columns in pixels."""
+
+    dim: int = 96
+    frames: int = 17
+    height: int = 128
+    width: int = 128
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    for field in dataclasses.fields(Sizes):
+        flags.DEFINE_integer(field.name, field.default, f"Size: {field.name}.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Timed runs in each process, after one that is not timed.", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+
+
+def make_inputs(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """A clip (1, F, H, W, 3) in [-1, 1] and latents (1, T, H/8, W/8, 16)."""
+    rng = np.random.default_rng(0)
+    clip = rng.uniform(-1, 1, (1, sizes.frames, sizes.height, sizes.width, 3))
+    latents = rng.standard_normal((1, 1 + (sizes.frames - 1) // 4, sizes.height // 8, sizes.width // 8, CHANNELS))
+    return clip.astype(np.float32), latents.astype(np.float32)
+
+
+def theirs(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.ndarray]:
+    """diffusers' side of a task; returns what it computes, channels last."""
+    import diffusers
+    import torch
+
+    kind = getattr(torch, dtype)
+    vae = diffusers.AutoencoderKLWan.from_pretrained(folder, torch_dtype=kind)
+    clip, latents = (torch.from_numpy(x.transpose(0, 4, 1, 2, 3).copy()).to(kind) for x in make_inputs(sizes))
+
+    def run() -> np.ndarray:
+        if task == "train":
+            vae.zero_grad()
+            x = clip.clone().requires_grad_()
+            decoded = vae.decode(vae.encode(x).latent_dist.mean).sample
+            (decoded - clip).square().sum().backward()
+            out = x.grad
+        else:
+            with torch.no_grad():
+                out = vae.encode(clip).latent_dist.mean if task == "encode" else vae.decode(latents).sample
+        return out.float().numpy().transpose(0, 2, 3, 4, 1)
+
+    return run
+
+
+def ours(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.ndarray]:
+    """Our side of a task; streams a latent frame at a time, but trains on the whole clip."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from omnihuman_jax.models.vae import load_vae
+    from omnihuman_jax.models.vae_streaming import decode_clip, encode_clip
+
+    vae = load_vae({"checkpoint": f"{folder}/ours.safetensors", "dtype": dtype})
+    clip, latents = make_inputs(sizes)
+    mean, std = (np.asarray(x, np.float32) for x in (vae.config.latent_mean, vae.config.latent_std))
+    if task == "encode":
+        return lambda: encode_clip(vae, clip, latents=1) * std + mean
+    if task == "decode":
+        return lambda: decode_clip(vae, (latents - mean) / std, latents=1)
+    graph, state = nnx.split(vae)
+
+    @jax.jit
+    def gradients(state: Any, clip: jax.Array) -> Any:
+        def error(state: Any, x: jax.Array) -> jax.Array:
+            vae = nnx.merge(graph, state)
+            return jnp.square(jnp.clip(vae.decode_raw(vae.encode_moments(x)[0]), -1, 1) - clip).sum()
+
+        return jax.grad(error, (0, 1))(state, clip)
+
+    return lambda: np.asarray(jax.block_until_ready(gradients(state, clip))[1], np.float32)
+
+
+def write_weights(sizes: Sizes, folder: str) -> None:
+    """Random weights as diffusers writes them, and as our own file."""
+    import diffusers
+    import torch
+
+    from omnihuman_jax.models.vae import save_vae
+    from omnihuman_jax.weights import wan_vae
+
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=sizes.dim, z_dim=CHANNELS).save_pretrained(folder)
+    save_vae(f"{folder}/ours.safetensors", wan_vae.load(folder))
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process by /proc: VmRSS now, VmHWM at most since `_forget_peak`."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(side: str, task: str, sizes: Sizes, folder: str, dtype: str, repeats: int) -> dict[str, Any]:
+    """One side of a task in this process: seconds of each run, peak bytes above the loaded model, and the result."""
+    run = {"ours": ours, "theirs": theirs}[side](task, sizes, folder, dtype)
+    loaded = _memory("VmRSS")
+    result = run()  # compiles
+    _forget_peak()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "peak_bytes": _memory("VmHWM") - loaded, "result": result}
+
+
+def compare(task: str, sizes: Sizes, folder: str, dtype: str, repeats: int) -> dict[str, Any]:
+    """Both sides of a task, alternating; seconds are medians, `agreement` the relative difference of the results."""
+    sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    for _ in range(ROUNDS):
+        for side, runs in sides.items():
+            runs.append(_apart(measure, side, task, sizes, folder, dtype, repeats))
+    seconds = {side: statistics.median(s for run in runs for s in run["seconds"]) for side, runs in sides.items()}
+    peak = {side: max(run["peak_bytes"] for run in runs) for side, runs in sides.items()}
+    a, b = (sides[side][0]["result"] for side in ("ours", "theirs"))
+    return {
+        "task": task,
+        "dtype": dtype,
+        **dataclasses.asdict(sizes),
+        "ours_seconds": seconds["ours"],
+        "theirs_seconds": seconds["theirs"],
+        "ratio": seconds["theirs"] / seconds["ours"],
+        "ours_peak_bytes": peak["ours"],
+        "theirs_peak_bytes": peak["theirs"],
+        "memory_ratio": peak["theirs"] / peak["ours"],
+        "agreement": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+    }
+
+
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result, computed in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def main(_: list[str]) -> None:
+    """Entry point."""
+    values = flags.FLAGS
+    sizes = Sizes(**{field.name: values[field.name].value for field in dataclasses.fields(Sizes)})
+    if sizes.frames % 4 != 1 or sizes.height % 8 or sizes.width % 8:
+        raise UserError(f"a clip of {sizes}: frames must be 1 + 4n, height and width multiples of 8")
+    if values.output and not Path(values.output).absolute().parent.is_dir():
+        raise UserError(f"--output={values.output}: its directory does not exist; make it first")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        _apart(write_weights, sizes, folder)
+        for dtype in ("float32", "bfloat16"):
+            for task in TASKS:
+                result = compare(task, sizes, folder, dtype, values.repeats)
+                print(
+                    f"{task} {dtype}: ours {result['ours_seconds']:.2f} s and {result['ours_peak_bytes'] / 2**30:.2f} "
+                    f"GiB, PyTorch {result['theirs_seconds']:.2f} s and {result['theirs_peak_bytes'] / 2**30:.2f} GiB; "
+                    f"theirs / ours {result['ratio']:.2f} in time, {result['memory_ratio']:.2f} in memory; results "
+                    f"differ by {result['agreement']:.1e}",
+                    flush=True,
+                )
+                results.append(result)
+    if values.output:
+        Path(values.output).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run_main(lambda: main([]))
