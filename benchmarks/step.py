@@ -49,9 +49,7 @@ def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> 
       `compile_seconds`, `step_seconds` (median), `step_seconds_range`, `tokens_per_second` (noisy visual tokens),
       `peak_memory_bytes` and `peak_memory_of` ("process" on CPU, "device" elsewhere).
     """
-    mesh = mesh_lib.make_mesh(config.mesh)
-    mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
-    mesh_lib.check_heads(config.model.num_heads, mesh)
+    mesh = mesh_lib.training_mesh(config)
     network = make_network(config)
     tokens = config.global_batch_size * math.prod(bucket) // math.prod(config.model.patch_size)
     with jax.set_mesh(mesh):

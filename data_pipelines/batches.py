@@ -81,7 +81,8 @@ class _RecordCache:
 
     def _read(self, i: int) -> dict[str, np.ndarray]:
         """Reads a record, again after a pause where a file system fails for a moment."""
-        for pause in (*RETRY_SECONDS, None):
+        pauses = iter(RETRY_SECONDS)
+        while True:
             try:
                 return self._dataset.read(i)
             # ArrayRecord raises OSError, RuntimeError or ValueError by what it met, and a cut record fails to decode.
@@ -89,6 +90,7 @@ class _RecordCache:
                 entry = self._dataset.index[i]
                 told = f"record {entry['id']} (row {entry['row']} of {self._dataset.directory / entry['file']})"
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                pause = next(pauses, None)
                 if pause is None:
                     raise UserError(
                         f"{told} cannot be read, {1 + len(RETRY_SECONDS)} times tried ({why}); restore the file, or "
@@ -96,7 +98,6 @@ class _RecordCache:
                     ) from error
                 logging.warning("%s: reading failed (%s); trying again in %g s", told, why, pause)
                 time.sleep(pause)
-        raise AssertionError("unreachable")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset, "_max_bytes": self._max_bytes}

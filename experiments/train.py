@@ -20,7 +20,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import export
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
-from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh
+from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.checkpoints import check_same_model
 from omnihuman_jax.training.curriculum import Stage, curriculum
@@ -101,9 +101,8 @@ def main(_: list[str]) -> None:
 
 
 def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, feed: Feed) -> None:
-    mesh = make_mesh(config.mesh)
-    check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
-    check_heads(config.model.num_heads, mesh)
+    # What is wrong with these is told before the run directory is made.
+    training_mesh(config)
     make_network(config)
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
     workdir = cli.make_workdir(flags.FLAGS.workdir)

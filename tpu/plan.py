@@ -105,9 +105,7 @@ def plan(config: ConfigDict, topology: Topology, say: Callable[[str], None] = pr
       UserError: the mesh or the batch does not divide over the devices, or wrong stages or buckets.
     """
     table = stage_buckets(config)
-    mesh = mesh_lib.make_mesh(config.mesh, topology.devices, num_slices=topology.num_slices)
-    mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
-    mesh_lib.check_heads(config.model.num_heads, mesh)
+    mesh = mesh_lib.training_mesh(config, topology.devices, num_slices=topology.num_slices)
     network = make_network(config)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract_params))
     header = _header(config, topology, mesh, parameters)

@@ -6,7 +6,6 @@ A query sees the keys of its own segment. Segment 0 means absent: such a query g
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.sharding.rules import ACTIVATIONS, constrain
+from omnihuman_jax.sharding.rules import ACTIVATIONS, constrain, num_shards, usable
 
 LANES = 128
 BLOCK = 512
@@ -78,31 +77,20 @@ def _splash(q, k, v, q_segment, kv_segment, gather_tokens):
     if mesh is None or mesh.empty:
         return splash_local(q, k, v, q_segment, kv_segment)
     axes, heads = ACTIVATIONS["batch"], ACTIVATIONS["heads"] if gather_tokens else "tensor"
-    tokens = None if gather_tokens else _divides(ACTIVATIONS["tokens"], q.shape[1], mesh)
-    if not _divides(heads, q.shape[2], mesh) and _size(heads, mesh) > 1:
+    tokens = None if gather_tokens else usable(ACTIVATIONS["tokens"], q.shape[1], mesh)
+    shards = num_shards(heads, mesh)
+    if q.shape[2] % shards:
         raise UserError(
-            f"attention=splash: {q.shape[2]} heads are not divisible by mesh sequence x tensor = {_size(heads, mesh)}; "
+            f"attention=splash: {q.shape[2]} heads are not divisible by mesh sequence x tensor = {shards}; "
             "change mesh.sequence, mesh.tensor or model.num_heads"
         )
-    batch = _divides(axes, q.shape[0], mesh)
+    batch = usable(axes, q.shape[0], mesh)
     q_spec, q_ids = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, tokens)
     kv_spec, kv_ids = PartitionSpec(batch, None, heads), PartitionSpec(batch, None)
     sharded = jax.shard_map(
         splash_local, in_specs=(q_spec, kv_spec, kv_spec, q_ids, kv_ids), out_specs=q_spec, check_vma=False
     )
     return sharded(q, k, v, q_segment, kv_segment)
-
-
-def _size(axes: Any, mesh: Any) -> int:
-    size = 1
-    for axis in (axes,) if isinstance(axes, str) else axes:
-        size *= mesh.shape.get(axis, 1)
-    return size
-
-
-def _divides(axes: Any, size: int, mesh: Any) -> Any:
-    """The mesh axes, or None where they do not divide the dimension."""
-    return axes if size % _size(axes, mesh) == 0 else None
 
 
 def splash_local(q, k, v, q_segment, kv_segment, *, interpret: bool = False) -> jax.Array:

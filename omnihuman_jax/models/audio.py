@@ -6,7 +6,7 @@ from flax import nnx
 
 from omnihuman_jax.models.attention import attend
 from omnihuman_jax.models.config import ModelConfig
-from omnihuman_jax.models.layers import ZEROS, HeadNorm, elementwise, layer_norm, linear
+from omnihuman_jax.models.layers import ZEROS, CrossAttention, elementwise, layer_norm, linear
 from omnihuman_jax.sharding.rules import constrain
 from omnihuman_jax.tokens import Tokens
 
@@ -79,20 +79,14 @@ def listening(visual: Tokens, audio: Tokens) -> tuple[jax.Array, jax.Array]:
     return jnp.where(heard, q_segment, 0), kv_segment
 
 
-class AudioAttention(nnx.Module):
+class AudioAttention(CrossAttention):
     """Frame-wise cross-attention of video tokens to the audio tokens of their own latent frame.
 
     Zero-initialised output, so that an untrained audio path changes nothing; a token that hears nothing gets exactly 0.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dim, inner, bias = config.hidden_size, config.attention_dim, config.qkv_bias
-        self.q = linear(config, dim, inner, rngs=rngs, bias=bias)
-        self.k = linear(config, dim, inner, rngs=rngs, bias=bias)
-        self.v = linear(config, dim, inner, rngs=rngs, bias=bias)
-        self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
-        self.out = linear(config, inner, dim, rngs=rngs, init=ZEROS)
+        super().__init__(config, rngs=rngs, out_init=ZEROS)
 
     def __call__(self, x: jax.Array, audio: jax.Array, q_segment: jax.Array, kv_segment: jax.Array) -> jax.Array:
         """x (B, N, hidden), audio (B, A, hidden), segments of `listening` -> update (B, N, hidden)."""

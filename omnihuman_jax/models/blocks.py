@@ -12,7 +12,18 @@ from omnihuman_jax.models import rope
 from omnihuman_jax.models.attention import attend
 from omnihuman_jax.models.audio import AudioAttention
 from omnihuman_jax.models.config import ModelConfig
-from omnihuman_jax.models.layers import MLP, ZEROS, HeadNorm, elementwise, gated, gelu, linear, modulate, swiglu
+from omnihuman_jax.models.layers import (
+    MLP,
+    ZEROS,
+    CrossAttention,
+    HeadNorm,
+    elementwise,
+    gated,
+    gelu,
+    linear,
+    modulate,
+    swiglu,
+)
 from omnihuman_jax.sharding.rules import constrain
 
 
@@ -64,19 +75,10 @@ def _hear(attention: AudioAttention, x: jax.Array, shared: Shared, span: slice) 
     return jnp.concatenate([x[:, : span.start], heard, x[:, span.stop :]], 1)
 
 
-class TextAttention(nnx.Module):
+class TextAttention(CrossAttention):
     """Cross-attention of visual tokens to the text tokens of the same block (Motif-Video): rotated queries, no mask
     but the segments. What it returns is added as it is.
     """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dim, inner, bias = config.hidden_size, config.attention_dim, config.qkv_bias
-        self.q = linear(config, dim, inner, rngs=rngs, bias=bias)
-        self.k = linear(config, dim, inner, rngs=rngs, bias=bias)
-        self.v = linear(config, dim, inner, rngs=rngs, bias=bias)
-        self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
-        self.out = linear(config, inner, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array, text: jax.Array, shared: Shared) -> jax.Array:
         """x (B, N, hidden), modulated text (B, L, hidden) -> update (B, N, hidden)."""

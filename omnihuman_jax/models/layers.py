@@ -98,6 +98,19 @@ class HeadNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.scale[...]
 
 
+class CrossAttention(nnx.Module):
+    """The projections of a cross-attention: queries of one stream, keys and values of another, with HeadNorm."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_init=XAVIER):
+        self.config = config
+        dim, inner, bias = config.hidden_size, config.attention_dim, config.qkv_bias
+        self.q = linear(config, dim, inner, rngs=rngs, bias=bias)
+        self.k = linear(config, dim, inner, rngs=rngs, bias=bias)
+        self.v = linear(config, dim, inner, rngs=rngs, bias=bias)
+        self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
+        self.out = linear(config, inner, dim, rngs=rngs, init=out_init)
+
+
 class MLP(nnx.Module):
     """fc2(gelu(fc1 x)), or fc2(silu(gate x) * fc1 x) for swiglu."""
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError, nearest
 
@@ -64,6 +65,20 @@ def make_mesh(
     else:
         array = mesh_utils.create_device_mesh(dims, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def training_mesh(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
+) -> Mesh:
+    """The mesh of a resolved config, as `make_mesh`, checked against its batch and its attention heads.
+
+    Raises:
+      UserError: devices, batch or heads do not divide over the mesh.
+    """
+    mesh = make_mesh(config.mesh, devices, num_slices=num_slices)
+    check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
+    check_heads(config.model.num_heads, mesh)
+    return mesh
 
 
 def local_mesh() -> Mesh:

@@ -3,6 +3,7 @@
 Optimizer state and EMA follow the parameters because their trees end in the same paths.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -41,17 +42,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}")
-    spec = [_usable(ACTIVATIONS[axis] if axis else None, size, mesh) for axis, size in zip(axes, x.shape, strict=True)]
+    spec = [usable(ACTIVATIONS[axis] if axis else None, size, mesh) for axis, size in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def _usable(axes: Any, size: int, mesh: Any) -> Any:
-    """The mesh axes, or None where they do not divide the dimension."""
-    if axes is None:
-        return None
-    shards = 1
-    for axis in (axes,) if isinstance(axes, str) else axes:
-        shards *= mesh.shape[axis]
+def num_shards(axes: str | tuple[str, ...] | None, mesh: Any) -> int:
+    """Devices along these mesh axes together."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def usable(axes: Any, size: int, mesh: Any) -> Any:
+    """The mesh axes, or None where they do not divide a dimension of this size (or are of one device)."""
+    shards = num_shards(axes, mesh)
     return axes if shards > 1 and size % shards == 0 else None
 
 
@@ -60,7 +63,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     axes = next(axes for pattern, axes in PARAMETERS if re.search(pattern, path))
     axes = axes[-len(shape) :] if shape else ()
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    return PartitionSpec(*(_usable(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+    return PartitionSpec(*(usable(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

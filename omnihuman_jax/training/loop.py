@@ -91,9 +91,7 @@ def train(
         not finite; a last checkpoint that could not be written.
     """
     stages = curriculum(config)
-    mesh = mesh_lib.make_mesh(config.mesh)
-    mesh_lib.check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
-    mesh_lib.check_heads(config.model.num_heads, mesh)
+    mesh = mesh_lib.training_mesh(config)
     with jax.set_mesh(mesh), StopSignal() as stop:
         run = _Run(config, plain_config, stages, mesh, feed, workdir, sample, stop, started or time.time())
         try:
