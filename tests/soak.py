@@ -7,6 +7,7 @@ then checks losses, records and (where one process ran throughout) every array. 
 """
 
 import argparse
+import os
 import random
 import signal
 import tempfile
@@ -51,6 +52,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     root = arguments.directory or Path(tempfile.mkdtemp(prefix="soak-"))
+    # As in the tests (conftest.py): most of a start is compiling.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "jax"))
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     tiny_data(root / "data")
     assert launch.wait(launch.start(root / "data", root / "alone")) == [0], launch.log(root / "alone")[-2000:]
     rng, tally, end, number = random.Random(arguments.seed), Counter(), time.monotonic() + 60 * arguments.minutes, 0

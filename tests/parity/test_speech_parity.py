@@ -3,6 +3,8 @@
 The tiny.en test compares with CTranslate2, on the published weights.
 """
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -140,6 +142,23 @@ def test_every_gradient_of_wav2vec2_agrees(wav2vec2_pair):
     )
 
 
+def assert_bfloat16_agrees(ours, theirs, x):
+    """bfloat16 against float32: ours no further off than the reference is from itself, but for rounding's luck."""
+    with torch.no_grad():
+        exact = theirs(torch.from_numpy(x)).last_hidden_state
+        half = copy.deepcopy(theirs).to(torch.bfloat16)(torch.from_numpy(x).to(torch.bfloat16)).last_hidden_state
+    got = ours(jnp.asarray(x, jnp.bfloat16))[0]
+    assert got.dtype == jnp.bfloat16
+    error, reference = relative(got.astype(jnp.float32), exact), relative(half.float(), exact)
+    print(f"bfloat16 against float32: ours {error:.1e}, theirs {reference:.1e}")
+    assert error < max(2 * reference, 0.02)
+
+
+def test_wav2vec2_in_bfloat16_agrees_as_well_as_the_reference_with_itself(wav2vec2_pair):
+    theirs, ours = wav2vec2_pair
+    assert_bfloat16_agrees(ours, theirs, wave(2, 1234))
+
+
 def test_a_checkpoint_with_a_head_is_read_without_it(tmp_path):
     config = transformers.Wav2Vec2Config(**FORMS["base"], vocab_size=7)
     theirs = randomised(transformers.Wav2Vec2ForCTC(config))
@@ -191,6 +210,11 @@ def test_every_gradient_of_whisper_agrees(whisper_pair):
         lambda x: theirs(x).last_hidden_state.sin().sum(),
         skip=("embed_positions.weight",),  # fixed in the reference
     )
+
+
+def test_whisper_in_bfloat16_agrees_as_well_as_the_reference_with_itself(whisper_pair):
+    theirs, ours = whisper_pair
+    assert_bfloat16_agrees(ours, theirs, np.random.default_rng(0).normal(size=(2, 80, 60)).astype(np.float32))
 
 
 def test_an_odd_number_of_steps_is_the_padded_reference_without_positions_beyond(whisper_pair):

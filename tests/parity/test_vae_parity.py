@@ -3,6 +3,8 @@
 Theirs streams the clip in chunks with caches; ours takes it whole. Weights are random.
 """
 
+import copy
+import dataclasses
 import subprocess
 import sys
 
@@ -17,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 import safetensors.numpy  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from omnihuman_jax.models.vae import load_vae  # noqa: E402
+from omnihuman_jax.models.vae import VAE, load_vae  # noqa: E402
 from omnihuman_jax.models.vae_streaming import decode_clip  # noqa: E402
 from omnihuman_jax.weights import wan_vae  # noqa: E402
 from omnihuman_jax.weights.read import open_files  # noqa: E402
@@ -131,6 +133,30 @@ def test_gradients_of_the_input_and_of_every_parameter_agree(pair):
     )
     assert errors[worst] < 1e-3, worst
     assert not reference
+
+
+def test_bfloat16_agrees_as_well_as_the_reference_with_itself(pair):
+    theirs, folder, ours = pair
+    video, latents = clip(5)
+    half = copy.deepcopy(theirs).to(torch.bfloat16)
+    with torch.no_grad():
+        exact = theirs.encode(to_torch(video)).latent_dist.mean, theirs.decode(to_torch(latents)).sample
+        rounded = (
+            half.encode(to_torch(video).to(torch.bfloat16)).latent_dist.mean.float(),
+            half.decode(to_torch(latents).to(torch.bfloat16)).sample.float(),
+        )
+    vae = VAE(dataclasses.replace(ours.config, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    nnx.update(vae, nnx.state(ours))
+    graph, state = nnx.split(vae)
+    run = jax.jit(lambda s, v, z: (nnx.merge(graph, s).encode_moments(v)[0], nnx.merge(graph, s).decode_raw(z)))
+    mean, decoded = run(state, video, latents)
+    for name, got, whole, reference in zip(
+        ("encode", "decode"), (mean, jnp.clip(decoded, -1, 1)), exact, rounded, strict=True
+    ):
+        error = relative_error(got.astype(jnp.float32), whole)
+        between = float((reference - whole).norm() / whole.norm())
+        print(f"{name} in bfloat16 against float32: ours {error:.1e}, theirs {between:.1e}")
+        assert error < max(2 * between, 0.02), name
 
 
 def test_both_namings_and_the_way_back_are_exact(pair, tmp_path, monkeypatch):
