@@ -9,6 +9,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c 
   'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 && echo $(p))))
 WORKDIR ?= runs/demo
 PYTEST_ARGS ?=
+# Test processes side by side; a file's tests stay together, for their shared fixtures.
+TEST_WORKERS ?= 2
 UV := uv==0.13.9
 
 export JAX_PLATFORMS ?= cpu
@@ -40,11 +42,11 @@ demo: .venv/.done prepare-environment  ## data, three training stages, a generat
 
 test: lint  ## lint and the quick tests
 	@echo "==> test: quick tests"
-	@.venv/bin/python -m pytest -q $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-all: lint .venv-parity/.done  ## lint and every test, the slow ones and the comparisons with PyTorch included
 	@echo "==> test-all: every test, in .venv-parity"
-	@.venv-parity/bin/python -m pytest -q --runslow $(PYTEST_ARGS)
+	@.venv-parity/bin/python -m pytest -q --runslow -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/.done  ## ruff: rules and format
 	@echo "==> lint: ruff check, ruff format --check"

@@ -9,7 +9,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Threads for 8 simulated devices that wait for each other; see experiments.cli.setup_platform.
 os.environ.setdefault("NPROC", "16")
 
-CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
+# Each worker of pytest-xdist has its own: JAX does not write a file of it at one stroke.
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax" / os.getenv("PYTEST_XDIST_WORKER", "")
 # In the environment rather than jax.config, so that the commands that tests start share the cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -37,11 +37,6 @@ _HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 # Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
 # of small ones takes longer than writing them, while training waits.
 _SHARED_WRITE_BYTES = 1 << 20
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES),
-    override=True,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +109,9 @@ class Checkpoints:
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(
-            self._workdir / "checkpoints", item_names=("state", "meta"), options=options
+            self._workdir / "checkpoints", item_handlers=_item_handlers(), options=options
         )
-        self._stages = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._stages = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_item_handlers()))
 
     def _remove_half_written(self) -> None:
         for part in sorted((self._workdir / "checkpoints").glob(_HALF_WRITTEN)) if is_main() else ():
@@ -247,6 +242,15 @@ def _is_disk_error(error: Exception) -> bool:
 def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
     names = [name for name in found if name in saved and saved[name] != found[name]]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
 
 
 def _save_args(state: TrainState, meta: dict[str, Any]) -> ocp.args.Composite:

@@ -34,7 +34,7 @@ def start(data: Path, workdir: Path, *overrides: str, processes: int = 1) -> lis
     return started
 
 
-def wait(started: list[subprocess.Popen], seconds: float = 300) -> list[int]:
+def wait(started: list[subprocess.Popen], seconds: float = 900) -> list[int]:
     """Exit statuses of all; none may outlive the time."""
     end = time.monotonic() + seconds
     try:
@@ -45,7 +45,7 @@ def wait(started: list[subprocess.Popen], seconds: float = 300) -> list[int]:
                 process.kill()
 
 
-def wait_for_step(workdir: Path, step: int, started: list[subprocess.Popen], seconds: float = 240) -> None:
+def wait_for_step(workdir: Path, step: int, started: list[subprocess.Popen], seconds: float = 600) -> None:
     """Waits until metrics.jsonl tells of a step."""
     end, path = time.monotonic() + seconds, workdir / "metrics.jsonl"
     while not (path.exists() and f'{{"step": {step},' in path.read_text()):
@@ -54,7 +54,7 @@ def wait_for_step(workdir: Path, step: int, started: list[subprocess.Popen], sec
         time.sleep(0.05)
 
 
-def wait_for_checkpoint(workdir: Path, started: list[subprocess.Popen], seconds: float = 240) -> None:
+def wait_for_checkpoint(workdir: Path, started: list[subprocess.Popen], seconds: float = 600) -> None:
     """Waits until there is a whole running checkpoint, or the run has ended."""
     end = time.monotonic() + seconds
     while not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")) and any(

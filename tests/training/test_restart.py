@@ -14,6 +14,7 @@ from tests.training import launch
 from tests.training.tiny import tiny_data
 
 STEPS = 60
+pytestmark = pytest.mark.timeout(1800)  # many starts of a command, two or four at a time
 
 
 def lines(workdir, name):
@@ -142,7 +143,7 @@ def test_a_process_that_dies_ends_all_others(alone):
     started = launch.start(alone / "data", workdir, processes=2)
     launch.wait_for_step(workdir, 6, started)
     started[1].kill()
-    statuses = launch.wait(started, seconds=180)
+    statuses = launch.wait(started, seconds=300)
     assert statuses[1] == -signal.SIGKILL and statuses[0] != 0
     assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
     assert_same_run(workdir, alone / "alone", exact=False)
