@@ -123,6 +123,8 @@ def render(package: pathlib.PurePath, targets: list[Target], data: list[str]) ->
         blocks.append(f'filegroup(\n    name = "data",\n    srcs = {_list(tuple(data))},\n)')
     for target in targets:
         lines = [f"{target.rule}(", f'    name = "{target.name}",']
+        if target.rule == "py_binary" and package.parts[:1] == ("tests",):
+            lines.append("    testonly = True,")  # it may use tests, which are so of themselves
         for key in ("srcs", "data", "deps"):
             if getattr(target, key):
                 lines.append(f"    {key} = {_list(getattr(target, key))},")
