@@ -1,12 +1,16 @@
-"""What the loop costs beside the bare compiled step, what a save blocks, and how soon a restart trains again.
+"""What the loop costs beside the bare compiled step, what saving blocks, and how soon a restart trains again.
 
-python -m benchmarks.loop --data=DIR [--config=experiments/configs/demo.py] [--steps=30] [--output=FILE.json]
+python -m benchmarks.loop --data=DIR [--config=experiments/configs/demo.py] [--processes=2] [--steps=40]
+    [--output=FILE.json]
 
-All in one run, side by side: the compiled step fed with one batch that is already on the devices, then the same step
-in the training loop (reading, placing, logging every step), then with checkpoints on the way, then the command again.
+The devices of the config are shared by `--processes`. Side by side in one run, each in processes of its own: the
+compiled step on batches that are already on the devices; the same step in the training loop (reading, placing, logging
+every step, no checkpoints); and the training command started again, now with the config's own checkpoint interval.
 """
 
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,35 +31,40 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training.curriculum import curriculum
-from omnihuman_jax.training.state import batch_shapes, init_state, make_network
+from omnihuman_jax.training.processes import is_main, process_rows
+from omnihuman_jax.training.state import init_state, make_network, place_batch
 from omnihuman_jax.training.step import jit_train_step
+
+WARM = 5  # first steps of a run that are not counted: they compile
 
 
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     cli.define_config_flag()
+    cli.define_process_flags()
     flags.DEFINE_string("data", None, "Data set made by data_pipelines.prepare.")
-    flags.DEFINE_integer("steps", 30, "Steps to time of each kind.", lower_bound=5)
+    flags.DEFINE_integer("processes", 1, "Processes of each run.", lower_bound=1)
+    flags.DEFINE_integer("steps", 40, "Steps to time of each kind.", lower_bound=5)
     flags.DEFINE_string("output", None, "JSON file for the numbers.")
+    flags.DEFINE_string("bare", None, "Only time the compiled step, into this file (what the benchmark starts itself).")
 
 
-def bare_step_seconds(config: ConfigDict, dataset: Dataset, steps: int) -> dict[tuple[int, ...], float]:
-    """Median seconds of the compiled step alone, by bucket (T, H, W)."""
+def bare_step_seconds(config: ConfigDict, dataset: Dataset, steps: int) -> dict[str, float]:
+    """Median seconds of the compiled step alone, by bucket "TxHxW"."""
     feed = Feed.from_config(config, curriculum(config), dataset)
-    mesh, network = mesh_lib.make_mesh(config.mesh), make_network(config)
+    mesh, network = mesh_lib.training_mesh(config), make_network(config)
+    rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
     seconds = {}
     with jax.set_mesh(mesh):
         step = jit_train_step(config, network, mesh)
         state = init_state(config, mesh, network)
-        found: dict[tuple[int, ...], Any] = {}
-        for batch in feed.iterate(1, slice(None)):
-            found.setdefault(batch["latents"].shape[1:4], batch)
+        found: dict[str, Any] = {}
+        for batch in feed.iterate(1, rows):
+            found.setdefault(bucket_name(batch), batch)
             if len(found) == len(feed.buckets()):
                 break
         for bucket, batch in found.items():
-            placed = {
-                name: jax.device_put(batch[name], rules.batch_sharding(mesh)) for name in batch_shapes(config, *bucket)
-            }
+            placed = place_batch(config, mesh, batch)
             times = []
             for _ in range(steps + 2):
                 begin = time.perf_counter()
@@ -66,60 +75,101 @@ def bare_step_seconds(config: ConfigDict, dataset: Dataset, steps: int) -> dict[
     return seconds
 
 
-def loop_run(preset: str, data: str, workdir: Path, steps: int, save_every: int) -> tuple[list[dict], float]:
-    """Runs `experiments.train` in a process of its own; its metric lines and the wall seconds to its first new line."""
-    command = [sys.executable, "-m", "experiments.train", f"--config={preset}", f"--workdir={workdir}"]
-    command += [f"--config.data.dir={data}", f"--config.stages.stage1.steps={steps}", "--config.log_every=1"]
-    command += ["--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0"]
-    command += [f"--config.checkpoint.every={save_every}", "--config.sample.at_stage_end=false"]
+def bucket_name(batch: Any) -> str:
+    """Latent T x H x W of a batch."""
+    return "x".join(map(str, batch["latents"].shape[1:4]))
+
+
+def start(command: list[str], processes: int) -> list[subprocess.Popen]:
+    """Starts a command once, or as several processes that find each other."""
+    if processes == 1:
+        return [subprocess.Popen(command, stdout=subprocess.DEVNULL)]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    command = [*command, f"--coordinator_address={address}", f"--num_processes={processes}"]
+    return [subprocess.Popen([*command, f"--process_id={i}"], stdout=subprocess.DEVNULL) for i in range(processes)]
+
+
+def check(started: list[subprocess.Popen]) -> None:
+    """Waits for all; raises UserError where one fails."""
+    for process in started:
+        if process.wait():
+            raise UserError(f"a process ended with status {process.returncode}; its message is above")
+
+
+def training_run(overrides: list[str], workdir: Path, processes: int) -> tuple[list[dict], float]:
+    """Runs `experiments.train`; its new metric lines, and the seconds from its start to the first of them."""
+    command = [sys.executable, "-m", "experiments.train", *overrides, f"--workdir={workdir}"]
     log = workdir / "metrics.jsonl"
     had = len(log.read_text().splitlines()) if log.exists() else 0
-    begin, first = time.perf_counter(), None
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        if first is None and log.exists() and len(log.read_text().splitlines()) > had:
+    begin, first = time.perf_counter(), 0.0
+    started = start(command, processes)
+    while any(process.poll() is None for process in started):
+        if not first and log.exists() and len(log.read_text().splitlines()) > had:
             first = time.perf_counter() - begin
         time.sleep(0.02)
-    if process.returncode:
-        raise UserError(f"experiments.train ended with status {process.returncode}; its message is above")
-    return [json.loads(line) for line in log.read_text().splitlines()][had:], first or 0.0
+    check(started)
+    return [json.loads(line) for line in log.read_text().splitlines()][had:], first
+
+
+def compare(config: ConfigDict, preset: str, data: str, processes: int, steps: int) -> dict[str, Any]:
+    """Runs the three side by side; see the module."""
+    common = [f"--config={preset}", f"--config.data.dir={data}"]
+    stage = [*common, "--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0", "--config.log_every=1"]
+    stage += ["--config.sample.at_stage_end=false"]
+    feed = Feed.from_config(config, curriculum(config), Dataset.open(data))
+    with tempfile.TemporaryDirectory() as root:
+        workdir, file = Path(root) / "run", Path(root) / "bare.json"
+        module = [sys.executable, "-m", "benchmarks.loop", f"--data={data}", f"--steps={steps}", f"--bare={file}"]
+        check(start([*module, *common], processes))
+        bare = json.loads(file.read_text())
+        never = [f"--config.stages.stage1.steps={steps + WARM}", f"--config.checkpoint.every={10**6}"]
+        lines, first = training_run([*stage, *never], workdir, processes)
+        alone = [bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))] for line in lines]
+        longer = [f"--config.stages.stage1.steps={steps + WARM + config.checkpoint.every}"]
+        again, restart = training_run([*stage, *longer], workdir, processes)
+    ratios = [line["step_seconds"] / seconds for line, seconds in zip(lines, alone, strict=True)][WARM:]
+    shares = again[-1]["goodput"]
+    return {
+        "processes": processes,
+        "simulated_devices": config.simulated_devices,
+        "cores": len(os.sched_getaffinity(0)),
+        "bare_step_seconds": bare,
+        "loop_over_bare": statistics.median(ratios),
+        "loop_over_bare_mean": sum(line["step_seconds"] for line in lines[WARM:]) / sum(alone[WARM:]),
+        "first_step_seconds": first,
+        "restart_to_first_step_seconds": restart,
+        "checkpoint_every": config.checkpoint.every,
+        "restarted_run_shares": shares,
+    }
 
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    config, data, steps = flags.FLAGS.config, flags.FLAGS.data, flags.FLAGS.steps
+    config, data, values = flags.FLAGS.config, flags.FLAGS.data, flags.FLAGS
     if config is None or not data:
         raise UserError("give --config=PRESET.py and --data=DIR")
+    if values.bare:
+        cli.setup_platform(config, cli.join_processes())
+        seconds = bare_step_seconds(config, Dataset.open(data), values.steps)
+        if is_main():
+            Path(values.bare).write_text(json.dumps(seconds))
+        return
     preset = next(a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("--config="))
-    cli.setup_platform(config)
-    config.data.dir = data
-    bare = bare_step_seconds(config, Dataset.open(data), steps)
-    feed = Feed.from_config(config, curriculum(config), Dataset.open(data))
-    with tempfile.TemporaryDirectory() as root:
-        workdir = Path(root) / "run"
-        lines, first = loop_run(preset, data, workdir, steps + 5, 10**6)
-        used = [bare[next(feed.iterate(line["step"], slice(0, 1)))["latents"].shape[1:4]] for line in lines]
-        pairs = [(line["step_seconds"], alone) for line, alone in zip(lines, used, strict=True)][5:]
-        again, restart = loop_run(preset, data, workdir, 2 * steps + 5, max(2, steps // 3))
-    wall = sum(line["step_seconds"] for line in again)
-    shares = again[-1]["goodput"]
-    report = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "bare_step_seconds": {"x".join(map(str, bucket)): seconds for bucket, seconds in bare.items()},
-        "loop_over_bare": statistics.median(a / b for a, b in pairs),
-        "first_step_seconds": first,
-        "restart_to_first_step_seconds": restart,
-        "save_share_of_wall": shares["save"],
-        "useful_share_of_wall": shares["useful"],
-        "steps_with_saves_seconds": wall,
-    }
+    report = compare(config, preset, data, values.processes, values.steps)
+    shares = report["restarted_run_shares"]
     print(
-        f"step in the loop / bare compiled step: {report['loop_over_bare']:.3f} (median of {len(pairs)} steps)\n"
-        f"first step {first:.1f} s after the start, {restart:.1f} s after a restart\n"
-        f"saving took {shares['save']:.1%} of the restarted run's wall time, useful steps {shares['useful']:.1%}"
+        f"{report['processes']} process(es), {report['simulated_devices']} simulated devices\n"
+        f"step in the loop / bare compiled step: {report['loop_over_bare']:.3f} (median), "
+        f"{report['loop_over_bare_mean']:.3f} (mean)\n"
+        f"first step {report['first_step_seconds']:.1f} s after the start, "
+        f"{report['restart_to_first_step_seconds']:.1f} s after a restart\n"
+        f"saving every {report['checkpoint_every']} steps took {shares['save']:.1%} of the restarted run's wall time, "
+        f"useful steps {shares['useful']:.1%}"
     )
-    if flags.FLAGS.output:
-        Path(flags.FLAGS.output).write_text(json.dumps(report, indent=1) + "\n")
+    if values.output:
+        Path(values.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ from omnihuman_jax.training.run_config import config_digest, write_config
 from omnihuman_jax.training.state import (
     TrainState,
     abstract_state,
-    batch_shapes,
     init_state,
     make_network,
     make_optimizer,
+    place_batch,
     state_from_params,
 )
 from omnihuman_jax.training.step import jit_train_step
@@ -223,7 +223,7 @@ class _Run:
 
     def dispatch(self, state: TrainState, batch: dict[str, np.ndarray], rate: float) -> tuple[TrainState, Any]:
         """Starts the step; the first of each shape compiles before it returns."""
-        placed, shape = self.place(batch), batch["latents"].shape
+        placed, shape = place_batch(self.config, self.mesh, batch), batch["latents"].shape
         if shape in self.compiled:
             return self.train_step(state, placed, jnp.float32(rate))
         self.compiled.add(shape)
@@ -244,15 +244,6 @@ class _Run:
             fresh = jax.jit(make_optimizer(self.config).init, out_shardings=shardings.opt_state)(state.params)
             return state._replace(opt_state=fresh)
         return state
-
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's rows onto the mesh."""
-        sharding = rules.batch_sharding(self.mesh)
-        shapes = batch_shapes(self.config, *batch["latents"].shape[1:4])
-        return {
-            name: jax.make_array_from_process_local_data(sharding, batch[name], shape)
-            for name, (shape, _) in shapes.items()
-        }
 
     def save(self, state: TrainState, step: int, stage: Stage, counter: RatioCounter) -> None:
         """Writes the running checkpoint, and at a stage's end the one kept for good and a sample video."""
@@ -300,7 +291,7 @@ class _Run:
         self.flush()
         with self.watchdog, self.goodput.cause("evaluate"):
             if self.held_out is None:
-                batches = [self.place(batch) for batch in self.held_out_batches]
+                batches = [place_batch(self.config, self.mesh, batch) for batch in self.held_out_batches]
                 self.held_out = HeldOutLoss(self.config, self.network, self.mesh, batches)
             self.writer.evaluation(step, self.held_out(state.ema))
         self.clock = time.perf_counter()

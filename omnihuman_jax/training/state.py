@@ -1,9 +1,11 @@
 """Train state: parameters, optimizer, EMA and step, sharded by the parameter rules; also abstract, to compile for."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -101,6 +103,16 @@ def batch_shapes(config: ConfigDict, latent_frames: int, rows: int, columns: int
         "audio": ((b, 4 * t + 2 * m.audio_context, m.audio_dim), jnp.float32),
         "keypoints": ((b, 4 * t, m.num_keypoints, 3), jnp.float32),
         "active": ((b, 4), jnp.bool_),
+    }
+
+
+def place_batch(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch onto the mesh: what the train step reads of it, as global arrays."""
+    sharding = rules.batch_sharding(mesh)
+    shapes = batch_shapes(config, *batch["latents"].shape[1:4])
+    return {
+        name: jax.make_array_from_process_local_data(sharding, batch[name], shape)
+        for name, (shape, _) in shapes.items()
     }
 
 

@@ -64,6 +64,19 @@ def wait_for_checkpoint(workdir: Path, started: list[subprocess.Popen], seconds:
         time.sleep(0.02)
 
 
+def half_written(workdir: Path, room: str) -> list[Path]:
+    """Checkpoints that are being written in `checkpoints` or `stages`."""
+    return list((workdir / room).glob("*.orbax-checkpoint-tmp*"))
+
+
+def wait_for_save(workdir: Path, room: str, started: list[subprocess.Popen], seconds: float = 600) -> None:
+    """Waits until a checkpoint is being written in `checkpoints` or `stages`, or the run has ended."""
+    end = time.monotonic() + seconds
+    while not half_written(workdir, room) and any(p.poll() is None for p in started):
+        assert time.monotonic() < end, f"nothing was saved in {room}"
+        time.sleep(0.001)
+
+
 def kill(started: list[subprocess.Popen]) -> None:
     """SIGKILL to all."""
     for process in started:

@@ -80,18 +80,35 @@ def alone(tmp_path_factory):
     return root
 
 
-def run_with_kills(root, name, kills, progress, seed=0):
-    """SIGKILLs the run at random moments, each some steps beyond the one before, then lets it end."""
-    rng, workdir = random.Random(seed), root / name
-    for kill in range(kills):
+def run_with_kills(root, name, moments, progress, seed=0):
+    """SIGKILLs the run some steps beyond the kill before, then lets it end.
+
+    Args:
+      root: folder of data and runs.
+      name: the run.
+      moments: of each kill: "random", or the room, "checkpoints" or "stages", that a save is under way in.
+      progress: steps after the kill before.
+      seed: of the random moments.
+
+    Returns:
+      How many kills left something half-written in each room.
+    """
+    rng, workdir, cut = random.Random(seed), root / name, Counter()
+    for kill, moment in enumerate(moments):
         before = lines_so_far(workdir) if kill else 0
         started = launch.start(root / "data", workdir)
         launch.wait_for_step(workdir, min(before + progress, STEPS - 1), started)
         if kill == 0:
             launch.wait_for_checkpoint(workdir, started)
-        time.sleep(rng.uniform(0, 0.3))
+        if moment == "random":
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            launch.wait_for_save(workdir, moment, started)
         launch.kill(started)
+        for room in ("checkpoints", "stages"):
+            cut[room] += bool(launch.half_written(workdir, room))
     assert launch.wait(launch.start(root / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    return cut
 
 
 def lines_so_far(workdir):
@@ -100,14 +117,16 @@ def lines_so_far(workdir):
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(alone):
-    run_with_kills(alone, "killed", kills=1, progress=8)
+    run_with_kills(alone, "killed", ["random"], progress=8)
     assert_same_run(alone / "killed", alone / "alone")
     assert "continuing" in launch.log(alone / "killed")
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_bit_for_bit_as_one_left_alone(alone):
-    run_with_kills(alone, "killed10", kills=10, progress=4, seed=1)
+    moments = ["random", "checkpoints", "stages", "random", "checkpoints", "random", "stages", *["random"] * 3]
+    cut = run_with_kills(alone, "killed10", moments, progress=2, seed=1)
+    assert cut["checkpoints"] and cut["stages"], "no kill fell into a save"
     assert_same_run(alone / "killed10", alone / "alone")
 
 
