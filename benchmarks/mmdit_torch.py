@@ -9,7 +9,6 @@ is the quicker.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import tempfile
@@ -26,8 +25,8 @@ import torch
 from absl import flags
 from flax import nnx
 
+from benchmarks import side_by_side
 from omnihuman_jax import command
-from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.mmdit import OmniHuman
@@ -55,10 +54,7 @@ class Sizes:
 
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
-    for field in dataclasses.fields(Sizes):
-        flags.DEFINE_integer(field.name, field.default, f"Size: {field.name}.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "Timed runs of each, after one that is not timed.", lower_bound=1)
-    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+    side_by_side.define_flags(Sizes, repeats=5, timed="Timed runs of each, after one that is not timed.")
 
 
 def model_config(sizes: Sizes) -> ModelConfig:
@@ -196,21 +192,17 @@ def compare(sizes: Sizes, dtype: str, repeats: int) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    values = flags.FLAGS
-    sizes = Sizes(**{field.name: values[field.name].value for field in dataclasses.fields(Sizes)})
-    if values.output and not Path(values.output).absolute().parent.is_dir():
-        raise UserError(f"--output={values.output}: its directory does not exist; make it first")
+    sizes = side_by_side.read_sizes(Sizes)
     results = []
     for dtype in ("float32", "bfloat16"):
-        result = compare(sizes, dtype, values.repeats)
+        result = compare(sizes, dtype, flags.FLAGS.repeats)
         print(
             f"{dtype}: ours {result['ours_seconds']:.3f} s, PyTorch {result['theirs_seconds']:.3f} s, theirs / ours "
             f"{result['ratio']:.2f}, gradients differ by {result['agreement']:.1e}",
             flush=True,
         )
         results.append(result)
-    if values.output:
-        Path(values.output).write_text(json.dumps(results, indent=2) + "\n")
+    side_by_side.write_results(results)
 
 
 if __name__ == "__main__":

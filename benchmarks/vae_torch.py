@@ -10,7 +10,6 @@ side's memory is not the other's. Prints the ratios theirs / ours: above 1 ours 
 """
 
 import dataclasses
-import json
 import multiprocessing
 import re
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from benchmarks import side_by_side
 from omnihuman_jax import command
 from omnihuman_jax.errors import UserError
 
@@ -43,10 +43,7 @@ class Sizes:
 
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
-    for field in dataclasses.fields(Sizes):
-        flags.DEFINE_integer(field.name, field.default, f"Size: {field.name}.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 3, "Timed runs in each process, after one that is not timed.", lower_bound=1)
-    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+    side_by_side.define_flags(Sizes, repeats=3, timed="Timed runs in each process, after one that is not timed.")
 
 
 def make_inputs(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
@@ -177,18 +174,15 @@ def _apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    values = flags.FLAGS
-    sizes = Sizes(**{field.name: values[field.name].value for field in dataclasses.fields(Sizes)})
+    sizes = side_by_side.read_sizes(Sizes)
     if sizes.frames % 4 != 1 or sizes.height % 8 or sizes.width % 8:
         raise UserError(f"a clip of {sizes}: frames must be 1 + 4n, height and width multiples of 8")
-    if values.output and not Path(values.output).absolute().parent.is_dir():
-        raise UserError(f"--output={values.output}: its directory does not exist; make it first")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         _apart(write_weights, sizes, folder)
         for dtype in ("float32", "bfloat16"):
             for task in TASKS:
-                result = compare(task, sizes, folder, dtype, values.repeats)
+                result = compare(task, sizes, folder, dtype, flags.FLAGS.repeats)
                 print(
                     f"{task} {dtype}: ours {result['ours_seconds']:.2f} s and {result['ours_peak_bytes'] / 2**30:.2f} "
                     f"GiB, PyTorch {result['theirs_seconds']:.2f} s and {result['theirs_peak_bytes'] / 2**30:.2f} GiB; "
@@ -197,8 +191,7 @@ def main(_: list[str]) -> None:
                     flush=True,
                 )
                 results.append(result)
-    if values.output:
-        Path(values.output).write_text(json.dumps(results, indent=2) + "\n")
+    side_by_side.write_results(results)
 
 
 if __name__ == "__main__":

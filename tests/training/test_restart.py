@@ -162,7 +162,7 @@ def test_a_process_that_dies_ends_all_others(alone):
     started = launch.start(alone / "data", workdir, processes=2)
     launch.wait_for_step(workdir, 6, started)
     started[1].kill()
-    statuses = launch.wait(started, seconds=300)
+    statuses = launch.wait(started, seconds=180)
     assert statuses[1] == -signal.SIGKILL and statuses[0] != 0
     assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
     assert_same_run(workdir, alone / "alone", exact=False)
