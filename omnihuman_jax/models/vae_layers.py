@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 _KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for convolutions
+_CPU_PIXELS = 128 * 128  # of one 2D convolution on CPU: with more, Eigen's takes up to twice as long a pixel
 
 
 def _conv3d(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
@@ -22,21 +23,32 @@ def _conv3d(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax
     )
 
 
-def _conv2d_over_stacked_frames(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
-    """The same as `_conv3d`: the kernel's frames stacked on channels, the clip's frames folded into the batch."""
-    taps, rows, columns, cin, cout = kernel.shape
-    batch, frames = x.shape[0], x.shape[1] - taps + 1
-    stacked = jnp.concatenate([x[:, k : k + frames] for k in range(taps)], axis=-1) if taps > 1 else x
-    stacked = stacked.reshape(batch * frames, *stacked.shape[2:])
-    flat = kernel.transpose(1, 2, 0, 3, 4).reshape(rows, columns, taps * cin, cout)
-    out = lax.conv_general_dilated(stacked, flat, (stride, stride), spatial, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return out.reshape(batch, frames, *out.shape[1:])
+def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
+    """The same as `_conv3d`: one 2D convolution for each of the kernel's frames, over a few of the clip's at a time.
+
+    Computes in float32, as XLA does on CPU whatever the type, so that the sum over taps is not rounded.
+    """
+    taps, batch, frames = kernel.shape[0], x.shape[0], x.shape[1] - kernel.shape[0] + 1
+    size, dtype = max(1, _CPU_PIXELS // (batch * x.shape[2] * x.shape[3])), x.dtype
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+
+    def some(start: int) -> jax.Array:
+        count = min(size, frames - start)
+        parts = [x[:, start + tap : start + tap + count].reshape(batch * count, *x.shape[2:]) for tap in range(taps)]
+        layout = ("NHWC", "HWIO", "NHWC")
+        out = sum(
+            lax.conv_general_dilated(part, one, (stride, stride), spatial, dimension_numbers=layout)
+            for part, one in zip(parts, kernel, strict=True)
+        )
+        return out.reshape(batch, count, *out.shape[1:])
+
+    return jnp.concatenate([some(start) for start in range(0, frames, size)], axis=1).astype(dtype)
 
 
 def conv(x: jax.Array, kernel: jax.Array, spatial: tuple = ((0, 0), (0, 0)), stride: int = 1) -> jax.Array:
     """Convolution, not padded in time, chosen at lowering for the platform.
 
-    XLA's 3D convolution on CPU is 3-4 times slower than a 2D one of equal work, so CPU gets the 2D form.
+    XLA's 3D convolution on CPU is 2-4 times slower than 2D ones of equal work, so CPU gets the 2D form.
 
     Args:
       x: (B, F, H, W, Cin).
@@ -51,7 +63,7 @@ def conv(x: jax.Array, kernel: jax.Array, spatial: tuple = ((0, 0), (0, 0)), str
     def form(function):
         return lambda x, kernel: function(x, kernel, spatial, stride)
 
-    return lax.platform_dependent(x, kernel, cpu=form(_conv2d_over_stacked_frames), default=form(_conv3d))
+    return lax.platform_dependent(x, kernel, cpu=form(_conv2d_by_taps), default=form(_conv3d))
 
 
 class Stream:

@@ -97,9 +97,10 @@ def reference_conv(x, kernel, bias, rows, columns, stride):
 )
 def test_causal_convolution_is_the_textbook_sum(monkeypatch, form, kernel_size, padding, stride):
     if form == "conv3d":  # what a TPU lowers
-        monkeypatch.setattr(vae_layers, "_conv2d_over_stacked_frames", vae_layers._conv3d)
+        monkeypatch.setattr(vae_layers, "_conv2d_by_taps", vae_layers._conv3d)
     if form == "conv2d":
-        monkeypatch.setattr(vae_layers, "_conv3d", vae_layers._conv2d_over_stacked_frames)
+        monkeypatch.setattr(vae_layers, "_conv3d", vae_layers._conv2d_by_taps)
+        monkeypatch.setattr(vae_layers, "_CPU_PIXELS", 300)  # three frames, then one
     layer = vae_layers.CausalConv3d(2, 3, kernel_size, dtype=jnp.float32, rngs=nnx.Rngs(0))
     layer.bias.set_value(jnp.array([0.5, -1.0, 2.0]))
     x = np.random.default_rng(0).normal(size=(2, 4, 6, 8, 2)).astype(np.float32)
