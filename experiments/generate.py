@@ -31,6 +31,9 @@ _FLAGS = (
     flags.DEFINE_float("final_guidance_scale", None, "Guidance scale at the last step."),
     flags.DEFINE_enum("guidance_mode", None, list(guidance.MODES), "Text and audio jointly, or each by its scale."),
     flags.DEFINE_float("text_guidance_scale", None, "Text's own scale, in separate mode."),
+    flags.DEFINE_integer(
+        "vae_tile", 0, "Large frames: side in pixels of the VAE's tiles; 0 takes frames whole.", lower_bound=0
+    ),
     flags.DEFINE_bool("ema", None, "The EMA of the parameters (default), or the raw ones with --noema."),
 )
 

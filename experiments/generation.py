@@ -24,6 +24,7 @@ from omnihuman_jax.inference import export, images, segments
 from omnihuman_jax.inference.generate import Request, check_request, generate, pixel_multiple
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
+from omnihuman_jax.models.vae_streaming import Tiling
 from omnihuman_jax.training.state import make_network
 
 OUTPUT_RATE = 48_000  # of the output's sound, in Hz; the encoder's 16 kHz would dull it
@@ -50,6 +51,7 @@ class Options:
     guidance_mode: str | None = None
     text_guidance_scale: float | None = None
     ema: bool | None = None
+    vae_tile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +282,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
     if made_with:
         cli.check_vae(config.vae.checkpoint, made_with)
     network, vae = make_network(config), load_vae(config.vae.to_dict())
+    tiling = Tiling.of_side(options.vae_tile, vae.config.spatial_stride)
     multiple = pixel_multiple(network.config, vae)
     shape = inputs.image.shape[:2]
     size = images.complete_size(options.height, options.width, shape, trained_sizes(config, multiple), multiple)
@@ -290,7 +293,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
     count = describe(config, info, request, settings)
     progress = Progress(count * settings.steps)
     try:
-        frames = generate(network, params, vae, request, settings, progress)
+        frames = generate(network, params, vae, request, settings, progress, tiling)
     finally:
         progress.bar.close()
     media.write_mp4(options.output, images.to_pixels(frames), audio=inputs.sound, audio_rate=OUTPUT_RATE)

@@ -148,6 +148,15 @@ def test_seconds_overrule_the_recording_and_sound_is_taken_from_a_video(run, fil
     assert "conditions: text, reference, audio, pose\n" in printed and "last frame is held" in printed
 
 
+def test_tiles_of_the_vae_change_a_clip_a_little(run, tmp_path):
+    whole, tiled = (
+        media.read_video(run(output=tmp_path / f"{tile}.mp4", height=48, width=64, steps=1, vae_tile=tile)).astype(int)
+        for tile in (0, 32)
+    )
+    assert whole.shape == tiled.shape
+    assert 0 < np.abs(whole - tiled).mean() < 20
+
+
 def test_the_seed_decides_the_clip(run, tmp_path):
     one, again, other = (
         media.read_video(run(output=tmp_path / f"{name}.mp4", seed=seed))
@@ -175,6 +184,7 @@ def test_the_seed_decides_the_clip(run, tmp_path):
         ({"steps": 0}, "steps=0"),
         ({"guidance_scale": -1}, "guidance"),
         ({"reference": None}, "--reference is missing"),
+        ({"vae_tile": 20}, "--vae_tile=20: must be a multiple of"),
     ],
 )
 def test_bad_input_is_named_before_the_model_is_loaded(run, files, tmp_path, monkeypatch, given, message):

@@ -30,6 +30,9 @@ _SIZES = flags.DEFINE_string(
 )
 _CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames of every clip at 25 fps; 1 + 4n.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Threads that decode and detect.")
+_TILE = flags.DEFINE_integer(
+    "vae_tile", 0, "Large frames: side in pixels of the VAE's tiles, as 512; 0 takes frames whole.", lower_bound=0
+)
 _BATCH = flags.DEFINE_integer("vae_batch", 8, "Clips that the VAE encodes at a time.")
 _AUDIO = flags.DEFINE_string(
     "audio_encoder",
@@ -76,7 +79,7 @@ def _settings() -> pipeline.Settings:
     vae = pathlib.Path(_VAE.value)
     if not vae.is_file():
         raise UserError(f"--vae={vae}: no such file; train one with python -m experiments.train_vae")
-    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, sha256_of(vae))
+    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, sha256_of(vae), _TILE.value)
 
 
 def main() -> None:
@@ -96,7 +99,8 @@ def main() -> None:
     from omnihuman_jax.models import vae_streaming
 
     vae = vaes.load_vae(_VAE.value)
-    encode = functools.partial(vae_streaming.encode_clip, vae)
+    tiling = vae_streaming.Tiling.of_side(_TILE.value, vae.config.spatial_stride)
+    encode = functools.partial(vae_streaming.encode_clip, vae, tiling=tiling)
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         if detects:

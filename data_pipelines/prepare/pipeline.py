@@ -35,11 +35,13 @@ class Settings:
       sizes: training sizes (height, width) in pixels, each divisible by 16.
       clip_frames: frames of every clip, 1 + 4n.
       vae_sha256: digest of the VAE's file.
+      vae_tile: side in pixels of the VAE's tiles, which change latents a little; 0 is none.
     """
 
     sizes: tuple[tuple[int, int], ...]
     clip_frames: int
     vae_sha256: str
+    vae_tile: int = 0
 
 
 @dataclasses.dataclass

@@ -88,7 +88,11 @@ def get_config(recipe: str = "published") -> ConfigDict:
             # Parameters of a condition that a stage switches on have had no gradient yet: with the moments kept, Adam's
             # bias correction is used up and its steps on them are up to 6 times too long.
             "reset_at_stage": True,
-            "mu_dtype": "float32",  # first moments; bfloat16 saves two bytes a parameter
+            # First and second moments; bfloat16 saves two bytes a parameter each.
+            "mu_dtype": "float32",
+            "nu_dtype": "float32",
+            # Of what is bfloat16: these moments, and the parameters with model.param_dtype.
+            "stochastic_rounding": False,
             "accumulate": 1,  # micro-batches of a step, one after the other
         }
     )

@@ -20,7 +20,7 @@ from omnihuman_jax.inference.sampling import Inputs, Progress, Settings, sample_
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae import VAE
-from omnihuman_jax.models.vae_streaming import decode_clip, encode_clip
+from omnihuman_jax.models.vae_streaming import Tiling, decode_clip, encode_clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +95,15 @@ def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
     return vae.config.spatial_stride * model.patch_size[1]
 
 
-def encode_reference(vae: VAE, image: np.ndarray, height: int, width: int) -> jax.Array:
+def encode_reference(vae: VAE, image: np.ndarray, height: int, width: int, tiling: Tiling | None = None) -> jax.Array:
     """Normalised latent (H, W, C) of a uint8 picture (h, w, 3), fitted to height x width pixels."""
     pixels = images.to_model(images.cover(image, height, width))
-    return jnp.asarray(encode_clip(vae, pixels[None, None])[0, 0])
+    return jnp.asarray(encode_clip(vae, pixels[None, None], tiling=tiling)[0, 0])
 
 
-def decode_latents(vae: VAE, latents: jax.Array) -> np.ndarray:
+def decode_latents(vae: VAE, latents: jax.Array, tiling: Tiling | None = None) -> np.ndarray:
     """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream."""
-    return decode_clip(vae, latents)
+    return decode_clip(vae, latents, tiling=tiling)
 
 
 def pad_text(states: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,13 @@ def pad_text(states: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def generate(
-    network: Network, params: Any, vae: VAE, request: Request, settings: Settings, on_step: Progress | None = None
+    network: Network,
+    params: Any,
+    vae: VAE,
+    request: Request,
+    settings: Settings,
+    on_step: Progress | None = None,
+    tiling: Tiling | None = None,
 ) -> np.ndarray:
     """Generates one clip.
 
@@ -126,6 +132,7 @@ def generate(
       request: what to generate.
       settings: how to sample.
       on_step: called after every sampling step with (segment, segments, step, steps).
+      tiling: how the VAE cuts large frames; None takes them whole.
 
     Returns:
       float32 frames (F, height, width, 3) in [-1, 1], F = `request.frames`.
@@ -140,7 +147,7 @@ def generate(
         text, text_mask = (value[None] for value in pad_text(request.text, model.text_len))
     inputs = Inputs(
         active=request.active,
-        reference=encode_reference(vae, request.reference, request.height, request.width)[None],
+        reference=encode_reference(vae, request.reference, request.height, request.width, tiling)[None],
         text=text,
         text_mask=text_mask,
         audio=None if request.audio is None else np.asarray(request.audio, np.float32)[None],
@@ -149,4 +156,4 @@ def generate(
     latents = sample_latents(
         network, params, inputs, settings, frames=request.frames, seeds=[request.seed], on_step=on_step
     )
-    return decode_latents(vae, latents)[0, : request.frames]
+    return decode_latents(vae, latents, tiling)[0, : request.frames]

@@ -43,6 +43,19 @@ class Tiling:
     size: int = 512
     overlap: int = 128
 
+    @classmethod
+    def of_side(cls, side: int, stride: int) -> "Tiling | None":
+        """Tiles of `side` pixels that share a quarter, for a VAE of that spatial stride; None for side 0.
+
+        Raises:
+          UserError: a side that the stride does not divide, or that is too small to share anything.
+        """
+        if not side:
+            return None
+        if side % stride or side < 4 * stride:
+            raise UserError(f"--vae_tile={side}: must be a multiple of {stride} from {4 * stride} on, for example 512")
+        return cls(side, side // 4 // stride * stride)
+
     def check(self, stride: int) -> None:
         """Raises UserError unless tiles and overlap are multiples of the VAE's spatial stride (pixels)."""
         if self.size % stride or self.overlap % stride or not 0 <= self.overlap < self.size:

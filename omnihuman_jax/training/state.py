@@ -10,9 +10,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.training import low_precision
 
 
 class TrainState(NamedTuple):
@@ -40,6 +42,9 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW without the learning rate, which the step multiplies in (it changes by stage).
 
     Weight decay acts on kernels only (matrices and convolutions), not on biases, norms or learned tokens.
+
+    Raises:
+      UserError: a type of the moments that there is not.
     """
     opt = config.optimizer
 
@@ -48,9 +53,22 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(opt.clip),
-        optax.scale_by_adam(b1=opt.b1, b2=opt.b2, eps=opt.eps, mu_dtype=jnp.dtype(opt.mu_dtype)),
+        low_precision.scale_by_adam(
+            b1=opt.b1,
+            b2=opt.b2,
+            eps=opt.eps,
+            mu_dtype=_float_type(opt, "mu_dtype"),
+            nu_dtype=_float_type(opt, "nu_dtype"),
+            seed=config.seed + 2 if opt.stochastic_rounding else None,
+        ),
         optax.add_decayed_weights(opt.weight_decay, mask=decayed),
     )
+
+
+def _float_type(optimizer: ConfigDict, key: str) -> Any:
+    if optimizer[key] not in ("float32", "bfloat16"):
+        raise UserError(f"optimizer.{key}={optimizer[key]!r}: must be one of float32, bfloat16")
+    return jnp.dtype(optimizer[key])
 
 
 def create_state(config: ConfigDict, network: Network) -> TrainState:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from omnihuman_jax.diffusion import flow, time
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.training import low_precision
 from omnihuman_jax.training.state import TrainState, abstract_state, make_optimizer
 
 Metrics = dict[str, jax.Array]
@@ -33,6 +34,13 @@ def draw_noise(config: ConfigDict, step: jax.Array, shape: tuple[int, ...]) -> t
     tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
     shift = time.shift_from_config(d.shift, tokens, is_image=shape[1] == 1)
     return time.shift(t, shift), jax.random.normal(noise_key, shape, jnp.float32)
+
+
+def rounding_key(config: ConfigDict, step: jax.Array) -> jax.Array | None:
+    """Key of a step's stochastic rounding of bfloat16 parameters; None without `optimizer.stochastic_rounding`."""
+    if not config.optimizer.stochastic_rounding:
+        return None
+    return jax.random.fold_in(jax.random.key(config.seed + 3), step)
 
 
 def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array) -> jax.Array:
@@ -106,7 +114,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * u, updates))
+        params = low_precision.descend(state.params, updates, learning_rate, rounding_key(config, state.step))
         decay = ema_decay_at(state.step, config.ema_decay)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state.ema, params)
         made = TrainState(state.step, params, opt_state, ema)

@@ -165,6 +165,15 @@ def test_tiles_cover_a_side_and_their_weights_add_up(length, size, overlap):
     np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
+def test_tiles_by_their_side_share_a_quarter():
+    assert streaming.Tiling.of_side(0, 8) is None
+    assert streaming.Tiling.of_side(512, 8) == streaming.Tiling(512, 128)
+    assert streaming.Tiling.of_side(40, 8) == streaming.Tiling(40, 8)
+    for side in (12, 24):
+        with pytest.raises(UserError, match=f"--vae_tile={side}: must be a multiple of 8 from 32 on"):
+            streaming.Tiling.of_side(side, 8)
+
+
 def test_wrong_chunks_and_tiles_are_refused():
     vae = build("wan2.1")
     with pytest.raises(UserError, match="a chunk of 3 frames: after the first chunk the VAE needs a multiple of 4"):

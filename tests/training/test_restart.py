@@ -76,11 +76,11 @@ def alone(tmp_path_factory):
     """The run that nothing happens to."""
     root = tmp_path_factory.mktemp("restart")
     tiny_data(root / "data")
-    assert launch.wait(launch.start(root / "data", root / "alone")) == [0], launch.log(root / "alone")[-3000:]
+    finish(root, root / "alone")
     return root
 
 
-def run_with_kills(root, name, moments, progress, seed=0):
+def run_with_kills(root, name, moments, progress, seed=0, processes=1):
     """SIGKILLs the run some steps beyond the kill before, then lets it end.
 
     Args:
@@ -89,6 +89,7 @@ def run_with_kills(root, name, moments, progress, seed=0):
       moments: of each kill: "random", or the room, "checkpoints" or "stages", that a save is under way in.
       progress: steps after the kill before.
       seed: of the random moments.
+      processes: of the run.
 
     Returns:
       How many kills left something half-written in each room.
@@ -96,7 +97,7 @@ def run_with_kills(root, name, moments, progress, seed=0):
     rng, workdir, cut = random.Random(seed), root / name, Counter()
     for kill, moment in enumerate(moments):
         before = lines_so_far(workdir) if kill else 0
-        started = launch.start(root / "data", workdir)
+        started = launch.start(root / "data", workdir, processes=processes)
         launch.wait_for_step(workdir, min(before + progress, STEPS - 1), started)
         if kill == 0:
             launch.wait_for_checkpoint(workdir, started)
@@ -107,8 +108,14 @@ def run_with_kills(root, name, moments, progress, seed=0):
         launch.kill(started)
         for room in ("checkpoints", "stages"):
             cut[room] += bool(launch.half_written(workdir, room))
-    assert launch.wait(launch.start(root / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    finish(root, workdir, processes)
     return cut
+
+
+def finish(root, workdir, processes=1):
+    """Starts the run and lets it end."""
+    statuses = launch.wait(launch.start(root / "data", workdir, processes=processes))
+    assert statuses == [0] * processes, launch.log(workdir)[-3000:]
 
 
 def lines_so_far(workdir):
@@ -143,8 +150,15 @@ def test_two_processes_train_as_one_and_stop_together(alone):
     workdir = alone / "two"
     stop_after(alone, workdir, 8, processes=2)
     assert "stopped by another process after step" in launch.log(workdir)
-    assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    finish(alone, workdir)
     assert_same_run(workdir, alone / "alone", exact=False)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_end_bit_for_bit_as_two_left_alone(alone):
+    finish(alone, alone / "two-alone", processes=2)
+    run_with_kills(alone, "two-killed", ["random", "random"], progress=12, processes=2)
+    assert_same_run(alone / "two-killed", alone / "two-alone")
 
 
 @pytest.mark.slow
@@ -152,7 +166,7 @@ def test_process_counts_may_change_from_one_to_two_to_four_to_one(alone):
     workdir = alone / "elastic"
     for step, processes in ((8, 1), (22, 2), (40, 4)):
         stop_after(alone, workdir, step, processes)
-    assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    finish(alone, workdir)
     assert_same_run(workdir, alone / "alone", exact=False)
 
 
@@ -164,5 +178,5 @@ def test_a_process_that_dies_ends_all_others(alone):
     started[1].kill()
     statuses = launch.wait(started, seconds=180)
     assert statuses[1] == -signal.SIGKILL and statuses[0] != 0
-    assert launch.wait(launch.start(alone / "data", workdir)) == [0], launch.log(workdir)[-3000:]
+    finish(alone, workdir)
     assert_same_run(workdir, alone / "alone", exact=False)

@@ -1,0 +1,120 @@
+"""What lower precision of parameters and optimizer states costs and saves: loss, memory of the state, step time.
+
+python -m benchmarks.dtypes --data=DIR [--config=experiments/configs/demo.py] [--steps=60] [--output=FILE.json]
+
+Side by side in one run: every variant starts from the same parameters and takes the same batches (the first stage's),
+noise and learning rate, a step of each in turn. The loss is the mean over the last quarter of the steps.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from data_pipelines.feed import Feed
+from data_pipelines.schema import Dataset
+from experiments import cli
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding import mesh as mesh_lib
+from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.state import init_state, make_network, place_batch
+from omnihuman_jax.training.step import jit_train_step
+
+BF16 = "bfloat16"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "first moments": {"mu_dtype": BF16},
+    "both moments": {"mu_dtype": BF16, "nu_dtype": BF16},
+    "both moments, stochastic": {"mu_dtype": BF16, "nu_dtype": BF16, "stochastic_rounding": True},
+    "parameters": {"param_dtype": BF16},
+    "parameters, stochastic": {"param_dtype": BF16, "stochastic_rounding": True},
+    "all, stochastic": {"param_dtype": BF16, "mu_dtype": BF16, "nu_dtype": BF16, "stochastic_rounding": True},
+}
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    cli.define_config_flag()
+    flags.DEFINE_string("data", None, "Data set made by data_pipelines.prepare.")
+    flags.DEFINE_integer("steps", 60, "Steps of each variant.", lower_bound=4)
+    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+
+
+def variant_of(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """The config with a variant's types."""
+    config = ConfigDict(config.to_dict())
+    for key, value in changes.items():
+        (config.model if key == "param_dtype" else config.optimizer)[key] = value
+    return config
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of parameters and optimizer, over all devices, without the EMA, which is float32 in any case."""
+    return sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+
+
+def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
+    """Trains all variants side by side; see the module."""
+    stages = curriculum(config)
+    feed, mesh, rate = (
+        Feed.from_config(config, stages, dataset),
+        mesh_lib.training_mesh(config),
+        stages[0].learning_rate,
+    )
+    runs: dict[str, dict[str, Any]] = {}
+    with jax.set_mesh(mesh):
+        start = init_state(config, mesh, make_network(config))
+        for name, changes in VARIANTS.items():
+            changed = variant_of(config, changes)
+            network = make_network(changed)
+            state = init_state(changed, mesh, network)
+            params = jax.tree.map(lambda p, like: jnp.array(p, like.dtype), start.params, state.params)
+            state = state._replace(params=params, ema=jax.tree.map(jnp.array, start.ema))
+            step = jit_train_step(changed, network, mesh)
+            runs[name] = {"state": state, "step": step, "bytes": state_bytes(state), "losses": [], "seconds": []}
+        batches = feed.iterate(1, slice(0, config.global_batch_size))
+        for _, batch in zip(range(steps), batches, strict=False):
+            placed = place_batch(config, mesh, batch)
+            for run in runs.values():
+                begin = time.perf_counter()
+                run["state"], metrics = run["step"](run["state"], placed, rate)
+                run["losses"].append(float(metrics["loss"]))
+                run["seconds"].append(time.perf_counter() - begin)
+    base = runs["float32"]
+    return [
+        {
+            "variant": name,
+            "loss": statistics.mean(run["losses"][-steps // 4 :]),
+            "state_bytes": run["bytes"],
+            "bytes_ratio": run["bytes"] / base["bytes"],
+            "step_ratio": statistics.median(run["seconds"]) / statistics.median(base["seconds"]),
+        }
+        for name, run in runs.items()
+    ]
+
+
+def main(_: list[str]) -> None:
+    """Entry point."""
+    config, data, values = flags.FLAGS.config, flags.FLAGS.data, flags.FLAGS
+    if config is None or not data:
+        raise UserError("give --config=PRESET.py and --data=DIR")
+    cli.setup_platform(config)
+    results = compare(config, Dataset.open(data), values.steps)
+    for r in results:
+        print(
+            f"{r['variant']:26} loss {r['loss']:.4f}, parameters and moments {r['state_bytes'] / 2**20:.1f} MiB "
+            f"({r['bytes_ratio']:.2f}), step {r['step_ratio']:.2f}"
+        )
+    if values.output:
+        Path(values.output).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run_main(main)
