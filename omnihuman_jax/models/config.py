@@ -51,9 +51,14 @@ class ModelConfig:
       guidance_default: guidance scale where the caller gives none; 0: it has to be given.
       text_cross_attention_dual, text_cross_attention_single: visual tokens attend to the block's text tokens once more,
         with projections of their own, in the dual or the single blocks (Motif-Video); never in the decoder tail.
+      text2_dim: width of a second text encoder's token states in the batch's `text2`, which join the text tokens
+        (HunyuanVideo-1.5: Glyph-ByT5 states of the words to be written in the picture; 0: none).
       condition_channels: channels stacked on the noisy latents from the batch's `condition` (Motif-Video: 16 of the
-        first frame's latents and a mask); left out of the batch they are zero, which is text-to-video.
+        first frame's latents and a mask; HunyuanVideo-1.5: 32 and a mask); left out of the batch they are zero, which
+        is text-to-video.
       image_embed_dim: width of the image encoder's states in the batch's `image`, which join the text tokens (0: none).
+      token_kinds: tokens of the text, the second text and the image carry a learned embedding of their kind, and a
+        sample whose image states are all zero has no image (HunyuanVideo-1.5).
       reference_time_slot: RoPE time of the reference tokens (0: the paper's zeroed temporal component).
       motion_frames: clean latent frames M ahead of the noisy ones.
       audio_dim: width of the audio features per 25 fps frame.
@@ -99,8 +104,10 @@ class ModelConfig:
     guidance_default: float = 0.0
     text_cross_attention_dual: bool = False
     text_cross_attention_single: bool = False
+    text2_dim: int = 0
     condition_channels: int = 0
     image_embed_dim: int = 0
+    token_kinds: bool = False
     reference_time_slot: float = 0
     motion_frames: int = 2
     audio_dim: int = 384

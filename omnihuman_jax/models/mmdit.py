@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
     Attributes:
       visual: [reference | motion | video] tokens, (B, N, hidden).
-      text: (B, L, hidden).
+      text: (B, L, hidden), and after them those of a second text.
       audio: (B, T * audio_tokens, hidden), or None where no sample of the batch has audio.
       vec: (B, S, 2, hidden) float32 modulation vectors: noisy, and clean (t = 0).
       image: (B, I, hidden) tokens of an image encoder, which go where the text goes, or None.
@@ -93,8 +93,14 @@ class OmniHuman(nnx.Module):
         self.null_text = nnx.Param(0.02 * jax.random.normal(rngs.params(), (dim,), jnp.dtype(config.param_dtype)))
         if config.text_refiner_depth:
             self.refiner = text.TokenRefiner(config, rngs=rngs)
+        if config.text2_dim:
+            self.text2_embed = text.Text2Embedder(config, rngs=rngs)
         if config.image_embed_dim:
             self.image_embed = text.ImageEmbedder(config, rngs=rngs)
+        if config.token_kinds:
+            dtypes = {"dtype": config.compute_dtype, "param_dtype": jnp.dtype(config.param_dtype)}
+            init = nnx.initializers.normal(0.02)
+            self.kind_embed = nnx.Embed(len(text.KINDS), dim, embedding_init=init, rngs=rngs, **dtypes)
         if config.pooled_text_dim:
             self.pooled_embed = Embedder(config, config.pooled_text_dim, rngs=rngs)
         if config.guidance_embed:
@@ -126,7 +132,8 @@ class OmniHuman(nnx.Module):
             as fractions of the frame, `active` (B, 4) bool in the order of `conditions.CONDITIONS`. Leaving out
             `audio` or `keypoints` says that no sample has it, gives the same values and saves the work. A base with
             `condition_channels` also takes `condition` (B, T, H, W, condition_channels), one with `image_embed_dim`
-            also `image` (B, I, image_embed_dim), both optional.
+            also `image` (B, I, image_embed_dim), one with `text2_dim` also `text2` (B, L2, text2_dim) with `text2_mask`
+            (B, L2) bool, all optional. The second text belongs to the text: a sample without text has neither.
           pooled: (B, pooled_text_dim) pooled text vector, with `pooled_text_dim`.
           guidance: (B,) guidance scale, with `guidance_embed`.
 
@@ -170,13 +177,12 @@ class OmniHuman(nnx.Module):
         if self._given("condition", batch.get("condition"), "condition_channels"):
             stacked = self.condition_embed(tk.patchify(batch["condition"], config.patch_size))
             value = value.at[:, -stacked.shape[1] :].add(stacked)
-        has_image = self._given("image", batch.get("image"), "image_embed_dim")
         return Inputs(
             visual._replace(value=value),
-            self._text(batch["text"], batch["text_mask"] & has_text[:, None], t),
+            self._text(batch, has_text, t),
             self.audio(batch["audio"], active[:, AUDIO]) if "audio" in batch else None,
             self._vectors(t, has_text, pooled, guidance)[:, None],
-            text.image_tokens(self.image_embed(batch["image"])) if has_image else None,
+            self._image(batch.get("image")),
         )
 
     def _given(self, name: str, value: jax.Array | None, key: str, *, required: bool = False) -> bool:
@@ -187,12 +193,33 @@ class OmniHuman(nnx.Module):
             raise UserError(f"{name} is {wrong}, but the model has model.{key}={setting}")
         return value is not None
 
-    def _text(self, states: jax.Array, mask: jax.Array, t: jax.Array) -> tk.Tokens:
-        states = jnp.where(mask[..., None], states, 0).astype(self.config.compute_dtype)
+    def _text(self, batch: Mapping[str, jax.Array], has_text: jax.Array, t: jax.Array) -> tk.Tokens:
+        mask = batch["text_mask"] & has_text[:, None]
+        states = jnp.where(mask[..., None], batch["text"], 0).astype(self.config.compute_dtype)
         embedded = self.text_embed(states)
         if self.config.text_refiner_depth:
             embedded = self.refiner(embedded, states, mask, t)
-        return text.text_tokens(embedded, mask, self.null_text[...])
+        # The null token is learned as a whole and gets no embedding of a kind.
+        words = text.text_tokens(self._of_kind(embedded, "text"), mask, self.null_text[...])
+        if not self._given("text2", batch.get("text2"), "text2_dim"):
+            return words
+        self._given("text2_mask", batch.get("text2_mask"), "text2_dim", required=True)
+        mask = batch["text2_mask"] & has_text[:, None]
+        embedded = self.text2_embed(jnp.where(mask[..., None], batch["text2"], 0))
+        return tk.concatenate(words, text.joining_tokens(self._of_kind(embedded, "text2"), mask))
+
+    def _image(self, states: jax.Array | None) -> tk.Tokens | None:
+        if not self._given("image", states, "image_embed_dim"):
+            return None
+        present = (states != 0).any((1, 2)) if self.config.token_kinds else jnp.ones(len(states), bool)
+        mask = jnp.broadcast_to(present[:, None], states.shape[:2])
+        return text.joining_tokens(self._of_kind(self.image_embed(states), "image"), mask)
+
+    def _of_kind(self, embedded: jax.Array, kind: str) -> jax.Array:
+        """Embedded tokens (B, n, hidden) with the embedding of their kind, where the model has them."""
+        if not self.config.token_kinds:
+            return embedded
+        return embedded + self.kind_embed(jnp.asarray(text.KINDS.index(kind)))
 
     def _vectors(self, t: jax.Array, has_text: jax.Array, pooled, guidance) -> jax.Array:
         """Modulation vectors (B, 2, hidden): of the noisy tokens at t, and of the clean ones at 0."""

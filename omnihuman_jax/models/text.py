@@ -1,4 +1,7 @@
-"""Text condition: projection of the encoder's token states, the optional token refiner, and the learned null token."""
+"""Text condition: projection of the encoder's token states, the optional token refiner, and the learned null token.
+
+What joins the text tokens in some bases is here too: a second encoder's states and an image encoder's.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,9 @@ from omnihuman_jax.models.attention import attend
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.layers import TIME_FREQUENCIES, ZEROS, Embedder, linear, sinusoid
 from omnihuman_jax.tokens import Tokens
+
+KINDS = ("text", "text2", "image")  # rows of the embedding of a token's kind
+TEXT2_INNER = 2048  # inner width of the second text's projection, whatever the network's
 
 
 class TextMLP(nnx.Module):
@@ -28,13 +34,33 @@ def make_text_embed(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return linear(config, config.text_dim, config.hidden_size, rngs=rngs)
 
 
+def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(size, epsilon=1e-5, dtype=jnp.float32, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+
+
+class Text2Embedder(nnx.Module):
+    """States of a second text encoder (B, L2, text2_dim) -> tokens (B, L2, hidden) beside the text.
+
+    HunyuanVideo-1.5 has Glyph-ByT5 there.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.norm = _norm(config, config.text2_dim, rngs)
+        self.fc1 = linear(config, config.text2_dim, TEXT2_INNER, rngs=rngs)
+        self.fc2 = linear(config, TEXT2_INNER, TEXT2_INNER, rngs=rngs)
+        self.fc3 = linear(config, TEXT2_INNER, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jax.nn.gelu(self.fc1(self.norm(x)), approximate=False)
+        return self.fc3(jax.nn.gelu(self.fc2(x), approximate=False))
+
+
 class ImageEmbedder(nnx.Module):
     """States of an image encoder (B, I, image_embed_dim) -> tokens (B, I, hidden) beside the text (Motif-Video)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config, dim = config, config.image_embed_dim
-        norm = {"epsilon": 1e-5, "dtype": jnp.float32, "param_dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
-        self.norm_in, self.norm_out = nnx.LayerNorm(dim, **norm), nnx.LayerNorm(config.hidden_size, **norm)
+        self.norm_in, self.norm_out = _norm(config, dim, rngs), _norm(config, config.hidden_size, rngs)
         self.fc1 = linear(config, dim, dim, rngs=rngs)
         self.fc2 = linear(config, dim, config.hidden_size, rngs=rngs)
 
@@ -43,10 +69,10 @@ class ImageEmbedder(nnx.Module):
         return self.norm_out(x).astype(self.config.compute_dtype)
 
 
-def image_tokens(embedded: jax.Array) -> Tokens:
-    """Image tokens of the joint attention: embedded (B, I, hidden), all present."""
-    b, size, _ = embedded.shape
-    return Tokens(embedded, jnp.zeros((1, size, 3)), jnp.ones((b, size), jnp.int32), jnp.zeros((1, size), bool))
+def joining_tokens(embedded: jax.Array, mask: jax.Array) -> Tokens:
+    """Tokens without positions that join the text: embedded (B, n, hidden), mask (B, n) bool of those present."""
+    size = embedded.shape[1]
+    return Tokens(embedded, jnp.zeros((1, size, 3)), mask.astype(jnp.int32), jnp.zeros((1, size), bool))
 
 
 def text_tokens(embedded: jax.Array, mask: jax.Array, null: jax.Array) -> Tokens:

@@ -16,6 +16,7 @@ from tests.models.reference import Reference
 from tests.models.tiny import B, H, T, W, initial, random_batch, tiny_config, trained, velocity
 
 MOTIF = {"num_decoder_blocks": 1, "text_cross_attention_dual": True, "text_cross_attention_single": True}
+HUNYUAN15 = {"num_single_blocks": 0, "text2_dim": 9, "image_embed_dim": 6, "token_kinds": True}
 
 
 def without(batch, *conditions):
@@ -168,13 +169,17 @@ def test_the_reference_time_slot_moves_only_the_reference():
     assert list(position[::per_frame]) == [-7, -2, -1, 0, 1, 2]
 
 
-@pytest.mark.parametrize("form", [{}, MOTIF], ids=["plain", "decoder and text cross-attention"])
+@pytest.mark.parametrize(
+    "form", [{}, MOTIF, HUNYUAN15], ids=["plain", "decoder and text cross-attention", "second text"]
+)
 def test_packed_samples_of_different_sizes_do_not_see_each_other(form):
     config = tiny_config(**form)
     model = trained(config)
     a = random_batch(config, batch=1)
     b = random_batch(config, batch=1, frames=2, rows=6, columns=4, seed=3)
     b[2]["active"][:, REFERENCE] = False
+    if "text2_dim" in form:
+        a[2].update({name: value[:1] for name, value in second_text((3, 0)).items()})
     inputs = [embed(*model, *a), embed(*model, b[0], b[1] * 0.5, b[2])]
     packed = np.asarray(trunk(*model, pack_inputs(inputs)))
     na, nb = (i.visual.value.shape[1] for i in inputs)
@@ -257,6 +262,66 @@ def test_pooled_text_and_guidance_have_defaults_where_the_config_says_so():
     given = {"pooled": np.zeros((B, 4), np.float32), "guidance": np.full(B, 2.0, np.float32)}
     expected = velocity(trained(tiny_config(**sizes)), x_t, t, batch, **given)
     np.testing.assert_array_equal(velocity(trained(config), x_t, t, batch), expected)
+
+
+def second_text(present):
+    """`text2` and `text2_mask` of the two samples of a batch, with so many tokens present."""
+    states = np.random.default_rng(6).standard_normal((B, 4, 9)).astype(np.float32)
+    return {"text2": states, "text2_mask": np.arange(4)[None] < np.array(present)[:, None]}
+
+
+def test_a_second_text_acts_where_it_is_present_and_goes_with_the_text():
+    config = tiny_config(**HUNYUAN15)
+    x_t, t, batch = random_batch(config)
+    model = trained(config)
+    out, given = velocity(model, x_t, t, batch), second_text((3, 0))
+    changed = velocity(model, x_t, t, {**batch, **given})
+    assert np.abs(changed - out)[0].max() > 1e-3
+    np.testing.assert_allclose(changed[1], out[1], atol=1e-5)
+    hidden = {**given, "text2": np.where(given["text2_mask"][..., None], given["text2"], np.nan)}
+    np.testing.assert_array_equal(velocity(model, x_t, t, {**batch, **hidden}), changed)
+    absent = without(batch, TEXT)
+    expected = velocity(model, x_t, t, absent)
+    np.testing.assert_allclose(velocity(model, x_t, t, {**absent, **second_text((4, 4))}), expected, atol=1e-5)
+    with pytest.raises(UserError, match="text2 is given, but the model has model.text2_dim=0"):
+        velocity(trained(tiny_config()), x_t, t, {**batch, **given})
+    with pytest.raises(UserError, match="text2_mask is missing"):
+        velocity(model, x_t, t, {**batch, "text2": given["text2"]})
+
+
+def test_token_kinds_tell_text_second_text_and_image_apart_but_not_the_null_token():
+    config = tiny_config(**HUNYUAN15)
+    x_t, t, batch = random_batch(config)
+    images = np.random.default_rng(7).standard_normal((B, 3, 6)).astype(np.float32)
+    graph, params = model = trained(config)
+    batch |= second_text((4, 4)) | {"image": images}
+    out = velocity(model, x_t, t, batch)
+    absent = {name: value for name, value in without(batch, TEXT).items() if name != "image"}
+    null = velocity(model, x_t, t, absent)
+    for kind in range(3):
+        other = nnx.to_pure_dict(params)
+        table = other["kind_embed"]["embedding"]
+        # Of all channels the norms would take it away.
+        other["kind_embed"]["embedding"] = table.at[kind, ::2].add(1)
+        nnx.replace_by_pure_dict(state := jax.tree.map(lambda x: x, params), other)
+        assert np.abs(velocity((graph, state), x_t, t, batch) - out).max() > 1e-3
+        np.testing.assert_array_equal(velocity((graph, state), x_t, t, absent), null)
+
+
+def test_an_image_of_zeros_is_absent_with_token_kinds_sample_by_sample():
+    config = tiny_config(**HUNYUAN15)
+    x_t, t, batch = random_batch(config)
+    model = trained(config)
+    images = np.random.default_rng(7).standard_normal((B, 3, 6)).astype(np.float32)
+    images[0] = 0
+    out = velocity(model, x_t, t, {**batch, "image": images})
+    expected = velocity(model, x_t, t, batch)
+    np.testing.assert_allclose(out[0], expected[0], atol=1e-5)
+    assert np.abs(out - expected)[1].max() > 1e-3
+    # Elsewhere (Motif-Video) zeros are an image like any other.
+    plain = trained(tiny_config(image_embed_dim=6))
+    zeros = {**batch, "image": np.zeros_like(images)}
+    assert np.abs(velocity(plain, x_t, t, zeros) - velocity(plain, x_t, t, batch)).max() > 1e-3
 
 
 def test_parameters_are_counted_without_being_made():
