@@ -18,13 +18,14 @@ from omnihuman_jax.weights.names import is_condition, path_name
 from omnihuman_jax.weights.read import open_files
 
 _TENCENT = (
-    "HunyuanVideo: Tencent Hunyuan Community License: not for use in the EU, the UK and South Korea; works and outputs "
-    "may not improve other AI models"
+    "Tencent Hunyuan Community License: not for use in the EU, the UK and South Korea; works and outputs may not "
+    "improve other AI models"
 )
 NOTICES = {
     "motif": "Motif-Video-2B: Apache License 2.0",
-    "hunyuan": _TENCENT,
-    "hunyuan_diffusers": _TENCENT,
+    "hunyuan": f"HunyuanVideo: {_TENCENT}",
+    "hunyuan_diffusers": f"HunyuanVideo: {_TENCENT}",
+    "hunyuan15_diffusers": f"HunyuanVideo-1.5: {_TENCENT}",
 }
 
 

@@ -13,7 +13,7 @@ _REFINER = "context_embedder.token_refiner.refiner_blocks.{}"
 
 
 def dual_rows() -> list[Row]:
-    """Dual-stream blocks, the same in diffusers' Motif-Video."""
+    """Dual-stream blocks, the same in diffusers' Motif-Video and HunyuanVideo-1.5."""
     ours = "dual.blocks.{}"
     table = []
     for stream, norm, ff in (("img", "norm1", "ff"), ("txt", "norm1_context", "ff_context")):
@@ -48,34 +48,27 @@ def single_rows(group: str = "single", offset: int = 0) -> list[Row]:
     ]
 
 
-def outer_rows() -> list[Row]:
-    """Patch embedding, time embedding and final layer, the same in diffusers' Motif-Video."""
-    time = "time_text_embed.timestep_embedder"
+def outer_rows(time: str = "time_text_embed") -> list[Row]:
+    """Patch embedding, time embedding and final layer, the same in diffusers' Motif-Video and HunyuanVideo-1.5."""
     return [
         row("x_embedder.proj", "x_embed", "condition_embed", layout=PATCH, axis=1),
-        row(f"{time}.linear_1", "time_embed.fc1"),
-        row(f"{time}.linear_2", "time_embed.fc2"),
+        row(f"{time}.timestep_embedder.linear_1", "time_embed.fc1"),
+        row(f"{time}.timestep_embedder.linear_2", "time_embed.fc2"),
         row("norm_out.linear", "final.mod", layout=SWAPPED),
         row("proj_out", "final.proj", layout=UNPATCH),
     ]
 
 
-def rows(config: ModelConfig) -> list[Row]:
-    """The table."""
-    del config
+def text_rows() -> list[Row]:
+    """Projection and token refiner of the text, the same in diffusers' HunyuanVideo-1.5."""
     refiner, context = "refiner.block{}", "context_embedder.time_text_embed"
-    embedders = []
-    for theirs, ours in (
+    embedders = (
         (f"{context}.timestep_embedder", "refiner.time_embed"),
         (f"{context}.text_embedder", "refiner.text_embed"),
-        ("time_text_embed.text_embedder", "pooled_embed"),
-        ("time_text_embed.guidance_embedder", "guidance_embed"),
-    ):
-        embedders += [row(f"{theirs}.linear_{i}", f"{ours}.fc{i}") for i in (1, 2)]
+    )
     return [
-        *outer_rows(),
-        *embedders,
         row("context_embedder.proj_in", "text_embed"),
+        *(row(f"{theirs}.linear_{i}", f"{ours}.fc{i}") for theirs, ours in embedders for i in (1, 2)),
         *(row(f"{_REFINER}.attn.to_{name}", f"{refiner}.{name}") for name in "qkv"),
         row(f"{_REFINER}.attn.to_out.0", f"{refiner}.out"),
         row(f"{_REFINER}.norm1", f"{refiner}.norm1", layout=NORM),
@@ -83,20 +76,30 @@ def rows(config: ModelConfig) -> list[Row]:
         row(f"{_REFINER}.ff.net.0.proj", f"{refiner}.fc1"),
         row(f"{_REFINER}.ff.net.2", f"{refiner}.fc2"),
         row(f"{_REFINER}.norm_out.linear", f"{refiner}.mod"),
+    ]
+
+
+def rows(config: ModelConfig) -> list[Row]:
+    """The table."""
+    del config
+    embedders = (("text_embedder", "pooled_embed"), ("guidance_embedder", "guidance_embed"))
+    return [
+        *outer_rows(),
+        *(row(f"time_text_embed.{theirs}.linear_{i}", f"{ours}.fc{i}") for theirs, ours in embedders for i in (1, 2)),
+        *text_rows(),
         *dual_rows(),
         *single_rows(),
     ]
 
 
 def shared_config(config: ModelConfig) -> dict[str, Any]:
-    """What diffusers' config.json says of both classes."""
+    """What diffusers' config.json says of every class."""
     return {
         "in_channels": config.latent_channels + config.condition_channels,
         "out_channels": config.latent_channels,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_dim,
         "num_layers": config.num_dual_blocks,
-        "num_single_layers": config.num_single_blocks + config.num_decoder_blocks,
         "mlp_ratio": config.mlp_hidden / config.hidden_size,
         "patch_size": config.patch_size[1],
         "patch_size_t": config.patch_size[0],
@@ -111,6 +114,7 @@ def class_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "_class_name": "HunyuanVideoTransformer3DModel",
         **shared_config(config),
+        "num_single_layers": config.num_single_blocks,
         "num_refiner_layers": config.text_refiner_depth,
         "guidance_embeds": config.guidance_embed,
         "pooled_projection_dim": config.pooled_text_dim,

@@ -22,16 +22,23 @@ def _cross_rows(theirs: str, group: str) -> list[Row]:
     ]
 
 
+def image_rows() -> list[Row]:
+    """Projection of the image states, the same in diffusers' HunyuanVideo-1.5."""
+    return [
+        row("image_embedder.norm_in", "image_embed.norm_in", layout=NORM),
+        row("image_embedder.linear_1", "image_embed.fc1"),
+        row("image_embedder.linear_2", "image_embed.fc2"),
+        row("image_embedder.norm_out", "image_embed.norm_out", layout=NORM),
+    ]
+
+
 def rows(config: ModelConfig) -> list[Row]:
     """The table; the decoder tail is the last of their single blocks."""
     return [
         *outer_rows(),
         row("context_embedder.linear_1", "text_embed.fc1"),
         row("context_embedder.linear_2", "text_embed.fc2"),
-        row("image_embedder.norm_in", "image_embed.norm_in", layout=NORM),
-        row("image_embedder.linear_1", "image_embed.fc1"),
-        row("image_embedder.linear_2", "image_embed.fc2"),
-        row("image_embedder.norm_out", "image_embed.norm_out", layout=NORM),
+        *image_rows(),
         *dual_rows(),
         *single_rows(),
         *single_rows("decoder", config.num_single_blocks),
@@ -45,6 +52,7 @@ def class_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "_class_name": "MotifVideoTransformer3DModel",
         **shared_config(config),
+        "num_single_layers": config.num_single_blocks + config.num_decoder_blocks,
         "num_decoder_layers": config.num_decoder_blocks,
         "image_embed_dim": config.image_embed_dim or None,
         "enable_text_cross_attention_dual": config.text_cross_attention_dual,

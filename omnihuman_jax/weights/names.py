@@ -54,6 +54,7 @@ def _reversed(shape: Shape, _: Shape) -> Shape:
 # Axes in reverse order. A bias is its own transpose, so a linear layer's layout serves its bias too.
 LINEAR = Layout("kernel", _reversed, lambda x, _: x.T, lambda x, _: x.T)
 NORM = Layout("scale", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
+TABLE = NORM._replace(parameter="embedding")
 PLAIN = Layout("", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
 # adaLN halves the other way round: (scale, shift) there, (shift, scale) here.
 SWAPPED = Layout("kernel", _reversed, lambda x, _: _swap(x).T, lambda x, _: _swap(x.T))

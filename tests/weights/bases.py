@@ -29,7 +29,16 @@ HUNYUAN = {
     "guidance_embed": True,
     "guidance_default": 1.0,
 }
-FORMS = {"motif": MOTIF, "hunyuan": HUNYUAN, "hunyuan_diffusers": HUNYUAN}
+HUNYUAN15 = {
+    "patch_size": (1, 1, 1),
+    "num_single_blocks": 0,
+    "text_refiner_depth": 1,
+    "condition_channels": 5,
+    "text2_dim": 9,
+    "image_embed_dim": 6,
+    "token_kinds": True,
+}
+FORMS = {"motif": MOTIF, "hunyuan": HUNYUAN, "hunyuan_diffusers": HUNYUAN, "hunyuan15_diffusers": HUNYUAN15}
 
 
 @functools.cache

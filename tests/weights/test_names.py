@@ -25,7 +25,7 @@ def published(naming: str) -> Counter:
     """(pattern, shape) -> how many tensors, biases too, of the published checkpoint."""
     section = PUBLISHED.read_text().split(f"[{naming}]\n")[1].split("[")[0:]
     text = PUBLISHED.read_text().split(f"[{naming}]\n")[1]
-    text = re.split(r"^\[[a-z_]+\]$", text, flags=re.M)[0]
+    text = re.split(r"^\[[a-z0-9_]+\]$", text, flags=re.M)[0]
     assert section
     found = Counter()
     for line in text.splitlines():
@@ -44,6 +44,7 @@ def published(naming: str) -> Counter:
         ("hunyuan", "hunyuan_13b", 856, 12.8210),
         ("hunyuan_diffusers", "hunyuan_13b", 1264, 12.8210),
         ("motif", "motif_2b", 902, 2.0378),
+        ("hunyuan15_diffusers", "hunyuan15_8b", 1801, 8.3266),
     ],
 )
 def test_the_base_of_a_preset_has_exactly_the_published_tensors(naming, preset, tensors, billions):
@@ -120,4 +121,4 @@ def test_a_table_holds_every_base_tensor_once_and_no_condition(naming):
     held = sorted(name for entry in entries for name in entry.ours)
     shapes = names.our_shapes(network.abstract_params)
     assert held == sorted(name for name in shapes if not names.is_condition(name))
-    assert {"null_text", "pose_embed.kernel", "single.blocks.0.audio.q.kernel"} <= shapes.keys() - set(held)
+    assert {"null_text", "pose_embed.kernel", "dual.blocks.0.audio.q.kernel"} <= shapes.keys() - set(held)
