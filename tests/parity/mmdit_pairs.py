@@ -1,4 +1,4 @@
-"""diffusers' Motif-Video and HunyuanVideo with random weights, and ours with the same ones from their files."""
+"""diffusers' Motif-Video, HunyuanVideo and 1.5 with random weights, and ours with the same ones from their files."""
 
 from collections import ChainMap
 from pathlib import Path
@@ -91,6 +91,28 @@ def hunyuan(*, guidance=True, refiner=2, condition=0):
     return theirs, ModelConfig.from_dict(ours)
 
 
+def hunyuan15(*, refiner=2):
+    """(their class's arguments, our config)."""
+    theirs = {
+        **THEIRS,
+        "in_channels": C + CONDITION,
+        "num_refiner_layers": refiner,
+        "text_embed_2_dim": 9,
+        "image_embed_dim": 10,
+    }
+    ours = {
+        **OURS,
+        "patch_size": (1, 1, 1),
+        "num_single_blocks": 0,
+        "condition_channels": CONDITION,
+        "text_refiner_depth": refiner,
+        "text2_dim": 9,
+        "image_embed_dim": 10,
+        "token_kinds": True,
+    }
+    return theirs, ModelConfig.from_dict(ours)
+
+
 def build(kind: type, arguments: dict[str, Any]) -> torch.nn.Module:
     """Their class with all parameters random, norms too."""
     torch.manual_seed(0)
@@ -112,8 +134,19 @@ def read(path: Path, naming: str, network: Network) -> Any:
     return load(ChainMap(Source(files, entries), zeros), network.abstract_params)
 
 
-def inputs(config: ModelConfig, *, batch: int, size: tuple[int, int, int], masked: bool, images: int = 0) -> dict:
-    """Random inputs as NumPy: x (B, T, H, W, C), t, text, mask, and what the config has beside them."""
+def inputs(
+    config: ModelConfig,
+    *,
+    batch: int,
+    size: tuple[int, int, int],
+    masked: bool,
+    images: int = 0,
+    second: tuple[int, ...] = (),
+) -> dict:
+    """Random inputs as NumPy: x (B, T, H, W, C), t, text, mask, and what the config has beside them.
+
+    Of the second text each sample has as many tokens as `second` says.
+    """
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -131,6 +164,9 @@ def inputs(config: ModelConfig, *, batch: int, size: tuple[int, int, int], maske
         values["condition"] = normal(batch, *size, config.condition_channels)
     if images:
         values["image"] = normal(batch, images, config.image_embed_dim)
+    if second:
+        values["text2"] = normal(batch, max(second), config.text2_dim)
+        values["text2_mask"] = np.arange(max(second))[None] < np.array(second)[:, None]
     if config.pooled_text_dim:
         values["pooled"] = normal(batch, config.pooled_text_dim)
     if config.guidance_embed:
@@ -157,6 +193,14 @@ def run_theirs(model: torch.nn.Module, given: dict, *, dtype=torch.float32, grad
     if "pooled" in given:
         arguments["pooled_projections"] = torch.from_numpy(given["pooled"]).to(dtype)
         arguments["guidance"] = 1000 * torch.from_numpy(given["guidance"]) if "guidance" in given else None
+    if "text_embed_2_dim" in model.config:
+        # This class takes no "absent": a second text all masked, an image all zero. And it wants t in its own dtype.
+        b, config = len(given["t"]), model.config
+        arguments["timestep"] = arguments["timestep"].to(dtype)
+        second = given.get("text2", np.ones((b, 3, config.text_embed_2_dim), np.float32))
+        arguments["encoder_hidden_states_2"] = torch.from_numpy(second).to(dtype)
+        arguments["encoder_attention_mask_2"] = torch.from_numpy(given.get("text2_mask", np.zeros((b, 3), bool)))
+        arguments.setdefault("image_embeds", torch.zeros(b, 2, config.image_embed_dim, dtype=dtype))
     with torch.set_grad_enabled(gradients):
         out = model(**arguments).sample
         if gradients:
@@ -176,7 +220,7 @@ def our_batch(config: ModelConfig, given: dict) -> tuple[dict, dict]:
         "text_mask": given["mask"],
         "active": np.tile(np.array([1, 0, 0, 0], bool), (b, 1)),
     }
-    batch |= {name: given[name] for name in ("condition", "image") if name in given}
+    batch |= {name: given[name] for name in ("condition", "image", "text2", "text2_mask") if name in given}
     return batch, {name: given[name] for name in ("pooled", "guidance") if name in given}
 
 
