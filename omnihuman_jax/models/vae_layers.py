@@ -14,7 +14,8 @@ from flax import nnx
 from jax import lax
 
 _KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for convolutions
-_CPU_PIXELS = 128 * 128  # of one 2D convolution on CPU: with more, Eigen's takes up to twice as long a pixel
+# Of one 2D convolution on CPU: with more, Eigen's and its gradients take up to twice as long a pixel.
+_CPU_PIXELS = 64 * 64
 
 
 def _conv3d(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
