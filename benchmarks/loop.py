@@ -1,7 +1,7 @@
 """What the loop costs beside the bare compiled step, what saving blocks, and how soon a restart trains again.
 
-python -m benchmarks.loop --data=DIR [--config=experiments/configs/demo.py] [--processes=2] [--steps=40]
-    [--output=FILE.json]
+python -m benchmarks.loop --data=DIR [--config=experiments/configs/demo.py] [--config.KEY=…] [--processes=2]
+    [--steps=40] [--output=FILE.json]
 
 The devices of the config are shared by `--processes`. Side by side in one run, each in processes of its own: the
 compiled step on batches that are already on the devices; the same step in the training loop (reading, placing, logging
@@ -113,9 +113,9 @@ def training_run(overrides: list[str], workdir: Path, processes: int) -> tuple[l
     return [json.loads(line) for line in log.read_text().splitlines()][had:], first
 
 
-def compare(config: ConfigDict, preset: str, data: str, processes: int, steps: int) -> dict[str, Any]:
-    """Runs the three side by side; see the module."""
-    common = [f"--config={preset}", f"--config.data.dir={data}"]
+def compare(config: ConfigDict, given: list[str], data: str, processes: int, steps: int) -> dict[str, Any]:
+    """Runs the three side by side; see the module. `given` are the arguments that make the config."""
+    common = [*given, f"--config.data.dir={data}"]
     stage = [*common, "--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0", "--config.log_every=1"]
     stage += ["--config.sample.at_stage_end=false"]
     feed = Feed.from_config(config, curriculum(config), Dataset.open(data))
@@ -156,8 +156,8 @@ def main(_: list[str]) -> None:
         if is_main():
             Path(values.bare).write_text(json.dumps(seconds))
         return
-    preset = next(a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("--config="))
-    report = compare(config, preset, data, values.processes, values.steps)
+    given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    report = compare(config, given, data, values.processes, values.steps)
     shares = report["restarted_run_shares"]
     print(
         f"{report['processes']} process(es), {report['simulated_devices']} simulated devices\n"

@@ -191,7 +191,7 @@ def main(_: list[str]) -> None:
                     flush=True,
                 )
                 results.append(result)
-    side_by_side.write_results(results)
+                side_by_side.write_results(results)  # after each: the whole takes long
 
 
 if __name__ == "__main__":
