@@ -132,15 +132,21 @@ def test_gradients_over_micro_batches_are_those_of_the_whole_batch(parts):
 
 
 @pytest.mark.slow
-def test_bfloat16_first_moments_are_stored_as_such_and_train_alike():
+@pytest.mark.parametrize(
+    ("parameters", "mu", "nu", "stochastic"),
+    [("float32", "bfloat16", "float32", False), ("bfloat16", "bfloat16", "bfloat16", True)],
+)
+def test_lower_precision_is_stored_as_such_and_trains_alike(parameters, mu, nu, stochastic):
     config = tiny_config("unused")
     config.mesh.update({"data": 8, "fsdp": 1})
     full = run_steps(config)
-    config.optimizer.mu_dtype = "bfloat16"
+    config.model.param_dtype = parameters
+    config.optimizer.update({"mu_dtype": mu, "nu_dtype": nu, "stochastic_rounding": stochastic})
     losses, state, _ = run_steps(config)
-    assert {x.dtype for x in jax.tree.leaves(state.opt_state[1].mu)} == {jnp.dtype("bfloat16")}
-    assert {x.dtype for x in jax.tree.leaves(state.opt_state[1].nu)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(losses, full[0], rtol=1e-2)
+    stored = (state.params, state.opt_state[1].mu, state.opt_state[1].nu, state.ema)
+    for tree, dtype in zip(stored, (parameters, mu, nu, "float32"), strict=True):
+        assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
+    np.testing.assert_allclose(losses, full[0], rtol=2e-2)
 
 
 def test_a_batch_that_does_not_divide_into_micro_batches_is_refused():
