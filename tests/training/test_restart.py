@@ -21,15 +21,29 @@ def lines(workdir, name):
     return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
-def by_step(workdir, name):
-    """Step -> line; a step that came again must have come equal (but for the times it took)."""
+def by_step(workdir, name, exact=True):
+    """Step -> line; a step that came again must have come equal (but for the times it took).
+
+    Args:
+      workdir: of the run.
+      name: of the file.
+      exact: False lets a step that another number of processes repeated differ by rounding.
+    """
     found = {}
     for line in lines(workdir, name):
         kept = {k: v for k, v in line.items() if k in KEPT}
-        assert found.setdefault(line["step"], kept) == kept, f"{workdir}: step {line['step']} came again differently"
+        first = found.setdefault(line["step"], kept)
+        again = f"{workdir}: step {line['step']} came again differently"
+        assert exact or line.get("loss") is None or kept["loss"] == pytest.approx(first["loss"], rel=ROUNDING), again
+        left_out = () if exact else ROUNDED
+        assert [(k, v) for k, v in kept.items() if k not in left_out] == [
+            (k, v) for k, v in first.items() if k not in left_out
+        ], again
     return found
 
 
+ROUNDED = ("loss", "loss_by_condition", "grad_norm")
+ROUNDING = 1e-5  # relative, of losses under other numbers of processes over 60 steps; 1.3e-7 was seen
 KEPT = (
     "step",
     "stage",
@@ -58,14 +72,14 @@ def state(workdir):
 
 def assert_same_run(workdir, reference, *, exact=True):
     for name in ("metrics.jsonl", "data_log.jsonl"):
-        mine, theirs = by_step(workdir, name), by_step(reference, name)
+        mine, theirs = by_step(workdir, name, exact), by_step(reference, name)
         assert mine.keys() == theirs.keys()
         if exact or name == "data_log.jsonl":
             assert mine == theirs
         else:
             for step, line in mine.items():
-                assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=2e-4), step
-    used = Counter(r for line in by_step(workdir, "data_log.jsonl").values() for r in line["records"])
+                assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=ROUNDING), step
+    used = Counter(r for line in by_step(workdir, "data_log.jsonl", exact).values() for r in line["records"])
     assert used == Counter(r for line in by_step(reference, "data_log.jsonl").values() for r in line["records"])
     if exact:
         jax.tree.map(np.testing.assert_array_equal, state(workdir), state(reference))
