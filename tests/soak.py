@@ -15,8 +15,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import jax
-
 from tests.training import launch
 from tests.training.test_restart import assert_same_run, lines_so_far
 from tests.training.tiny import tiny_data
@@ -54,8 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     root = arguments.directory or Path(tempfile.mkdtemp(prefix="soak-"))
-    # As in the tests (conftest.py): checkpoints are read onto as many devices, and most of a start is compiling.
-    jax.config.update("jax_num_cpu_devices", 8)
+    # As in the tests (conftest.py): most of a start is compiling.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "jax"))
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     tiny_data(root / "data")

@@ -63,11 +63,12 @@ def state(workdir):
 
     step = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
     assert step == STEPS
+    path = workdir / "checkpoints" / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.restore(
-            workdir / "checkpoints" / str(step) / "state", args=ocp.args.PyTreeRestore(restore_args=None)
-        )
-    return tree
+        # Into host memory: the devices that wrote it may have been those of several processes.
+        tree = checkpointer.metadata(path).item_metadata.tree
+        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arrays))
 
 
 def assert_same_run(workdir, reference, *, exact=True):
