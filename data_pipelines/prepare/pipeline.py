@@ -56,9 +56,9 @@ class Prepared:
 
 def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: conditions.Encoders, detector: str) -> str:
     """Hex sha256 of everything that decides the result: file contents, manifest entries, settings and encoders."""
-    digest = hashlib.sha256(
-        json.dumps([dataclasses.asdict(settings), encoders.text.name, encoders.speech.name]).encode()
-    )
+    # A setting that is off is not named, so that data sets from before there was one are known again.
+    named = {name: value for name, value in dataclasses.asdict(settings).items() if value}
+    digest = hashlib.sha256(json.dumps([named, encoders.text.name, encoders.speech.name]).encode())
     digest.update(detector.encode())
     for clip in clips:
         values = dataclasses.asdict(clip) | {"path": sha256_of(clip.path)}
