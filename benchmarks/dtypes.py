@@ -8,10 +8,8 @@ quarter of the steps.
 """
 
 import itertools
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks import side_by_side
 from data_pipelines.feed import Feed
 from data_pipelines.schema import Dataset
 from experiments import cli
@@ -64,11 +63,8 @@ def state_bytes(state: Any) -> int:
 def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
     """Trains all variants side by side; see the module."""
     stages = curriculum(config)
-    feed, mesh, rate = (
-        Feed.from_config(config, stages, dataset),
-        mesh_lib.training_mesh(config),
-        stages[0].learning_rate,
-    )
+    feed, mesh = Feed.from_config(config, stages, dataset), mesh_lib.training_mesh(config)
+    rate = jnp.float32(stages[0].learning_rate)
     runs: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
         start = init_state(config, mesh, make_network(config))
@@ -115,8 +111,7 @@ def main(_: list[str]) -> None:
             f"{r['variant']:26} loss {r['loss']:.4f}, parameters and moments {r['state_bytes'] / 2**20:.1f} MiB "
             f"({r['bytes_ratio']:.2f}), step {r['step_ratio']:.2f}"
         )
-    if values.output:
-        Path(values.output).write_text(json.dumps(results, indent=1) + "\n")
+    side_by_side.write_results(results)
 
 
 if __name__ == "__main__":

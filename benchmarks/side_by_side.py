@@ -1,4 +1,4 @@
-"""What the comparisons with PyTorch share: sizes as flags, the number of runs, the JSON file of the numbers."""
+"""What comparisons side by side share: sizes as flags, the number of runs, the JSON file of the numbers."""
 
 import dataclasses
 import json
