@@ -1,4 +1,4 @@
-"""From records to batches: the schedule's rows are read, cut into windows and stacked, with Grain reading ahead.
+"""From records to batches: the schedule's rows are read, cut into windows and stacked.
 
 A batch is a pure function of (seed, step) and the rows asked for, so the state of the input is one integer, the next
 step, and a host reads only its slice of the global rows.
@@ -8,10 +8,9 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from absl import logging
 
@@ -205,31 +204,3 @@ class Batches:
             "active": [list(conditions.names(row)) for row in selection.active],
             "scheduled": [list(conditions.names(row)) for row in selection.scheduled],
         }
-
-
-def make_dataset(
-    batches: Batches,
-    *,
-    start_step: int = 1,
-    num_steps: int | None = None,
-    rows: slice = slice(None),
-    threads: int = 2,
-    prefetch: int = 4,
-) -> grain.IterDataset:
-    """The steps from `start_step` on (by default to the end of the last stage) as a Grain data set of batches.
-
-    Args:
-      rows: the global rows that this host reads.
-      threads, prefetch: reading threads and batches made ahead; both only change the speed.
-    """
-    if num_steps is None:
-        num_steps = batches.schedule.num_steps - start_step + 1
-    steps = grain.MapDataset.range(start_step, start_step + num_steps)
-    return steps.map(lambda step: batches.batch(int(step), rows)).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    )
-
-
-def make_loader(batches: Batches, **arguments: Any) -> Iterator[dict[str, Any]]:
-    """Iterator over `make_dataset`; its get_state() and set_state() hold one integer, the steps already given."""
-    return iter(make_dataset(batches, **arguments))

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import Batches, make_loader
+from data_pipelines.batches import Batches
+from data_pipelines.loader import make_loader
 from data_pipelines.schedule import StagePlan
 from data_pipelines.schema import Dataset
 from data_pipelines.windows import WindowConfig, cut_window

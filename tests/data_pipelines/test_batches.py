@@ -8,7 +8,8 @@ import grain
 import numpy as np
 import pytest
 
-from data_pipelines.batches import Batches, make_dataset, make_loader, usable_records
+from data_pipelines.batches import Batches, usable_records
+from data_pipelines.loader import make_dataset, make_loader
 from data_pipelines.schedule import StagePlan
 from data_pipelines.windows import WindowConfig, cut_window, pixel_indices, window_start
 from omnihuman_jax.conditions import CONDITIONS
