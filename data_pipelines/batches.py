@@ -52,6 +52,31 @@ def usable_records(index: Sequence[Mapping[str, Any]], frames: int, split: str =
     return usable
 
 
+def read_record(dataset: Dataset, i: int) -> dict[str, Any]:
+    """Record i of a data set, read again after a pause where a file system fails for a moment.
+
+    Raises:
+      UserError: it cannot be read, with the record and its file.
+    """
+    pauses = iter(RETRY_SECONDS)
+    while True:
+        try:
+            return dataset.read(i)
+        # ArrayRecord raises OSError, RuntimeError or ValueError by what it met, and a cut record fails to decode.
+        except Exception as error:
+            entry = dataset.index[i]
+            told = f"record {entry['id']} (row {entry['row']} of {dataset.directory / entry['file']})"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            pause = next(pauses, None)
+            if pause is None:
+                raise UserError(
+                    f"{told} cannot be read, {1 + len(RETRY_SECONDS)} times tried ({why}); restore the file, or "
+                    f"prepare the data again; the run continues from its last checkpoint"
+                ) from error
+            logging.warning("%s: reading failed (%s); trying again in %g s", told, why, pause)
+            time.sleep(pause)
+
+
 class _RecordCache:
     """Decoded records, the least recently used leaving first when `max_bytes` is exceeded."""
 
@@ -68,7 +93,7 @@ class _RecordCache:
             if i in self._records:
                 self._records.move_to_end(i)
                 return self._records[i]
-        whole = self._read(i)  # outside the lock: other threads may read meanwhile
+        whole = read_record(self._dataset, i)  # outside the lock: other threads may read meanwhile
         record = {name: whole[name] for name in _NEEDED}
         with self._lock:
             if i not in self._records:
@@ -77,26 +102,6 @@ class _RecordCache:
             while self._bytes > self._max_bytes:
                 self._bytes -= _nbytes(self._records.popitem(last=False)[1])
         return record
-
-    def _read(self, i: int) -> dict[str, np.ndarray]:
-        """Reads a record, again after a pause where a file system fails for a moment."""
-        pauses = iter(RETRY_SECONDS)
-        while True:
-            try:
-                return self._dataset.read(i)
-            # ArrayRecord raises OSError, RuntimeError or ValueError by what it met, and a cut record fails to decode.
-            except Exception as error:
-                entry = self._dataset.index[i]
-                told = f"record {entry['id']} (row {entry['row']} of {self._dataset.directory / entry['file']})"
-                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                pause = next(pauses, None)
-                if pause is None:
-                    raise UserError(
-                        f"{told} cannot be read, {1 + len(RETRY_SECONDS)} times tried ({why}); restore the file, or "
-                        f"prepare the data again; the run continues from its last checkpoint"
-                    ) from error
-                logging.warning("%s: reading failed (%s); trying again in %g s", told, why, pause)
-                time.sleep(pause)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_dataset": self._dataset, "_max_bytes": self._max_bytes}

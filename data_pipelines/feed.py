@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.batches import Batches
+from data_pipelines.batches import Batches, read_record
 from data_pipelines.loader import make_loader
 from data_pipelines.schedule import StagePlan
 from data_pipelines.schema import Dataset
@@ -70,6 +70,10 @@ class Feed:
             )
         )
 
+    def fingerprint(self) -> str:
+        """Hex digest of what the data set says of its records; see `Dataset.fingerprint`."""
+        return self._batches.dataset.fingerprint()
+
     def iterate(self, first_step: int, rows: slice) -> Iterator[Mapping[str, np.ndarray]]:
         """These global rows of the batches of steps first_step, first_step + 1, … to the last stage's end."""
         return make_loader(self._batches, start_step=first_step, rows=rows)
@@ -98,7 +102,7 @@ class Feed:
     def _held_out_batch(self, members: Sequence[int]) -> dict[str, np.ndarray]:
         dataset, window = self._batches.dataset, self._batches.window
         draw = np.array([1.0, 0.5])  # from motion frames on where the clip is long enough, in its middle
-        cut = [cut_window(dataset.read(i), window.frames, window, draw, 0.0) for i in members]
+        cut = [cut_window(read_record(dataset, i), window.frames, window, draw, 0.0) for i in members]
         active = [[True, True, dataset.index[i]["audio"], dataset.index[i]["pose"]] for i in members]
         return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": np.array(active, bool)}
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import operator
 import pathlib
 import shutil
 import threading
@@ -271,6 +273,17 @@ class Dataset:
             with self._lock:
                 self._readers.pop(entry["file"], None)  # opened anew by the next try
             raise
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of what dataset.json says that decides batches; the same wherever the directory lies.
+
+        Sizes and encoders, the digest of the inputs, and every record in order; the arrays themselves are not read.
+        """
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.meta), self.extra], sort_keys=True).encode())
+        values = operator.itemgetter("id", "source", "split", "shape", "audio", "pose", "frames")
+        for start in range(0, len(self.index), 10_000):
+            digest.update(json.dumps([values(entry) for entry in self.index[start : start + 10_000]]).encode())
+        return digest.hexdigest()
 
     def clip_path(self, i: int) -> pathlib.Path:
         """The curated mp4 of record i (may be absent)."""
