@@ -5,17 +5,19 @@ step, and a host reads only its slice of the global rows.
 """
 
 import collections
+import copy
 import dataclasses
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from absl import logging
 
-from data_pipelines.schedule import Schedule, StagePlan
+from data_pipelines.schedule import Schedule
 from data_pipelines.schema import Dataset
+from data_pipelines.stage_table import StagePlan
 from data_pipelines.windows import WindowConfig, cut_window
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
@@ -24,8 +26,13 @@ RETRY_SECONDS = (0.2, 1.0, 5.0)  # pauses before a record that could not be read
 _NEEDED = ("latents", "references", "reference_frames", "audio", "keypoints", "text")
 
 
-def usable_records(index: Sequence[Mapping[str, Any]], frames: int, split: str = "train") -> list[int]:
+def usable_records(
+    index: Sequence[Mapping[str, Any]], frames: int, split: str = "train", stages: str = ""
+) -> list[int]:
     """Index positions of a split's clips with at least `frames` latent frames; says how many are left out.
+
+    Args:
+      stages: names of the stages with this window, for the messages.
 
     Raises:
       UserError: the split is empty, or every clip is too short.
@@ -34,20 +41,21 @@ def usable_records(index: Sequence[Mapping[str, Any]], frames: int, split: str =
     usable = [i for i in members if index[i]["shape"][0] >= frames]
     if not members:
         raise UserError(f"the data set has no clips of split {split!r}; prepare data that has some")
-    pixels = 1 + 4 * (frames - 1)
+    pixels, of_stages = 1 + 4 * (frames - 1), f" of {stages}" if stages else ""
     if not usable:
         longest = max(index[i]["frames"] for i in members)
         raise UserError(
-            f"all {len(members)} {split} clips are shorter than the training window of {frames} latent frames "
-            f"({pixels} frames; the longest has {longest}); use longer clips or a shorter window"
+            f"all {len(members)} {split} clips are shorter than the training window{of_stages} of {frames} latent "
+            f"frames ({pixels} frames; the longest has {longest}); use longer clips or a shorter window"
         )
     if len(usable) < len(members):
         logging.warning(
-            "%d of %d %s clips are shorter than %d frames (the training window) and are left out",
+            "%d of %d %s clips are shorter than %d frames (the training window%s) and are left out",
             len(members) - len(usable),
             len(members),
             split,
             pixels,
+            of_stages,
         )
     return usable
 
@@ -115,11 +123,17 @@ def _nbytes(record: Mapping[str, np.ndarray]) -> int:
     return sum(value.nbytes for value in record.values())
 
 
+def _with_defaults(stage: StagePlan, window: WindowConfig) -> StagePlan:
+    """The row with the loader's settings where it leaves them to it."""
+    share = window.first_share if stage.first_share is None else stage.first_share
+    return dataclasses.replace(stage, window_frames=stage.window_frames or window.frames, first_share=share)
+
+
 class Batches:
     """Batches by random access; picklable and safe to call from several threads."""
 
     def __init__(self, dataset: Dataset, schedule: Schedule, window: WindowConfig, *, cache_bytes: int = 2**30):
-        """`cache_bytes` bounds the decoded records kept in memory."""
+        """Use `open`; `schedule` names the windows of its stages, `cache_bytes` bounds the records kept in memory."""
         self.dataset, self.schedule, self.window = dataset, schedule, window
         self._cache = _RecordCache(dataset, cache_bytes)
 
@@ -135,23 +149,33 @@ class Batches:
         guidance_dropout: Mapping[str, float] | None = None,
         cache_bytes: int = 2**30,
     ) -> "Batches":
-        """Plans the schedule over the training clips that are long enough.
+        """Plans the schedule, each stage over the training clips that are as long as its window.
 
         Raises:
           UserError: no such clips, or a stage that they cannot feed (see `Schedule`).
         """
-        longest = max((stage.window_frames or window.frames for stage in stages if stage.num_steps), default=1)
-        records = usable_records(dataset.index, longest)
-        cls._warn_of_clips_without_motion(dataset, records, longest, window)
+        table = [_with_defaults(stage, window) for stage in stages]
+        named: dict[int, list[str]] = {}
+        for stage in table:
+            if stage.num_steps:
+                named.setdefault(stage.window_frames, []).append(stage.name)
+        for frames, names in named.items():
+            records = usable_records(dataset.index, frames, stages=", ".join(names))
+            cls._warn_of_clips_without_motion(dataset, records, frames, window)
         schedule = Schedule(
-            stages,
-            dataset.index,
-            global_batch_size=global_batch_size,
-            seed=seed,
-            guidance_dropout=guidance_dropout,
-            records=records,
+            table, dataset.index, global_batch_size=global_batch_size, seed=seed, guidance_dropout=guidance_dropout
         )
         return cls(dataset, schedule, window, cache_bytes=cache_bytes)
+
+    def with_stages(self, stages: Sequence[StagePlan]) -> Self:
+        """The batches of another stage table over the same data; they share the records kept in memory.
+
+        Raises:
+          UserError: a stage that the data cannot feed.
+        """
+        other = copy.copy(self)
+        other.schedule = self.schedule.with_stages([_with_defaults(stage, self.window) for stage in stages])
+        return other
 
     @staticmethod
     def _warn_of_clips_without_motion(dataset: Dataset, records: Sequence[int], frames: int, window: WindowConfig):
@@ -169,10 +193,7 @@ class Batches:
     def window_at(self, step: int) -> WindowConfig:
         """The window settings of a step: the loader's, with what its stage changes."""
         stage = self.schedule.stages[self.schedule.stage_at(step)]
-        first_share = self.window.first_share if stage.first_share is None else stage.first_share
-        return dataclasses.replace(
-            self.window, frames=stage.window_frames or self.window.frames, first_share=first_share
-        )
+        return dataclasses.replace(self.window, frames=stage.window_frames, first_share=stage.first_share)
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
         """The given global rows of a step's batch (steps count from 1).

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from data_pipelines import stage_table
 from data_pipelines.batches import Batches, read_record
 from data_pipelines.loader import make_loader
-from data_pipelines.schedule import StagePlan
 from data_pipelines.schema import Dataset
+from data_pipelines.stage_table import StagePlan
 from data_pipelines.windows import WindowConfig, cut_window
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.curriculum import Stage
@@ -29,7 +30,8 @@ class Feed:
     """Batches of a run, by step; implements `omnihuman_jax.training.loop.Feed`."""
 
     def __init__(self, batches: Batches):
-        self._batches = batches
+        self._batches, self._own = batches, batches  # those in use, and those of the config alone
+        self._done = 0
 
     @classmethod
     def from_config(cls, config: ConfigDict, stages: Sequence[Stage], dataset: Dataset) -> "Feed":
@@ -48,6 +50,7 @@ class Feed:
                 source_weights=weights,
                 window_frames=stage.latent_frames,
                 first_share=1.0 - stage.motion_ratio,
+                batch_size=config.global_batch_size,
             )
             for stage in stages
         ]
@@ -69,6 +72,34 @@ class Feed:
                 cache_bytes=config.data.cache_mb * 2**20,
             )
         )
+
+    def plan(self) -> list[dict[str, Any]]:
+        """The stage table in use as plain JSON, for the checkpoint: what decides which records fill which step."""
+        return stage_table.to_json(self._batches.schedule.stages)
+
+    def continue_from(self, plan: Sequence[Mapping[str, Any]], done: int) -> list[str]:
+        """Takes steps 1 … done as drawn by a saved `plan`, and the config's stages from there on; before `iterate`.
+
+        Every source goes on where the plan left it, whatever the config changes; unchanged, the run is the same to the
+        bit. Where the plan says nothing, or not what this data set can give, the config's own table counts as drawn.
+
+        Returns:
+          a line for each stage that changes, for the person at the terminal.
+
+        Raises:
+          UserError: the plan is damaged.
+        """
+        saved, own = stage_table.from_json(plan), self._own.schedule.stages
+        self._done = done
+        try:
+            self._batches = self._own.with_stages(stage_table.continued(saved, own, done))
+        except UserError as error:  # of the plan: the config's own stages have been planned over this data set
+            self._batches = self._own
+            return [
+                f"the data set at hand cannot give what steps 1 to {done} drew ({error}); they count as drawn by the "
+                f"stages of this config, so records may repeat or be left out once"
+            ]
+        return stage_table.changes(saved, own, done)
 
     def fingerprint(self) -> str:
         """Hex digest of what the data set says of its records; see `Dataset.fingerprint`."""
@@ -107,9 +138,12 @@ class Feed:
         return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": np.array(active, bool)}
 
     def buckets(self) -> list[tuple[int, int, int]]:
-        """Latent (T, H, W) of every kind of batch of the run, without repeats."""
+        """Latent (T, H, W) of every kind of batch that is left to the run, without repeats."""
         schedule = self._batches.schedule
         shapes = {
-            (stage.window_frames, *size) for i, stage in enumerate(schedule.stages) for size in schedule.buckets(i)
+            (stage.window_frames, *size)
+            for i, stage in enumerate(schedule.stages)
+            if stage.last_step > self._done
+            for size in schedule.buckets(i)
         }
         return sorted(shapes)

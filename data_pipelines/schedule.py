@@ -10,59 +10,39 @@ does, a resume is a step number, and hosts agree without talking. How it works, 
   (its steps times the batch) are split by need (audio and pose, audio, pose, neither) and each need's draws over the
   cells of `mixture.py`. A cell's position is its draws so far, those of earlier stages included, over all needs.
 - A cell's draws run through a new random permutation of its records every epoch, so that none repeats within an epoch.
+- A stage draws from the clips as long as its window. Where that leaves a cell fewer records, it is a cell of its own,
+  with its own epochs; with the same records it goes on where it was.
 - Text and reference select no records: their ratios are met by shuffled blocks of `WINDOW` rows, in which every prefix
   is within two rows of its share.
 
 Window of the ratios: over any 1,000 consecutive samples of a stage a condition is scheduled within 1 % of its ratio,
-and over a stage within a few rows (counted by tests/data_pipelines/test_schedule.py). One exception: where a bucket has
-no eligible records, others take over its quota; its steps then differ from theirs, and a span that cuts a round of the
-buckets is off by up to about one batch.
+and over a stage within a few rows. One exception: where buckets differ in the share they can give (one has no eligible
+records, so others take over its quota), a span can hold a step too many of one and too few of another. Each two-way
+split of the buckets then adds less than one batch times the difference of its sides' shares. Both bounds are counted
+by tests/data_pipelines/test_schedule.py.
 
-A stage's plan never depends on later stages or on its own length, so changing a later stage moves nothing earlier, and
-a change of ratios during a run is one more row in the table: every cell goes on where it was.
+A stage's plan never depends on later stages or on its own length, and its streams are keyed by its name, so changing a
+later stage moves nothing earlier, and a change during a run is one more row in the table (`stage_table.continued`):
+every cell goes on where it was.
 """
 
+import copy
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
 from data_pipelines import mixture
 from data_pipelines.counter_random import hash64, make_key, permutation, uniform
+from data_pipelines.stage_table import StagePlan, segments
 from omnihuman_jax import conditions
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
 
 WINDOW = 1000  # samples over which the ratios are held
-
-
-@dataclasses.dataclass(frozen=True)
-class StagePlan:
-    """One row of the stage table.
-
-    Attributes:
-      first_step: counted from 1 over all stages.
-      ratios: condition name -> share of the samples it is scheduled for.
-      bucket_weights: latent (H,W) -> share of the steps; None: by the data.
-      source_weights: source -> share of the samples; None: by the data.
-      window_frames: latent frames of a training window in this stage; 0: the loader's setting, 1: images.
-      first_share: probability that a window starts at the clip's first frame; None: the loader's setting.
-    """
-
-    name: str
-    first_step: int
-    num_steps: int
-    ratios: Mapping[str, float]
-    bucket_weights: Mapping[tuple[int, int], float] | None = None
-    source_weights: Mapping[str, float] | None = None
-    window_frames: int = 0
-    first_share: float | None = None
-
-    @property
-    def last_step(self) -> int:
-        return self.first_step + self.num_steps - 1
+SHUFFLED = 16  # neighbouring rows among which a step's draws are shuffled; a window cuts two such groups at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +115,7 @@ class Schedule:
 
         Args:
           stages: the table; stage n+1 starts at the step after stage n. Stages of zero steps are allowed.
+          global_batch_size: of the stages that give none.
           index: data set index, entries with source, split, shape [Tclip,H,W], audio, pose.
           guidance_dropout: condition name -> probability that a scheduled condition is withheld for classifier-free
             guidance, apart from the ratios.
@@ -145,8 +126,6 @@ class Schedule:
         """
         if global_batch_size < 1:
             raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
-        self.stages = tuple(stages)
-        self._check_table()
         self.batch_size, self.seed = int(global_batch_size), int(seed)
         self._dropout = np.array([float((guidance_dropout or {}).get(name, 0.0)) for name in CONDITIONS])
         self._check_dropout(guidance_dropout or {})
@@ -154,13 +133,60 @@ class Schedule:
             records = [i for i, entry in enumerate(index) if entry["split"] == "train"]
         if not records:
             raise UserError("the data set has no training clips; prepare data with some, or change the held-out ones")
-        self.cells = mixture.make_cells(index, records)
+        self._groups = mixture.make_cells(index, records)  # cells of all clips, however short
+        self._lengths = [np.array([index[i]["shape"][0] for i in group.records]) for group in self._groups]
+        self._plan(stages)
+
+    def with_stages(self, stages: Sequence[StagePlan]) -> Self:
+        """The schedule of another table over the same records.
+
+        Raises:
+          UserError: as at construction.
+        """
+        other = copy.copy(self)
+        other._plan(stages)
+        return other
+
+    def _plan(self, stages: Sequence[StagePlan]) -> None:
+        self.stages = tuple(
+            dataclasses.replace(stage, batch_size=int(stage.batch_size or self.batch_size)) for stage in stages
+        )
+        self._check_table()
+        self.cells: tuple[mixture.Cell, ...] = ()  # all that occur; those of a stage are `_usable`
+        self._usable = [self._usable_cells(stage) for stage in self.stages]
         self._members = [np.array(cell.records, np.int64) for cell in self.cells]
-        self._cell_keys = [make_key("cell", self.seed, cell.name) for cell in self.cells]
+        # The number of records tells apart the cells of one name: they differ by a least length only.
+        self._cell_keys = [make_key("cell", self.seed, cell.name, len(cell.records)) for cell in self.cells]
         self._mixtures, self._bucket_splits, self._streams = [], [], []
         self._bases = [np.zeros(len(self.cells), np.int64)]  # draws of each cell before each stage
+        self._keys = [
+            (self.seed, stage.name, segment) for stage, segment in zip(self.stages, segments(self.stages), strict=True)
+        ]
         for number, stage in enumerate(self.stages):
             self._add_stage(number, stage)
+
+    def _usable_cells(self, stage: StagePlan) -> list[int]:
+        """Positions in `cells` (added there where new) of the records that are long enough for a stage."""
+        known = {(cell.name, len(cell.records)): i for i, cell in enumerate(self.cells)}
+        usable = []
+        for group, lengths in zip(self._groups, self._lengths, strict=True):
+            fits = lengths >= stage.window_frames
+            count = int(np.count_nonzero(fits))
+            if not count:
+                continue
+            if (group.name, count) not in known:
+                cell = group
+                if count < len(lengths):
+                    cell = dataclasses.replace(group, records=tuple(np.array(group.records)[fits].tolist()))
+                known[group.name, count] = len(self.cells)
+                self.cells += (cell,)
+            usable.append(known[group.name, count])
+        if not usable:
+            raise UserError(
+                f"stages.{stage.name}: no training clip is as long as its window of {stage.window_frames} latent "
+                f"frames; use longer clips or a shorter window"
+            )
+        return usable
 
     def _check_table(self) -> None:
         if not self.stages:
@@ -172,6 +198,8 @@ class Schedule:
                     f"stages.{stage.name}: starts at step {stage.first_step} with {stage.num_steps} steps; "
                     f"expected a start at step {expected} and steps of 0 or more"
                 )
+            if stage.batch_size < 1:
+                raise UserError(f"stages.{stage.name}: batch size {stage.batch_size} must be at least 1")
             expected += stage.num_steps
 
     def _check_dropout(self, given: Mapping[str, float]) -> None:
@@ -183,8 +211,10 @@ class Schedule:
                 )
 
     def _add_stage(self, number: int, stage: StagePlan) -> None:
-        mix = mixture.plan_mixture(stage.name, stage.ratios, self.cells, stage.bucket_weights, stage.source_weights)
-        key = (self.seed, number)
+        cells, key = [self.cells[i] for i in self._usable[number]], self._keys[number]
+        mix = mixture.plan_mixture(
+            stage.name, stage.ratios, cells, stage.bucket_weights, self._source_weights(stage, cells)
+        )
         streams = []
         for b, size in enumerate(mix.buckets):
             splits = [
@@ -193,18 +223,36 @@ class Schedule:
                 else None
                 for need in range(len(mixture.NEEDS))
             ]
-            leaves = [(need, cell) for need in range(len(mixture.NEEDS)) for cell, _ in mix.cell_rates[b][need]]
+            leaves = [
+                (need, self._usable[number][cell])
+                for need in range(len(mixture.NEEDS))
+                for cell, _ in mix.cell_rates[b][need]
+            ]
             streams.append(_Bucket(_Split(mix.need_rates[b], *key, size), tuple(splits), tuple(leaves)))
         self._mixtures.append(mix)
         self._bucket_splits.append(_Split(mix.bucket_rates, *key))
         self._streams.append(streams)
         self._bases.append(self._draws(number, stage.num_steps))
 
+    def _source_weights(self, stage: StagePlan, cells: Sequence[mixture.Cell]) -> dict[str, float] | None:
+        """The stage's source weights, without weights of 0 for sources whose clips are all too short for it."""
+        if stage.source_weights is None:
+            return None
+        missing = {group.source for group in self._groups} - {cell.source for cell in cells}
+        for source in sorted(missing):
+            if stage.source_weights.get(source, 0) > 0:
+                raise UserError(
+                    f"stages.{stage.name}: source {source!r} has a weight, but no clip as long as the window of "
+                    f"{stage.window_frames} latent frames; give it longer clips, shorten the window or set its weight "
+                    f"to 0"
+                )
+        return {source: weight for source, weight in stage.source_weights.items() if source not in missing}
+
     def _draws(self, number: int, steps: int) -> np.ndarray:
         """Draws of every cell before stage `number` and in its first `steps` steps, [cells]."""
-        draws = self._bases[number].copy()
+        draws, size = self._bases[number].copy(), self.stages[number].batch_size
         for bucket, done in zip(self._streams[number], self._bucket_splits[number].counts(steps), strict=True):
-            for (_, cell), count in zip(bucket.leaves, bucket.counts(done * self.batch_size), strict=True):
+            for (_, cell), count in zip(bucket.leaves, bucket.counts(done * size), strict=True):
                 draws[cell] += count
         return draws
 
@@ -238,34 +286,29 @@ class Schedule:
         return self._mixtures[number].buckets
 
     def positions(self, step: int) -> dict[tuple, int]:
-        """Draws of every cell before a step: {(source, (H,W), audio, pose): count}."""
+        """Draws of every cell of the step's stage before it: {(source, (H,W), audio, pose): count}."""
         number = self.stage_at(step)
         draws = self._draws(number, step - self.stages[number].first_step)
-        return {cell.name: int(count) for cell, count in zip(self.cells, draws, strict=True)}
-
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the rows of the stages so far; equal on hosts that will agree."""
-        table = [(stage.name, stage.first_step, mix) for stage, mix in zip(self.stages, self._mixtures, strict=True)]
-        content = (self.seed, self.batch_size, self._dropout.tolist(), self.cells, table)
-        return hashlib.sha256(repr(content).encode()).hexdigest()
+        return {self.cells[i].name: int(draws[i]) for i in self._usable[number]}
 
     def select(self, step: int, rows: slice = slice(None)) -> Selection:
         """The selection of a step (from 1), for a slice of the global rows."""
         number, bucket, before = self._bucket_of(step)
-        stream = self._streams[number][bucket]
-        counts = stream.counts(before * self.batch_size + np.arange(self.batch_size + 1))
-        # The splits are regular and a row should not be: which row gets which draw is shuffled.
-        order = np.argsort(hash64(make_key("order", self.seed), step, np.arange(self.batch_size)), kind="stable")
+        stream, size = self._streams[number][bucket], self.stages[number].batch_size
+        counts = stream.counts(before * size + np.arange(size + 1))
+        # The splits are regular and a row should not be: which row gets which draw is shuffled, among neighbours, so
+        # that a span which ends within a step still holds the ratios.
+        order = np.lexsort((hash64(make_key("order", self.seed), step, np.arange(size)), np.arange(size) // SHUFFLED))
         leaf = np.argmax(np.diff(counts, axis=1), axis=0)[order]  # of each row
         needs, cells = np.array(stream.leaves).T[:, leaf]
-        position = np.empty(self.batch_size, np.int64)
+        position = np.empty(size, np.int64)
         draws = self._bases[number].copy()
         np.add.at(draws, [cell for _, cell in stream.leaves], counts[:, 0])  # a cell lies in one bucket only
         for cell in np.unique(cells):
             mine = cells == cell
             position[mine] = draws[cell] + np.arange(np.count_nonzero(mine))  # in row order, so epochs end cleanly
         need = np.array(mixture.NEEDS)[needs[rows]]
-        row = np.arange(self.batch_size)[rows]
+        row = np.arange(size)[rows]
         scheduled = np.stack([*(self._flag(name, step, number, row) for name in CONDITIONS[:2]), *need.T], axis=1)
         dropped = np.stack([self._uniform(f"drop {name}", step, row) for name in CONDITIONS], axis=1) < self._dropout
         return Selection(
@@ -293,12 +336,12 @@ class Schedule:
     def _flag(self, name: str, step: int, number: int, rows: np.ndarray) -> np.ndarray:
         """bool [rows]: text or reference scheduled."""
         stage = self.stages[number]
-        draw = (step - stage.first_step) * self.batch_size + rows
+        draw = (step - stage.first_step) * stage.batch_size + rows
         rate = round(mixture.UNIT * stage.ratios[name])
         block = draw // WINDOW
         result = np.empty(len(rows), bool)
         for b in np.unique(block):
-            flags = _flag_block(make_key("flag", name, self.seed, number), int(b), rate)
+            flags = _flag_block(make_key("flag", name, *self._keys[number]), int(b), rate)
             result[block == b] = flags[draw[block == b] % WINDOW]
         return result
 

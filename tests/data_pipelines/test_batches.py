@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.batches import Batches, usable_records
 from data_pipelines.loader import make_dataset, make_loader
-from data_pipelines.schedule import StagePlan
+from data_pipelines.stage_table import StagePlan
 from data_pipelines.windows import WindowConfig, cut_window, pixel_indices, window_start
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
@@ -265,3 +265,32 @@ def test_clips_too_short_for_motion_frames_are_told(tmp_path, caplog):
             seed=0,
         )
     assert "3 of 6 training clips are shorter than 21 frames" in caplog.text
+
+
+def test_a_later_stages_longer_window_takes_no_clip_from_an_earlier_stage(tmp_path, caplog):
+    data = write_fake_dataset(tmp_path / "mixed", 12, shapes=((5, 4, 4), (9, 4, 4)), audio_share=1, pose_share=1)
+    window = WindowConfig(frames=4, motion_frames=0)
+    short, long = StagePlan("stage1", 1, 6, FULL), StagePlan("stage2", 7, 6, FULL, window_frames=9)
+    alone = Batches.open(data, [short], window, global_batch_size=4, seed=0)
+    with caplog.at_level("WARNING", logger="absl"):
+        both = Batches.open(data, [short, long], window, global_batch_size=4, seed=0)
+    assert (
+        "6 of 12 train clips are shorter than 33 frames (the training window of stage2) and are left out" in caplog.text
+    )
+    assert "stage1" not in caplog.text
+    for step in range(1, 7):
+        assert both.describe(step) == alone.describe(step)
+    assert len({i for step in range(1, 7) for i in both.describe(step)["records"]}) == 12
+    assert len({i for step in range(7, 13) for i in both.describe(step)["records"]}) == 6
+    with pytest.raises(UserError, match=r"all 12 train clips are shorter than the training window of stage2, stage3"):
+        Batches.open(
+            data,
+            [
+                short,
+                StagePlan("stage2", 7, 1, FULL, window_frames=12),
+                StagePlan("stage3", 8, 1, FULL, window_frames=12),
+            ],
+            window,
+            global_batch_size=4,
+            seed=0,
+        )

@@ -1,6 +1,7 @@
 """What the loop pulls from: continues through changes of the config, reads patiently, knows its data set."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -40,6 +41,73 @@ def _equal(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def _saved(feed):
+    return json.loads(json.dumps(feed.plan()))
+
+
+def test_an_unchanged_config_continues_bit_for_bit_from_any_step(dataset):
+    whole = list(_feed(dataset).iterate(1, slice(None)))
+    for done in (0, 3, 6, 17, 18):
+        feed = _feed(dataset)
+        assert feed.continue_from(_saved(_feed(dataset)), done) == []
+        assert feed.plan() == _feed(dataset).plan()
+        for a, b in zip(whole[done:], feed.iterate(done + 1, slice(None)), strict=True):
+            _equal(a, b)
+
+
+def test_changed_ratios_continue_every_source(dataset):
+    """Counted over records: across the change no clip comes twice before all of its kind have come."""
+    before, ratio = _feed(dataset), {"stages.stage3.ratios.audio": 0.3}
+    after = _feed(dataset, **ratio)
+    lines = after.continue_from(_saved(before), 14)
+    assert lines == ["stage3: audio ratio 0.5 until step 14, 0.3 from there; every source goes on where it was"]
+    for step in range(1, 15):
+        assert after.describe(step) == before.describe(step)
+    schedule = after._batches.schedule
+    drawn = {cell.name: [] for cell in schedule.cells}
+    for step in range(1, 19):
+        assert {name: len(records) for name, records in drawn.items()} == schedule.positions(step)
+        for i in schedule.select(step).record:
+            entry = dataset.index[i]
+            drawn[entry["source"], tuple(entry["shape"][1:]), entry["audio"], entry["pose"]].append(int(i))
+    for cell in schedule.cells:
+        for start in range(0, len(drawn[cell.name]), len(cell.records)):
+            epoch = drawn[cell.name][start : start + len(cell.records)]
+            assert len(set(epoch)) == len(epoch)
+    again = _feed(dataset, **ratio)
+    assert again.continue_from(_saved(after), 16) == [], "continuing twice is continuing once"
+    assert again.plan() == after.plan()
+
+
+def test_a_changed_batch_size_and_window_hold_from_the_step_on(dataset):
+    feed = _feed(dataset, **{"global_batch_size": 6, "stages.stage1.latent_frames": 7})
+    lines = feed.continue_from(_saved(_feed(dataset)), 2)
+    assert [line.split(":")[0] for line in lines] == ["stage1", "stage2", "stage3"]
+    assert "latent frames of a window 4 until step 2, 7 from there; global batch size 4 until step 2, 6" in lines[0]
+    assert len(feed.describe(2)["records"]) == 4 and len(feed.describe(3)["records"]) == 6
+    batch = next(feed.iterate(3, slice(3, 6)))
+    assert batch["latents"].shape[:2] == (3, 7)
+    assert len(feed.held_out(1, slice(None))[0]["latents"]) == 6
+    assert {frames for frames, *_ in feed.buckets()} == {4, 7}
+
+
+def test_a_run_beyond_the_configs_end_has_no_more_steps(dataset):
+    feed = _feed(dataset, **{"stages.stage3.steps": 0})
+    assert feed.continue_from(_saved(_feed(dataset)), 15) == ["stage3: ends at step 15 instead of 18"]
+    assert feed.plan()[-1]["num_steps"] == 3
+    assert not list(feed.iterate(16, slice(None)))
+    assert feed.buckets() == []
+
+
+def test_a_plan_that_the_data_cannot_give_is_told_and_the_config_counts(dataset):
+    plan = _saved(_feed(dataset))
+    plan[0]["source_weights"] = {"a": 1.0, "gone": 1.0}
+    feed = _feed(dataset)
+    (line,) = feed.continue_from(plan, 3)
+    assert "cannot give what steps 1 to 3 drew" in line and "gone" in line
+    assert feed.plan() == _feed(dataset).plan()
 
 
 class Failing:
