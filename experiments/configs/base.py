@@ -46,10 +46,13 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.global_batch_size = 256
     config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
     config.compilation_cache = "cache/jax"  # persistent XLA compilation cache; "" = none
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
+    # sequence_attention: what the sequence axis divides in self-attention. "ulysses": heads (sequence x tensor has to
+    # divide them); "all_gather": queries, against all keys and values (only tensor has to).
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1, "sequence_attention": "ulysses"})
 
     # head_dim 0 and rope_axes () are derived from the other sizes.
     config.model = ConfigDict(dataclasses.asdict(ModelConfig()) | {"head_dim": 0, "rope_axes": ()})
+    del config.model.sequence_attention  # it is the mesh's
     config.vae = ConfigDict({"checkpoint": "experiments/assets/demo_vae.safetensors"})
 
     config.data = ConfigDict(

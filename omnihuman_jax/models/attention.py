@@ -29,21 +29,22 @@ def attend(
     kv_segment: jax.Array,
     *,
     implementation: str,
-    gather_tokens: bool = True,
+    sequence: str = "ulysses",
 ) -> jax.Array:
     """Segment-masked softmax(q k^T / sqrt(D)) v, (B, Nq, heads, D) in the dtype of q.
 
     Args:
       q, k, v, q_segment, kv_segment: see the module.
       implementation: "xla" or "splash".
-      gather_tokens: with a mesh, True reshards queries, keys and values from tokens to heads over the sequence axis
-        (Ulysses); False leaves the queries on their token shard and has all keys everywhere (few keys: audio).
+      sequence: with a mesh, what its sequence axis divides. "ulysses": heads; queries, keys and values are resharded
+        from tokens to heads. "all_gather": queries, which stay on their token shard; keys and values are gathered
+        from theirs. "replicated": queries too; keys and values are few (audio, text) and everywhere already.
 
     Raises:
       UserError: splash attention with a number of heads that the mesh does not divide.
     """
     kernel = {"xla": _xla, "splash": _splash}[implementation]
-    return kernel(q, k, v, q_segment, kv_segment, gather_tokens)
+    return kernel(q, k, v, q_segment, kv_segment, sequence)
 
 
 def mesh_axis(name: str) -> int:
@@ -52,11 +53,11 @@ def mesh_axis(name: str) -> int:
     return 1 if mesh is None or mesh.empty else mesh.shape.get(name, 1)
 
 
-def _xla(q, k, v, q_segment, kv_segment, gather_tokens):
+def _xla(q, k, v, q_segment, kv_segment, sequence):
     """The definition, written in (B, heads, N, D) with a late division: on CPU 40 % faster than
     `jax.nn.dot_product_attention`, with the same float32 logits and softmax.
     """
-    tokens, heads = (None, "heads") if gather_tokens else ("tokens", None)
+    tokens, heads = (None, "heads") if sequence == "ulysses" else ("tokens", "local_heads")
     q = constrain(q, "batch", tokens, heads, None)
     k, v = (constrain(x, "batch", None, heads, None) for x in (k, v))
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
@@ -72,23 +73,32 @@ def _xla(q, k, v, q_segment, kv_segment, gather_tokens):
     return out.transpose(0, 2, 1, 3)
 
 
-def _splash(q, k, v, q_segment, kv_segment, gather_tokens):
+def _splash(q, k, v, q_segment, kv_segment, sequence):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty:
         return splash_local(q, k, v, q_segment, kv_segment)
-    axes, heads = ACTIVATIONS["batch"], ACTIVATIONS["heads"] if gather_tokens else "tensor"
-    tokens = None if gather_tokens else usable(ACTIVATIONS["tokens"], q.shape[1], mesh)
-    shards = num_shards(heads, mesh)
-    if q.shape[2] % shards:
+    heads = ACTIVATIONS["heads" if sequence == "ulysses" else "local_heads"]
+    if q.shape[2] % num_shards(heads, mesh):
+        names = (heads,) if isinstance(heads, str) else heads
         raise UserError(
-            f"attention=splash: {q.shape[2]} heads are not divisible by mesh sequence x tensor = {shards}; "
-            "change mesh.sequence, mesh.tensor or model.num_heads"
+            f"attention=splash: {q.shape[2]} heads are not divisible by mesh {' x '.join(names)} = "
+            f"{num_shards(heads, mesh)}; change {', '.join(f'mesh.{name}' for name in names)} or model.num_heads"
         )
-    batch = usable(axes, q.shape[0], mesh)
-    q_spec, q_ids = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, tokens)
-    kv_spec, kv_ids = PartitionSpec(batch, None, heads), PartitionSpec(batch, None)
+    batch = usable(ACTIVATIONS["batch"], q.shape[0], mesh)
+    tokens = [usable(ACTIVATIONS["tokens"], x.shape[1], mesh) for x in (q, k)]
+    q_tokens = None if sequence == "ulysses" else tokens[0]
+    kv_tokens = tokens[1] if sequence == "all_gather" else None
+
+    def local(q, k, v, q_segment, kv_segment):
+        if kv_tokens:
+            # In here, so that their gradients are reduce-scattered; those of whole arguments would be all-reduced.
+            k, v = (jax.lax.all_gather(x, kv_tokens, axis=1, tiled=True) for x in (k, v))
+        return splash_local(q, k, v, q_segment, kv_segment)
+
+    q_spec, q_ids = PartitionSpec(batch, q_tokens, heads), PartitionSpec(batch, q_tokens)
+    kv_spec, kv_ids = PartitionSpec(batch, kv_tokens, heads), PartitionSpec(batch, None)
     sharded = jax.shard_map(
-        splash_local, in_specs=(q_spec, kv_spec, kv_spec, q_ids, kv_ids), out_specs=q_spec, check_vma=False
+        local, in_specs=(q_spec, kv_spec, kv_spec, q_ids, kv_ids), out_specs=q_spec, check_vma=False
     )
     return sharded(q, k, v, q_segment, kv_segment)
 

@@ -96,6 +96,6 @@ class AudioAttention(CrossAttention):
         q = elementwise(self.q_norm)(self.q(x).reshape(*x.shape[:2], *heads)).astype(config.compute_dtype)
         k = self.k_norm(self.k(audio).reshape(*audio.shape[:2], *heads)).astype(config.compute_dtype)
         v = self.v(audio).reshape(*audio.shape[:2], *heads)
-        out = attend(q, k, v, q_segment, kv_segment, implementation=config.attention, gather_tokens=False)
+        out = attend(q, k, v, q_segment, kv_segment, implementation=config.attention, sequence="replicated")
         out = constrain(self.out(out.reshape(*x.shape[:2], -1)), "batch", "tokens", None)
         return jnp.where((q_segment > 0)[..., None], out, 0)

@@ -87,7 +87,7 @@ class TextAttention(CrossAttention):
         k = elementwise(self.k_norm)(_heads(config, self.k(text))).astype(config.compute_dtype)
         segments = shared.visual_segment, shared.cross_segment
         v = _heads(config, self.v(text))
-        out = attend(q, k, v, *segments, implementation=config.attention, gather_tokens=False)
+        out = attend(q, k, v, *segments, implementation=config.attention, sequence="replicated")
         return constrain(self.out(out.reshape(*out.shape[:2], -1)), "batch", "tokens", None)
 
 
@@ -137,7 +137,7 @@ class DualBlock(nnx.Module):
         text_qkv = self._project("txt", text_in, shared.text_rope)
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(visual_qkv, text_qkv, strict=True))
         segment = jnp.concatenate([shared.visual_segment, shared.text_segment], 1)
-        out = attend(q, k, v, segment, segment, implementation=config.attention)
+        out = attend(q, k, v, segment, segment, implementation=config.attention, sequence=config.sequence_attention)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
 
         n = visual.shape[1]
@@ -187,7 +187,8 @@ class SingleBlock(nnx.Module):
         h = modulate(x, shift, scale, row, config)
         q = _turned(config, self.q_norm, self.q(h), turn)
         k = _turned(config, self.k_norm, self.k(h), turn)
-        out = attend(q, k, _heads(config, self.v(h)), segment, segment, implementation=config.attention)
+        v = _heads(config, self.v(h))
+        out = attend(q, k, v, segment, segment, implementation=config.attention, sequence=config.sequence_attention)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
         out = constrain(out, "batch", "tokens", None)
         if self.has_cross:

@@ -7,12 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.sharding.mesh import SEQUENCE_ATTENTION
 
 CHOICES = {
     "mlp_activation": ("gelu_tanh", "swiglu"),
     "qk_norm": ("rms", "none"),
     "text_embed": ("linear", "mlp"),
     "attention": ("xla", "splash"),
+    "sequence_attention": SEQUENCE_ATTENTION,
     "remat": ("none", "full", "dots", "attention"),
     "param_dtype": ("float32", "bfloat16"),
     "dtype": ("float32", "bfloat16"),
@@ -71,6 +73,8 @@ class ModelConfig:
       pose_scale: heatmap resolution over latent resolution, a power of two.
       pose_sigma: standard deviation of a keypoint's Gaussian, in heatmap cells.
       attention: "xla" (any device) or "splash" (TPU Pallas kernel).
+      sequence_attention: what the sequence axis of a mesh divides in self-attention: "ulysses" = heads, "all_gather" =
+        queries. A config sets it as `mesh.sequence_attention`.
       remat: what a block's backward pass finds saved: "none" = everything (no rematerialisation), "full" = nothing,
         "dots" = matmul outputs without batch dimensions, "attention" = attention outputs only.
       scan_blocks: run equal blocks in one `lax.scan` (compile time) or unrolled; the values are the same.
@@ -120,6 +124,7 @@ class ModelConfig:
     pose_scale: int = 2
     pose_sigma: float = 1.0
     attention: str = "xla"
+    sequence_attention: str = "ulysses"
     remat: str = "none"
     scan_blocks: bool = True
     param_dtype: str = "float32"

@@ -1,6 +1,7 @@
 """One device mesh with axes data, fsdp, sequence, tensor; several slices put data over DCN."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,16 +12,17 @@ from ml_collections import ConfigDict
 from omnihuman_jax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "sequence", "tensor")
+SEQUENCE_ATTENTION = ("ulysses", "all_gather")  # see `models.attention.attend`
 
 
-def resolve_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """Fills the one axis given as -1 with the rest of the devices.
+def resolve_shape(sizes: Mapping[str, Any], num_devices: int) -> dict[str, int]:
+    """Fills the one axis given as -1 with the rest of the devices; `sequence_attention` is no axis and left out.
 
     Raises:
       UserError: unknown axis, more than one -1, or sizes whose product is not the number of devices.
     """
     for name in sizes:
-        if name not in AXES:
+        if name not in (*AXES, "sequence_attention"):
             raise UserError(f"mesh.{name}: unknown mesh axis{nearest(name, AXES)}")
     shape = {name: int(sizes.get(name, 1)) for name in AXES}
     free = [name for name, size in shape.items() if size == -1]
@@ -44,7 +46,7 @@ def count_slices(devices: Sequence[jax.Device]) -> int:
 
 
 def make_mesh(
-    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
+    sizes: Mapping[str, Any], devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
 ) -> Mesh:
     """Builds the mesh over `devices` (default: all), with Auto axes.
 
@@ -73,11 +75,11 @@ def training_mesh(
     """The mesh of a resolved config, as `make_mesh`, checked against its batch and its attention heads.
 
     Raises:
-      UserError: devices, batch or heads do not divide over the mesh.
+      UserError: devices, batch or heads do not divide over the mesh, or an unknown `mesh.sequence_attention`.
     """
     mesh = make_mesh(config.mesh, devices, num_slices=num_slices)
     check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
-    check_heads(config.model.num_heads, mesh)
+    check_heads(config.model.num_heads, mesh, sequence_attention(config))
     return mesh
 
 
@@ -97,12 +99,29 @@ def check_batch(global_batch_size: int, mesh: Mesh, accumulate: int = 1) -> None
         )
 
 
-def check_heads(num_heads: int, mesh: Mesh) -> None:
-    """Raises UserError unless the attention heads divide over sequence x tensor (Ulysses, tensor parallelism)."""
-    shards = mesh.shape["sequence"] * mesh.shape["tensor"]
-    if num_heads % shards:
-        valid = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
-        raise UserError(
-            f"mesh: {num_heads} attention heads (model.num_heads) do not divide over mesh.sequence x mesh.tensor = "
-            f"{mesh.shape['sequence']} x {mesh.shape['tensor']} = {shards}; their product can be {valid}"
-        )
+def sequence_attention(config: ConfigDict) -> str:
+    """`mesh.sequence_attention` of a resolved config; "ulysses" in those from before there was a choice.
+
+    Raises:
+      UserError: it is none of `SEQUENCE_ATTENTION`.
+    """
+    chosen = config.get("mesh", {}).get("sequence_attention", SEQUENCE_ATTENTION[0])
+    if chosen not in SEQUENCE_ATTENTION:
+        raise UserError(f"mesh.sequence_attention={chosen!r}: must be one of {', '.join(SEQUENCE_ATTENTION)}")
+    return chosen
+
+
+def check_heads(num_heads: int, mesh: Mesh, sequence_attention: str = SEQUENCE_ATTENTION[0]) -> None:
+    """Raises UserError unless the attention heads divide: over sequence x tensor (Ulysses), or tensor (all-gather)."""
+    sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    shards = sequence * tensor if sequence_attention == "ulysses" else tensor
+    if num_heads % shards == 0:
+        return
+    valid = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+    heads = f"mesh: {num_heads} attention heads (model.num_heads) do not divide over"
+    if sequence_attention == "all_gather":
+        raise UserError(f"{heads} mesh.tensor = {tensor}; it can be {valid}, with any mesh.sequence")
+    raise UserError(
+        f"{heads} mesh.sequence x mesh.tensor = {sequence} x {tensor} = {shards}; their product can be {valid}; with "
+        f"mesh.sequence_attention=all_gather only mesh.tensor has to be one of these"
+    )

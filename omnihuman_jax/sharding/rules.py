@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 ACTIVATIONS: dict[str, Any] = {
     "batch": ("data", "fsdp"),
     "tokens": "sequence",
-    "heads": ("sequence", "tensor"),
+    "heads": ("sequence", "tensor"),  # where attention has all tokens (Ulysses)
+    "local_heads": "tensor",  # where its queries are sharded over tokens
     "head_dim": None,
     "hidden": None,
     "mlp": "tensor",

@@ -14,6 +14,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.sharding.mesh import sequence_attention
 from omnihuman_jax.training import low_precision
 
 
@@ -35,7 +36,8 @@ class TrainState(NamedTuple):
 
 def make_network(config: ConfigDict) -> Network:
     """The network of a resolved config."""
-    return Network(ModelConfig.from_dict(config.model.to_dict()))
+    model = config.model.to_dict() | {"sequence_attention": sequence_attention(config)}
+    return Network(ModelConfig.from_dict(model))
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

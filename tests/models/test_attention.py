@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models import attention
 from omnihuman_jax.models.attention import attend, splash_local
+from omnihuman_jax.sharding.mesh import SEQUENCE_ATTENTION, make_mesh
 from tests.models import reference
 
 HEADS, D = 2, 16
@@ -82,6 +84,36 @@ def test_splash_refuses_heads_that_the_mesh_does_not_divide():
                          axis_types=(jax.sharding.AxisType.Auto,) * 4)  # fmt: skip
     with jax.set_mesh(mesh), pytest.raises(UserError, match="2 heads are not divisible by mesh sequence x tensor = 4"):
         attend(q, k, v, q_segment, kv_segment, implementation="splash")
+
+
+@pytest.mark.parametrize("sequence", SEQUENCE_ATTENTION)
+def test_splash_on_a_mesh_has_the_values_and_gradients_of_the_definition(monkeypatch, sequence):
+    monkeypatch.setattr(attention, "splash_local", functools.partial(splash_local, interpret=True))
+    monkeypatch.setattr(attention, "BLOCK", 128)  # several blocks a device
+    batch, n, heads = 2, 300, 4
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (rng.standard_normal((batch, n, heads, D)).astype(np.float32) for _ in range(4))
+    segment = rng.integers(0, 4, (batch, n))
+    # Segments that lie on one token shard, on the border of two, and on all.
+    segment[1] = np.sort(segment[1])
+    segment[0, :20] = 7
+
+    def value_and_gradients(**kwargs):
+        def loss(q, k, v):
+            out = attend(q, k, v, segment, segment, **kwargs)
+            return (out * weight).sum(), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    reference = value_and_gradients(implementation="xla")
+    np.testing.assert_allclose(reference[0], expected(q, k, v, segment, segment), atol=1e-5)
+    with jax.set_mesh(make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})):
+        found = value_and_gradients(implementation="splash", sequence=sequence)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, reference, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), name
+        assert not a[segment == 0].any(), name
 
 
 @pytest.mark.slow

@@ -88,6 +88,19 @@ def test_splash_attention_compiles_for_two_slices_with_data_between_them():
     assert report["steps"][0]["pallas_calls"] >= 6  # forward, dq and dkv in each of two blocks
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_splash_attention_compiles_with_keys_gathered_over_more_devices_than_heads():
+    config = tiny_config(mesh={"data": 1, "sequence": 4})
+    config.model.attention = "splash"
+    topology = topologies.get_topology("v5p:2x2x2")
+    with pytest.raises(UserError, match="mesh.sequence_attention=all_gather"):
+        plan.plan(config, topology, say=lambda line: None)
+    config.mesh.sequence_attention = "all_gather"
+    report = plan.plan(config, topology, say=lambda line: None)
+    assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "sequence": 4, "tensor": 1}
+
+
 @pytest.mark.parametrize(
     ("message", "needed"),
     [

@@ -8,7 +8,7 @@ import pytest
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh
+from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh, training_mesh
 from omnihuman_jax.training import state as state_lib
 from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step
 from tests.training.tiny import tiny_config
@@ -63,13 +63,15 @@ def reference():
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 MESHES = [{axis: 8} for axis in AXES] + [{a: 2, b: 4} for i, a in enumerate(AXES) for b in AXES[i + 1 :]]
-QUICK = ({"sequence": 2, "tensor": 4},)
+MESHES += [mesh | {"sequence_attention": "all_gather"} for mesh in MESHES if "sequence" in mesh]
+QUICK = ({"sequence": 2, "tensor": 4}, {"sequence": 2, "tensor": 4, "sequence_attention": "all_gather"})
 
 
 def gradients_on(mesh_sizes):
     """Row losses and gradients of one batch, all conditions of some rows in use, on a mesh or on one device."""
     config = tiny_config("unused")
     config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128})
+    config.mesh.update(mesh_sizes or {})
     network = state_lib.make_network(config)
     batch, params = random_batch(config), perturbed(network)
     t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
@@ -77,10 +79,14 @@ def gradients_on(mesh_sizes):
     if not mesh_sizes:
         return jax.device_get(run(params, batch, t, eps))
     mesh = make_mesh({"data": 1, "fsdp": 1} | mesh_sizes)
-    check_heads(8, mesh)
+    check_heads(8, mesh, config.mesh.sequence_attention)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, rules.tree_shardings(params, mesh))
         return jax.device_get(run(params, *jax.device_put((batch, t, eps), rules.batch_sharding(mesh))))
+
+
+def mesh_id(mesh):
+    return "-".join(axis for axis in mesh if axis in AXES) + "-all_gather" * ("sequence_attention" in mesh)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,7 @@ def single_device():
 
 @pytest.mark.parametrize(
     "mesh",
-    [pytest.param(m, id="-".join(m), marks=() if m in QUICK else pytest.mark.slow) for m in MESHES],
+    [pytest.param(m, id=mesh_id(m), marks=() if m in QUICK else pytest.mark.slow) for m in MESHES],
 )
 def test_gradients_do_not_depend_on_the_mesh(single_device, mesh):
     losses, grads = gradients_on(mesh)
@@ -101,6 +107,18 @@ def test_gradients_do_not_depend_on_the_mesh(single_device, mesh):
 def test_heads_that_do_not_divide_are_refused_with_the_valid_choices():
     with pytest.raises(UserError, match=r"3 attention heads .* 1 x 8 = 8; their product can be 1, 3"):
         check_heads(3, make_mesh({"data": 1, "fsdp": 1, "tensor": 8}))
+    with pytest.raises(UserError, match=r"3 attention heads .* 8 x 1 = 8; .* mesh.sequence_attention=all_gather"):
+        check_heads(3, make_mesh({"sequence": 8}))
+    with pytest.raises(UserError, match=r"3 attention heads .* mesh.tensor = 2; it can be 1, 3, with any mesh.sequen"):
+        check_heads(3, make_mesh({"sequence": 4, "tensor": 2}), "all_gather")
+    check_heads(3, make_mesh({"sequence": 8}), "all_gather")
+
+
+def test_an_unknown_sequence_attention_is_refused_with_the_choices():
+    config = tiny_config("unused")
+    config.mesh.sequence_attention = "ring"
+    with pytest.raises(UserError, match=r"mesh.sequence_attention='ring': must be one of ulysses, all_gather"):
+        training_mesh(config)
 
 
 @pytest.mark.slow
