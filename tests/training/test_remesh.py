@@ -1,0 +1,109 @@
+"""A run that continues on another mesh or another number of devices, against the same run left alone."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training.checkpoints import Checkpoints
+from omnihuman_jax.training.state import abstract_state
+from tests.training import launch
+from tests.training.tiny import tiny_config, tiny_data, train_tiny
+
+STEPS = 3  # of each stage
+DONE = 4  # step that the others continue after, in the middle of stage 2
+MESHES = {
+    "8-fsdp-sequence-tensor": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
+    "8-sequence-all-gather": {"data": 1, "fsdp": 1, "sequence": 8, "sequence_attention": "all_gather"},
+    "4": {"data": 2, "fsdp": 2},
+    "1": {"data": 1, "fsdp": 1},
+}
+
+
+def remeshed(root, mesh):
+    config = tiny_config(root / "data", steps=(STEPS, STEPS, STEPS))
+    config.model.num_heads = 4
+    config.checkpoint.keep = 9
+    config.mesh.update(mesh)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of data and `alone`, a run on data 2 x fsdp 4 from the first step to the last."""
+    root = tmp_path_factory.mktemp("remesh")
+    dataset = tiny_data(root / "data")
+    train_tiny(remeshed(root, {"data": 2, "fsdp": 4}), root / "alone", dataset)
+    return root, dataset
+
+
+def begin(root, name):
+    """A run that has nothing but the checkpoint after step DONE of the one left alone."""
+    checkpoint = f"checkpoints/{DONE}"
+    shutil.copytree(root / "alone" / checkpoint, root / name / checkpoint)
+    return root / name
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in map(json.loads, (workdir / "metrics.jsonl").open())}
+
+
+def assert_same_losses(workdir, alone):
+    found, expected = losses(workdir), losses(alone)
+    assert list(found) == list(range(DONE + 1, 3 * STEPS + 1))
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
+
+
+def saved(path):
+    """Every array of a checkpoint as it lies on the disk."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path / "state").item_metadata.tree
+        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(restore_args=arrays))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_checkpoint_restores_bit_for_bit_onto_another_mesh(run, name):
+    root, _ = run
+    workdir, config = begin(root, f"restored-{name}"), remeshed(root, MESHES[name])
+    mesh = make_mesh(config.mesh, jax.devices()[: int(name[0])])
+    checkpoints = Checkpoints(workdir, every=100, keep=2)
+    state = checkpoints.restore_latest(abstract_state(config, mesh), config).state
+    checkpoints.close()
+    assert int(state.step) == DONE
+    leaves, expected = (
+        jax.tree.leaves(state._asdict()),
+        jax.tree.leaves(saved(workdir / "checkpoints" / str(DONE))),
+    )
+    assert {leaf.sharding.mesh.devices.size for leaf in leaves} == {int(name[0])}
+    for a, b in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if i == 0 else pytest.mark.slow) for i, n in enumerate(MESHES) if n[0] == "8"]
+)
+def test_a_run_continues_on_another_mesh_with_the_same_losses(run, name):
+    root, dataset = run
+    workdir = begin(root, name)
+    train_tiny(remeshed(root, MESHES[name]), workdir, dataset)
+    assert_same_losses(workdir, root / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in MESHES if n[0] != "8"])
+def test_a_run_continues_on_fewer_devices_with_the_same_losses(run, name):
+    root, _ = run
+    workdir = begin(root, name)
+    overrides = {"simulated_devices": int(name), "model.num_heads": 4}
+    overrides |= {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
+    overrides |= {f"stages.stage{i}.steps": STEPS for i in (1, 2, 3)}
+    started = launch.start(root / "data", workdir, *(f"--config.{k}={v}" for k, v in overrides.items()))
+    assert launch.wait(started) == [0], launch.log(workdir)[-3000:]
+    assert f"after step {DONE} of" in launch.log(workdir)
+    assert_same_losses(workdir, root / "alone")
