@@ -22,6 +22,7 @@ class Instruction:
     """One line of a computation."""
 
     name: str
+    shape: str
     opcode: str
     arguments: str
     attributes: str
@@ -103,7 +104,7 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction | None:
     if start <= 0 or opening < 0:
         return None
     end = _closing(rest, opening)
-    return Instruction(name, rest[start:opening].strip(), rest[opening + 1 : end], rest[end + 1 :], root)
+    return Instruction(name, rest[:start], rest[start:opening].strip(), rest[opening + 1 : end], rest[end + 1 :], root)
 
 
 def _closing(text: str, opening: int) -> int:
@@ -114,6 +115,77 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return found.start()
     return len(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of a program, on one device.
+
+    Attributes:
+      opcode: "all-gather", …
+      shapes: (dtype, dimensions) of each array that it makes.
+      runs: how often it runs; in a loop of unknown length once a trip of the loops around that.
+      in_loop: whether a loop runs it.
+      source: where it comes from, as JAX names it.
+    """
+
+    opcode: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    runs: int
+    in_loop: bool
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all its runs make on a device."""
+        return self.runs * sum(_bytes(dtype) * math.prod(dims) for dtype, dims in self.shapes)
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of an optimised program, those of loops with the loops' trips."""
+    entry, computations = parse(text)
+    found: list[Collective] = []
+
+    def walk(name: str, runs: int, in_loop: bool) -> None:
+        for item in computations[name].values():
+            opcode = item.opcode.removesuffix("-start")
+            if opcode in COLLECTIVES:
+                source = re.search(r'op_name="([^"]*)"', item.attributes)
+                found.append(Collective(opcode, _made(item), runs, in_loop, source[1] if source else ""))
+            elif opcode == "while":
+                trips = trip_count(item, computations[name], computations)
+                walk(item.attribute("body"), runs * (1 if trips is None else trips), True)
+            else:
+                for called in _called(item):
+                    if called in computations:
+                        walk(called, runs, in_loop)
+
+    walk(entry, 1, False)
+    return found
+
+
+def _called(item: Instruction) -> list[str]:
+    """Computations that an instruction runs once: of calls, fusions, asynchronous pairs and conditionals."""
+    branches = re.search(r"branch_computations=\{([^}]*)\}", item.attributes)
+    names = _NAME.findall(branches[1]) if branches else []
+    keys = ("calls", "true_computation", "false_computation") + (("to_apply",) if item.opcode == "call" else ())
+    return names + [called for key in keys if (called := item.attribute(key))]
+
+
+def _made(item: Instruction) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Arrays that a collective makes. An asynchronous start also names what it reads; its result is the largest."""
+    shapes = [
+        (dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", item.shape)
+    ]
+    if item.opcode in ("all-gather-start", "collective-permute-start"):
+        shapes = [max(shapes, key=lambda shape: math.prod(shape[1]))]
+    return tuple(shapes)
+
+
+def _bytes(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 def estimate(text: str) -> Estimate:

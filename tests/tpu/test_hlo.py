@@ -99,3 +99,16 @@ def test_a_compiled_program_costs_in_proportion_to_the_length_of_its_loop():
     assert 3.5 < many / few <= 4.0
     # A 1024^3 product keeps the four 128 x 128 matrix units of a v5e busy for 16384 cycles at the least.
     assert few > 10 * 1024**3 / (4 * 128 * 128)
+
+
+def test_collectives_run_as_often_as_their_loops_and_tell_what_they_make():
+    text = PROGRAM.replace(
+        "ROOT %last = f32[8]{0} sine(%res)",
+        "%start.1 = (f32[8]{0}, bf16[4,8]{1,0}) all-gather-start(%res), dimensions={0}, "
+        'metadata={op_name="jit(f)/gather"}\n  ROOT %last = f32[8]{0} sine(%res)',
+    )
+    assert hlo.collectives(text) == [
+        hlo.Collective("all-reduce", (("f32", (8,)),), runs=3, in_loop=True, source=""),
+        hlo.Collective("all-gather", (("bf16", (4, 8)),), runs=1, in_loop=False, source="jit(f)/gather"),
+    ]
+    assert [c.bytes for c in hlo.collectives(text)] == [3 * 8 * 4, 4 * 8 * 2]
