@@ -1,6 +1,7 @@
 """Compiling train steps for a TPU topology on this machine."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.configs import demo
+from experiments.configs import demo, omni_2b
 from omnihuman_jax.errors import UserError
 from tpu import plan, topologies
 
@@ -99,6 +100,22 @@ def test_splash_attention_compiles_with_keys_gathered_over_more_devices_than_hea
     config.mesh.sequence_attention = "all_gather"
     report = plan.plan(config, topology, say=lambda line: None)
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "sequence": 4, "tensor": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8"])
+def test_the_2b_preset_fits_at_480p_with_one_sample_a_chip(topology):
+    config = omni_2b.get_config()
+    config.mesh.sequence = 4  # fsdp has the other 16 of the 64 chips
+    config.global_batch_size = 64
+    report = plan.plan(config, topologies.get_topology(topology), say=lambda line: None)
+    assert report["chips"] == 64 and report["mesh"] == {"data": 1, "fsdp": 16, "sequence": 4, "tensor": 1}
+    assert 1.8e9 < report["parameters"] < 2.5e9
+    tokens = [math.prod(step["bucket"]) // 4 for step in report["steps"]]
+    assert tokens == [32_760] * 3
+    assert report["fits"]
+    assert all(0 < step["hbm_needed"] < step["hbm_available"] for step in report["steps"])
 
 
 @pytest.mark.parametrize(

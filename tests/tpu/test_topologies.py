@@ -1,8 +1,10 @@
 """Topology names and what a chip of each generation has."""
 
+import numpy as np
 import pytest
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding.mesh import make_mesh
 from tpu.topologies import GENERATIONS, get_topology
 
 
@@ -50,6 +52,26 @@ def test_an_unknown_topology_is_refused_with_the_known_ones(name, words):
         get_topology(name)
     assert words in str(error.value)
     assert "layouts" in str(error.value) or "topologies" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "sizes"),
+    [
+        ("v5p:2x2x1", 2, {"data": 2, "fsdp": -1}),
+        ("v5e:2x4", 4, {"data": 8, "fsdp": -1, "sequence": 2}),
+        ("v6e:2x2", 2, {"data": -1, "tensor": 4}),
+        ("tpu7x:2x2x1", 2, {"data": 4, "sequence": 2, "tensor": 2}),
+    ],
+)
+def test_slices_lie_along_the_data_axis(name, slices, sizes):
+    topology = get_topology(name, slices)
+    mesh = make_mesh(sizes, topology.devices)
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    along_data = index[:, 0, 0, 0]
+    assert (index == along_data[:, None, None, None]).all(), "fsdp, sequence or tensor cross the network"
+    # Each slice has as many neighbouring rows of data as every other.
+    assert along_data.tolist() == sorted(along_data) == [s for s in range(slices) for _ in range(len(index) // slices)]
+    assert len(set(mesh.devices.flat)) == len(topology.devices)
 
 
 def test_no_slices_are_refused():
