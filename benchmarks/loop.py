@@ -31,7 +31,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training.curriculum import curriculum
-from omnihuman_jax.training.processes import is_main, process_rows
+from omnihuman_jax.training.processes import compile_together, is_main, process_rows
 from omnihuman_jax.training.state import init_state, make_network, place_batch
 from omnihuman_jax.training.step import jit_train_step
 
@@ -65,10 +65,11 @@ def bare_step_seconds(config: ConfigDict, dataset: Dataset, steps: int) -> dict[
                 break
         for bucket, batch in found.items():
             placed = place_batch(config, mesh, batch)
+            compiled = compile_together(step, state, placed, jnp.float32(1e-4))
             times = []
             for _ in range(steps + 2):
                 begin = time.perf_counter()
-                state, metrics = step(state, placed, jnp.float32(1e-4))
+                state, metrics = compiled(state, placed, jnp.float32(1e-4))
                 jax.block_until_ready(metrics)
                 times.append(time.perf_counter() - begin)
             seconds[bucket] = statistics.median(times[2:])
@@ -131,6 +132,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         again, restart = training_run([*stage, *longer], workdir, processes)
     ratios = [line["step_seconds"] / seconds for line, seconds in zip(lines, alone, strict=True)][WARM:]
     shares = again[-1]["goodput"]
+    saves = {c["seconds"]: c["blocked_seconds"] for c in (line["checkpoint"] for line in again) if c.get("seconds")}
     return {
         "processes": processes,
         "simulated_devices": config.simulated_devices,
@@ -142,6 +144,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         "restart_to_first_step_seconds": restart,
         "checkpoint_every": config.checkpoint.every,
         "restarted_run_shares": shares,
+        "saves": [{"seconds": whole, "blocked_seconds": blocked} for whole, blocked in saves.items()],
     }
 
 
@@ -166,7 +169,12 @@ def main(_: list[str]) -> None:
         f"first step {report['first_step_seconds']:.1f} s after the start, "
         f"{report['restart_to_first_step_seconds']:.1f} s after a restart\n"
         f"saving every {report['checkpoint_every']} steps took {shares['save']:.1%} of the restarted run's wall time, "
-        f"useful steps {shares['useful']:.1%}"
+        f"useful steps {shares['useful']:.1%}\n"
+        + "\n".join(
+            f"a save took {save['seconds']:.2f} s and blocked the loop for {save['blocked_seconds']:.3f} s "
+            f"({save['blocked_seconds'] / save['seconds']:.1%})"
+            for save in report["saves"]
+        )
     )
     if values.output:
         Path(values.output).write_text(json.dumps(report, indent=1) + "\n")

@@ -121,10 +121,7 @@ def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
         # few, the devices it waits for never run; with many more, they get in each other's way (8 a device: a quarter
         # slower on 2 cores). XLA reads the size from NPROC.
         os.environ["NPROC"] = str(max(2 * config.simulated_devices, os.cpu_count() or 1))
-    # On CPU JAX's key names the process and only process 0 writes. It would find its program while the others compile
-    # theirs, and its first collective gives up waiting for them after 30 s.
-    alone = num_processes == 1 or jax.config.jax_platforms != "cpu"
-    if config.compilation_cache and alone:
+    if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -34,6 +34,10 @@ class SampleVideos:
         same = [i for i in held or range(len(dataset)) if dataset.index[i]["shape"] == shape]
         self._records = [dataset.read(i) for i in same[: config.sample.count]]
 
+    def path(self, step: int, stage: Stage) -> Path:
+        """The GIF of a stage that ended with this step."""
+        return self._folder / f"{stage.name}-{step:06d}.gif"
+
     def __call__(self, params: Any, step: int, stage: Stage) -> tuple[Path, tuple[int, int]]:
         """Generates one window of each clip; returns the GIF and its (height, width)."""
         config, records = self._config, self._records
@@ -57,6 +61,6 @@ class SampleVideos:
         pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
         video = np.clip(np.round((np.concatenate(pair, axis=1) + 1) * 127.5), 0, 255).astype(np.uint8)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{stage.name}-{step:06d}.gif"
+        path = self.path(step, stage)
         write_gif(path, video)
         return path, video.shape[1:3]

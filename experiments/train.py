@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -22,7 +23,7 @@ from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
 from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.checkpoints import check_same_model
+from omnihuman_jax.training.checkpoints import check_same_model, running_steps
 from omnihuman_jax.training.curriculum import Stage, curriculum
 from omnihuman_jax.training.state import make_network
 
@@ -51,18 +52,22 @@ def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
-def check_start(config: ConfigDict, stages: Sequence[Stage]) -> None:
+def check_start(config: ConfigDict, stages: Sequence[Stage], workdir: Path) -> None:
     """What a run would otherwise only find out hours in: intervals, sampling settings, the stages' starting points.
 
     Raises:
       UserError: one of them is wrong.
     """
-    for name, value in (("log_every", config.log_every), ("checkpoint.every", config.checkpoint.every)):
+    values = {"log_every": config.log_every} | {f"checkpoint.{k}": config.checkpoint[k] for k in ("every", "keep")}
+    for name, value in values.items():
         if value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
+    if config.checkpoint.keep_every < 0:
+        raise UserError(f"checkpoint.keep_every={config.checkpoint.keep_every}: must be 0 (none) or more")
     Settings.from_config(config)
+    done = max(running_steps(workdir), default=0)
     for stage in stages:
-        if stage.init_from:
+        if stage.init_from and done < stage.first_step:  # a stage that has begun needs it no more
             there = export.load_config(stage.init_from).model.to_dict()
             check_same_model(there, config.model.to_dict(), stage.init_from)
 
@@ -83,7 +88,7 @@ def main(_: list[str]) -> None:
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
     stages = curriculum(config)
-    check_start(config, stages)
+    check_start(config, stages, Path(flags.FLAGS.workdir))
     dataset = Dataset.open(config.data.dir)
     check_sizes(config, dataset)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)

@@ -1,5 +1,6 @@
 """What every command shares: absl flags, and mistakes as one line on stderr with exit status 2."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -28,6 +29,10 @@ def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] 
             return main()
         except UserError as error:
             return _fail(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return _fail(UserError(f"{error.filename or 'a file'}: {error.strerror}; make room and start again"))
 
     logging.set_verbosity(logging.WARNING)
     try:

@@ -1,23 +1,24 @@
 """Orbax checkpoints: `checkpoints/STEP/` while running, `stages/NAME/` at each stage's end, kept for good.
 
 Each holds the whole train state and a JSON item with the step, the stage, the resolved config, the loop's counters and
-a fingerprint of every array. What cannot be read, or does not have its fingerprint, is set aside in `damaged/` by name,
-and the one before is used.
+the fingerprint and dtype of every array. What cannot be read, or does not have its fingerprint, is set aside in
+`damaged/` by name, and the one before is used.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -25,7 +26,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.config import ModelConfig
 from omnihuman_jax.sharding.mesh import local_mesh
 from omnihuman_jax.sharding.rules import path_name
-from omnihuman_jax.training.processes import is_main, say
+from omnihuman_jax.training.processes import agreed_problem, agreed_steps, first_says, is_main, say
 from omnihuman_jax.training.state import TrainState, make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
@@ -33,7 +34,10 @@ _COMPUTE_KEYS = (
     *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
     *("guidance_default", "pooled_required"),
 )
-_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
+_META_KEYS = ("step", "stage", "config", "counter")
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
+_DELETED = ".deleted"
+RETRY_SECONDS = 1.0  # pause before a state that could not be read is tried once more
 # Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
 # of small ones takes longer than writing them, while training waits.
 _SHARED_WRITE_BYTES = 1 << 20
@@ -82,13 +86,17 @@ def fingerprint(tree: Any) -> dict[str, int]:
 
 
 class Checkpoints:
-    """Writer and reader of one run's checkpoints. A save that fails (a full disk) is told and does not end the run.
+    """Writer and reader of one run's checkpoints.
+
+    A save that fails (a full disk) is told. A run of one process goes on, and `failed` tells what is missing at its
+    end; a process of several raises UserError, because the others wait for it.
 
     Args:
-      workdir: run directory.
+      workdir: run directory, shared by all processes.
       every: save every that many steps.
       keep: number of running checkpoints kept; stage checkpoints are always kept.
       keep_every: besides, keep the steps that it divides (0 = none).
+      stages: name -> last step; the running checkpoint of that step is kept until `stages/NAME/` is whole.
       tell: called with lines for the log.
     """
 
@@ -99,118 +107,202 @@ class Checkpoints:
         every: int,
         keep: int,
         keep_every: int = 0,
+        stages: Mapping[str, int] | None = None,
         tell: Callable[[str], None] = say,
     ):
         self._workdir = Path(workdir).absolute()
-        self._every, self._tell = every, tell
-        self.failed = ""  # what went wrong with the newest save, "" when it is whole
+        self._every, self._keep, self._keep_every, self._tell = every, keep, keep_every, tell
+        self._last_steps = dict(stages or {})
+        self._failed: dict[Path, str] = {}
+        self._writing: Path | None = None
+        self._begun = 0.0  # `time.perf_counter()` of the save under way
+        # Of the newest save: until all is written (None: not yet), and how long the loop waited for it.
+        self.times: dict[str, float | None] = {}
+        self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._remove_half_written()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+        options = _process_options()
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=options), **_item_handlers(options)
+            ),
+            multiprocessing_options=options,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._written),
         )
-        self._manager = ocp.CheckpointManager(
-            self._workdir / "checkpoints", item_handlers=_item_handlers(), options=options
-        )
-        self._stages = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_item_handlers()))
+
+    @property
+    def failed(self) -> str:
+        """What could not be written and is still missing, "" for nothing."""
+        return "; ".join(self._failed.values())
 
     def _remove_half_written(self) -> None:
-        for part in sorted((self._workdir / "checkpoints").glob(_HALF_WRITTEN)) if is_main() else ():
-            self._tell(f"{part}: half-written when an earlier start ended; removed")
-            shutil.rmtree(part)
-        for part in sorted((self._workdir / "stages").glob(_HALF_WRITTEN)) if is_main() else ():
-            shutil.rmtree(part)
+        for room in ("checkpoints", "stages") if is_main() else ():
+            for part in sorted((self._workdir / room).glob(f"*{_HALF_WRITTEN}*")):
+                self._tell(f"{part}: half-written when an earlier start ended; removed")
+                shutil.rmtree(part)
+            for part in (self._workdir / room).glob(f"*{_DELETED}"):
+                shutil.rmtree(part, ignore_errors=True)
 
     def due(self, step: int) -> bool:
         """Whether a running checkpoint is wanted after this step."""
         return step % self._every == 0
 
     def last_good(self) -> str:
-        """The newest whole checkpoint, for messages."""
-        step = self._manager.latest_step()
-        return "none yet" if step is None else str(self._workdir / "checkpoints" / str(step))
+        """The newest whole checkpoint on the disk, for messages."""
+        steps = running_steps(self._workdir)
+        return str(self._running(steps[-1])) if steps else "none yet"
+
+    def _running(self, step: int) -> Path:
+        return self._workdir / "checkpoints" / str(step)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves asynchronously; the arrays are copied off the device before this returns."""
-        if step in self._manager.all_steps():  # steps run again after a restart
-            return
-        meta = meta | {"fingerprint": fingerprint(state)}
-        # The save before may still be under way, and its failure is not this one's.
-        self._guarded("checkpoints", self._manager.wait_until_finished)
-        self._guarded("stages", self._stages.wait_until_finished)
-        self.failed = ""
-        self._guarded("checkpoints", lambda: self._manager.save(step, args=_save_args(state, meta), force=True))
+        self._write(self._running(step), state, meta)
 
     def save_stage(self, name: str, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves the stage's end to `stages/NAME/`, asynchronously; it is whole before a later running one begins."""
-        meta = meta | {"fingerprint": fingerprint(state)}
         path = self._workdir / "stages" / name
-        self._guarded("stages", lambda: self._stages.save(path, args=_save_args(state, meta), force=True))
+        there, sums = _meta_or_none(path), fingerprint(state)
+        if first_says(bool(there and (there["step"], there["fingerprint"]) == (meta["step"], sums))):
+            return  # the step came again after a restart
+        if there:
+            self._tell(f"{path}: replaced; it held step {there['step']} of another training of this stage")
+        self._write(path, state, meta)
 
-    def has_stage(self, name: str) -> bool:
-        """Whether `stages/NAME/` is there."""
-        return (self._workdir / "stages" / name / "meta").is_dir()
+    def mend_stages(self, done: int) -> None:
+        """Makes `stages/NAME/` from the running checkpoint of the stage's last step where it could not be written."""
+        for name, step in self._last_steps.items():
+            path = self._workdir / "stages" / name
+            if step > done or not self._running(step).is_dir() or _is_step(path, step):
+                continue
+            if is_main():
+                half = path.with_name(f"{name}{_HALF_WRITTEN}-copy")
+                try:
+                    shutil.copytree(self._running(step), half)
+                    if path.exists():
+                        shutil.rmtree(path)
+                    half.rename(path)
+                except OSError as error:
+                    shutil.rmtree(half, ignore_errors=True)
+                    self._failed[path] = f"{path} could not be written: {error}"
+                    continue
+            self._tell(f"{path}: was missing; copied from {self._running(step)}")
+            self._failed.pop(path, None)
 
-    def stage_step(self, name: str) -> int:
-        """The step that `stages/NAME/` was saved at."""
-        return read_meta(self._workdir / "stages" / name)["step"]
+    def _write(self, path: Path, state: TrainState, meta: dict[str, Any]) -> None:
+        begun = time.perf_counter()
+        meta = meta | {"fingerprint": fingerprint(state), "dtypes": _dtypes(state)}
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(meta | {"sha256": _digest(meta)})
+        )
+        self.wait()  # for the save before; its failure is not this one's
+        self._failed = {p: why for p, why in self._failed.items() if p != path and p.parent.name == "stages"}
+        self._writing, self._begun, self.times = path, begun, {"seconds": None}
+        self._guarded(lambda: self._saver.save(path, args=args, force=True))
+        self.times["blocked_seconds"] = time.perf_counter() - begun
+
+    def _written(self) -> None:
+        """Called by Orbax's thread of the first process when all files are written."""
+        self.times["seconds"] = time.perf_counter() - self._begun
 
     def check(self) -> None:
-        """Finds out whether a save under way has failed."""
-        self._guarded("checkpoints", self._manager.check_for_errors)
-        self._guarded("stages", self._stages.check_for_errors)
+        """Finds out whether a save under way has ended or failed; call often."""
+        self._guarded(self._saver.check_for_errors)
 
-    def _guarded(self, root: str, action: Callable[[], Any]) -> None:
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        """Runs an action of the saver, and sees to what it says about the save under way."""
         try:
             action()
         # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not _is_disk_error(error):
                 raise
-            self.failed = f"a checkpoint could not be written: {' '.join(str(error).split())[:300]}"
-            self._tell(f"{self.failed}; the last whole one is {self.last_good()}; training goes on")
-            for part in (self._workdir / root).glob(_HALF_WRITTEN):
-                shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
+            self._failed_to_write(error)
+        if self._writing and self._writing.is_dir():  # renamed from its temporary name: whole
+            self._writing = None
+            self._prune()
+
+    def _failed_to_write(self, error: Exception) -> None:
+        path, self._writing = self._writing, None
+        if path is None:
+            return  # a second error of a save that has been told of
+        told = f"a checkpoint could not be written: {path}: {' '.join(str(error).split())[:300]}"
+        last = f"the last whole one is {self.last_good()}"
+        if jax.process_count() > 1:
+            raise UserError(f"process {jax.process_index()}: {told}; {last}; make room and start again") from error
+        self._failed[path] = told
+        self._tell(f"{told}; {last}; training goes on")
+        for part in path.parent.glob(f"{path.name}{_HALF_WRITTEN}*"):
+            shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
+
+    def _prune(self) -> None:
+        """Removes the running checkpoints that the policy does not keep."""
+        if not is_main():
+            return
+        wanted = {
+            step for name, step in self._last_steps.items() if not _is_step(self._workdir / "stages" / name, step)
+        }
+        for step in running_steps(self._workdir)[: -self._keep]:
+            if step not in wanted and not (self._keep_every and step % self._keep_every == 0):
+                # Renamed first, so that what a kill leaves of it is never taken for a checkpoint.
+                gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
+                self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
         """The newest running checkpoint that is whole, or None when the run has none at all.
 
+        Where all running ones are damaged, the stages' are tried. All processes decide together: one that a single
+        process cannot read is used by none.
+
         Raises:
           UserError: the checkpoint holds a model of another shape, or there are checkpoints and none can be read.
         """
+        folder = self._workdir / "checkpoints"
+        steps = agreed_steps([int(p.name) for p in folder.glob("*") if p.name.isdigit()])
+        if not steps:
+            return None
+        stages = [self._workdir / "stages" / name for name in reversed(self._last_steps)]
         broken: list[tuple[Path, str]] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            path = self._workdir / "checkpoints" / str(step)
+        for path in [*(self._running(step) for step in reversed(steps)), *stages]:
             restored, problem = self._try(path, abstract, config)
-            if jax.process_count() > 1:
-                fine = multihost_utils.process_allgather(np.array(not problem))
-                problem = problem or ("" if fine.all() else "another process could not read it")
-            if not problem:
-                self._set_aside(broken)
+            if restored:
+                self._set_aside([(p, why) for p, why in broken if p.parent == folder])
                 return restored
-            broken.append((path, problem))
-        if broken:
-            told = "; ".join(f"{path}: {problem}" for path, problem in broken)
-            raise UserError(
-                f"{self._workdir}: no checkpoint can be read ({told}); repair one, or move the folder checkpoints/ "
-                f"away to train from the start"
-            )
-        return None
+            if path.parent == folder or path.is_dir():
+                broken.append((path, problem))
+        told = "; ".join(f"{path}: {problem}" for path, problem in broken)
+        raise UserError(
+            f"{self._workdir}: no checkpoint can be read ({told}); repair one, or move the folder checkpoints/ "
+            f"away to train from the start"
+        )
 
     def _try(self, path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored | None, str]:
-        """The checkpoint, or why it cannot be used."""
+        """The checkpoint, or why it cannot be used; the same in all processes."""
+        meta, problem = None, ""
         try:
             meta = read_meta(path)
+            if path.name.isdigit() and meta["step"] != int(path.name):
+                problem = f"damaged: it says that it holds step {meta['step']}"
         except UserError as error:
-            return None, str(error)
+            problem = str(error)
+        if problem := agreed_problem(problem):
+            return None, problem
         check_same_model(meta["config"]["model"], config.model.to_dict(), path)
-        try:
-            state = TrainState(**_restore(path, abstract._asdict()))
-        # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
-        # from an older checkpoint, or ends.
-        except Exception as error:  # noqa: BLE001
-            return None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        # Restored as it was saved and cast afterwards: a config may change the moments' dtypes.
+        saved = _with_dtypes(abstract, meta.get("dtypes", {}))
+        state, problem = _read_state(path, saved)
+        if problem:
+            differ = _optimizer_differences(meta["config"], config)
+            problem += f"; the config differs from the checkpoint's in {differ}" if differ else ""
+        if problem := agreed_problem(problem):
+            return None, problem
         wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
-        return Restored(state, meta, path), f"damaged: other values than were saved in {wrong}" if wrong else ""
+        if wrong:
+            return None, f"damaged: other values than were saved in {wrong}"
+        if saved != abstract:
+            dtypes, shardings = ([getattr(x, k) for x in jax.tree.leaves(abstract)] for k in ("dtype", "sharding"))
+            cast = jax.jit(lambda xs: [x.astype(d) for x, d in zip(xs, dtypes, strict=True)], out_shardings=shardings)
+            state = jax.tree.unflatten(jax.tree.structure(state), cast(jax.tree.leaves(state)))
+        return Restored(state, meta, path), ""
 
     def _set_aside(self, broken: list[tuple[Path, str]]) -> None:
         for path, problem in broken:
@@ -222,16 +314,73 @@ class Checkpoints:
                 path.rename(target)
             self._tell(f"checkpoint {path} is skipped and moved to damaged/: {problem}")
         if broken:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("set_aside")
-            self._manager.reload()
+            agreed_problem("")  # nobody goes on before they are moved
+
+    def wait(self) -> None:
+        """Waits for the save under way; `failed` tells how it ended."""
+        self._guarded(self._saver.wait_until_finished)
 
     def close(self) -> None:
-        """Waits for the saves under way and closes the writers."""
-        self._guarded("checkpoints", self._manager.wait_until_finished)
-        self._guarded("stages", self._stages.wait_until_finished)
-        self._manager.close()
-        self._stages.close()
+        """Waits for the save under way and closes the writer."""
+        self.wait()
+        self._saver.close()
+        self._deleter.shutdown()
+
+
+def running_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that a run directory holds whole, in order."""
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir())
+
+
+def _meta_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_meta(path)
+    except UserError:
+        return None
+
+
+def _is_step(path: Path, step: int) -> bool:
+    meta = _meta_or_none(path)
+    return meta is not None and meta["step"] == step
+
+
+def _dtypes(state: Any) -> dict[str, str]:
+    return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
+    """The abstract arrays with the dtypes that a checkpoint names."""
+
+    def saved(path, x):
+        return jax.ShapeDtypeStruct(x.shape, dtypes.get(path_name(path), x.dtype), sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(saved, abstract)
+
+
+def _read_state(path: Path, abstract: TrainState) -> tuple[TrainState | None, str]:
+    """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
+    for pause in (RETRY_SECONDS, None):
+        try:
+            return TrainState(**_restore(path, abstract._asdict())), ""
+        # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
+        # from an older checkpoint, or ends.
+        except Exception as error:  # noqa: BLE001
+            if pause is None:
+                return None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            time.sleep(pause)  # a file system that fails for a moment is no damage
+    raise AssertionError
+
+
+def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
+    there, here = saved.get("optimizer", {}), config.optimizer.to_dict()
+    return "; ".join(
+        f"optimizer.{key}={there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
+    )
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _is_disk_error(error: Exception) -> bool:
@@ -244,26 +393,29 @@ def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
+def _process_options() -> ocp.options.MultiprocessingOptions:
+    # Naming the processes makes Orbax wait at the coordinator's barriers, which end with an error when a process is
+    # gone. Its default is a collective of the devices, which waits for ever and gets between those of the training.
+    everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    return ocp.options.MultiprocessingOptions(active_processes=everyone)
+
+
+def _item_handlers(options: ocp.options.MultiprocessingOptions) -> dict[str, ocp.CheckpointHandler]:
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        "meta": ocp.JsonCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
+        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=options),
     }
 
 
-def _save_args(state: TrainState, meta: dict[str, Any]) -> ocp.args.Composite:
-    return ocp.args.Composite(state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(meta))
-
-
 def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Restores the named parts of a state straight into the shardings of `abstract`."""
+    """Restores the named parts of a state straight into the shardings of `abstract`, each process its own shards."""
     args = ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
     )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.Composite(state=args)).state
+    # The handler by itself: Orbax's Checkpointer ends with a barrier, where a process that cannot read never arrives.
+    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
 
 def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
@@ -313,11 +465,20 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON item of a checkpoint folder."""
+    """The JSON item of a checkpoint folder.
+
+    Raises:
+      UserError: it cannot be read, or is not what was written.
+    """
     try:
-        return json.loads((Path(path) / "meta" / "metadata").read_text())
+        meta = json.loads((Path(path) / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:  # not JSON, or not text
         raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
+    missing = [key for key in _META_KEYS if not isinstance(meta, dict) or key not in meta]
+    if missing or meta.get("sha256") not in (None, _digest({k: v for k, v in meta.items() if k != "sha256"})):
+        why = f"no {missing[0]}" if missing else "another sha256 than was saved"
+        raise UserError(f"{path}: damaged meta/metadata ({why}); use another one of the run")
+    return meta
 
 
 def load_for_inference(

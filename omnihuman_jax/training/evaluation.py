@@ -1,6 +1,6 @@
 """Loss on held-out clips at fixed noise and times: comparable between steps, and between sets of conditions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.training.processes import compile_together
 from omnihuman_jax.training.step import jit_evaluation_loss
 
 # Each set with the conditions up to its name; a clip that lacks one keeps the weaker ones.
@@ -30,6 +31,7 @@ class HeldOutLoss:
 
     def __init__(self, config: ConfigDict, network: Network, mesh: Mesh, batches: Sequence[Mapping[str, jax.Array]]):
         self._loss = jit_evaluation_loss(config, network, mesh)
+        self._compiled: dict[tuple[int, ...], Callable[..., jax.Array]] = {}
         self._batches = []
         rows = rules.batch_sharding(mesh)
         for i, batch in enumerate(batches):
@@ -48,5 +50,8 @@ class HeldOutLoss:
         """Name of the strongest condition given ("reference", "audio", "pose") -> mean loss over all rows."""
         losses: dict[str, list[float]] = {name: [] for name in SETS}
         for name, batch, t, noise in self._batches:
-            losses[name].append(float(self._loss(params, batch, t, noise).mean()))
+            shape = batch["latents"].shape
+            if shape not in self._compiled:
+                self._compiled[shape] = compile_together(self._loss, params, batch, t, noise)
+            losses[name].append(float(self._compiled[shape](params, batch, t, noise).mean()))
         return {name: float(np.mean(values)) for name, values in losses.items() if values}

@@ -53,9 +53,12 @@ class Watchdog:
         self._seconds, self._last_good = seconds, last_good
         self._alive, self._paused = time.monotonic(), 0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if seconds:
-            self._thread.start()
+
+    def start(self) -> None:
+        """Starts watching."""
+        self.step_done()
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step_done(self) -> None:
         """Starts the clock again."""
@@ -92,6 +95,8 @@ class Watchdog:
 class BadSteps:
     """Counts the steps that were skipped because loss or gradient were not finite.
 
+    `total` and `in_a_row` are part of the checkpoint, so that a restart goes on counting.
+
     Args:
       limit: that many in a row end the run.
       last_good: called for the message; names the newest checkpoint.
@@ -99,7 +104,7 @@ class BadSteps:
 
     def __init__(self, limit: int, last_good):
         self._limit, self._last_good = limit, last_good
-        self.total, self._in_a_row = 0, 0
+        self.total, self.in_a_row = 0, 0
 
     def add(self, bad: bool, step: int, loss: float, grad_norm: float, records: Sequence[str]) -> str:
         """Counts a step; returns what to tell about it, "" for a good one.
@@ -108,13 +113,13 @@ class BadSteps:
           UserError: the limit is reached.
         """
         if not bad:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return ""
-        self.total, self._in_a_row = self.total + 1, self._in_a_row + 1
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         told = f"step {step}: loss {loss}, gradient norm {grad_norm}; records {', '.join(records)}"
-        if self._in_a_row >= self._limit:
+        if self.in_a_row >= self._limit:
             raise UserError(
-                f"{told}; {self._in_a_row} steps in a row were not finite (faults.max_bad_steps={self._limit}); the "
+                f"{told}; {self.in_a_row} steps in a row were not finite (faults.max_bad_steps={self._limit}); the "
                 f"last good checkpoint is {self._last_good()}; look at these records, or lower the learning rate"
             )
-        return f"{told}; skipped ({self._in_a_row} in a row, {self.total} since the start)"
+        return f"{told}; skipped ({self.in_a_row} in a row, {self.total} since the start)"

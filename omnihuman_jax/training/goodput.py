@@ -28,9 +28,13 @@ class Goodput:
         finally:
             self.seconds[name] += time.perf_counter() - begin
 
+    def claimed(self) -> float:
+        """Seconds that causes have claimed so far."""
+        return sum(self.seconds.values())
+
     def add(self, name: str, seconds: float) -> None:
-        """Claims seconds already measured, as those of steps done again after a restart ("repeat")."""
-        self.seconds[name] += seconds
+        """Claims seconds already measured that nothing else claims: of a step done again after a restart ("repeat")."""
+        self.seconds[name] += max(0.0, seconds)
 
     def report(self) -> dict[str, float]:
         """Shares of the wall time: `useful`, and each cause."""

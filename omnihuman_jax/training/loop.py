@@ -32,9 +32,18 @@ from omnihuman_jax.training.evaluation import HeldOutLoss
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
 from omnihuman_jax.training.goodput import Goodput
 from omnihuman_jax.training.metrics import MetricsWriter, RatioCounter
-from omnihuman_jax.training.processes import Ballot, is_main, process_rows, say
+from omnihuman_jax.training.processes import (
+    Ballot,
+    check_alike,
+    compile_together,
+    first_says,
+    is_main,
+    process_rows,
+    say,
+    wait_for_all,
+)
 from omnihuman_jax.training.profile import Profile
-from omnihuman_jax.training.run_config import config_digest, write_config
+from omnihuman_jax.training.run_config import config_digest, shared_digest, write_config
 from omnihuman_jax.training.state import (
     TrainState,
     abstract_state,
@@ -58,11 +67,27 @@ class Feed(Protocol):
     def describe(self, step: int) -> dict[str, Any]:
         """`records`, `active` and `scheduled`: record id and condition names of every global row of a step."""
 
+    def plan(self) -> list[dict[str, Any]]:
+        """JSON of the stage table in use, which every checkpoint holds."""
+
+    def continue_from(self, plan: list[dict[str, Any]], done: int) -> list[str]:
+        """Keeps what a saved plan did in steps 1 … done, and tells what the config changes from there on."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of all records."""
+
     def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
         """These global rows of `count` batches that training does not see."""
 
 
-SampleHook = Callable[[Any, int, Stage], tuple[Path, tuple[int, int]]]
+class SampleHook(Protocol):
+    """Writes a sample video at a stage's end."""
+
+    def path(self, step: int, stage: Stage) -> Path:
+        """The GIF that a call writes."""
+
+    def __call__(self, params: Any, step: int, stage: Stage) -> tuple[Path, tuple[int, int]]:
+        """Writes it from the EMA parameters; its path and (height, width)."""
 
 
 def train(
@@ -83,12 +108,12 @@ def train(
       plain_config: the same as plain JSON types, stored in config.json and in every checkpoint.
       workdir: run directory.
       feed: source of batches.
-      sample: called at a stage's end with (EMA parameters, step, stage); writes a GIF and returns its path and size.
+      sample: writes a video at every stage's end; None for none.
       started: `time.time()` of the process's start, for the goodput.
 
     Raises:
       UserError: anything wrong with the config or with the checkpoints in `workdir`; too many steps in a row that are
-        not finite; a last checkpoint that could not be written.
+        not finite; a checkpoint of a stage, or the last one, that could not be written.
     """
     stages = curriculum(config)
     mesh = mesh_lib.training_mesh(config)
@@ -108,19 +133,22 @@ class _Run:
         self.feed, self.sample, self.stop, self.workdir = feed, sample, stop, workdir
         self.network: Network = make_network(config)
         self.goodput = Goodput(started)
-        c = config.checkpoint
+        c, last_steps = config.checkpoint, {stage.name: stage.last_step for stage in stages if stage.steps}
         self.bar = tqdm(disable=True)
-        self.checkpoints = Checkpoints(workdir, every=c.every, keep=c.keep, keep_every=c.keep_every, tell=self.tell)
+        self.checkpoints = Checkpoints(
+            workdir, every=c.every, keep=c.keep, keep_every=c.keep_every, stages=last_steps, tell=self.tell
+        )
         last_good = self.checkpoints.last_good
         self.watchdog = Watchdog(config.faults.watchdog_seconds, last_good)
         self.bad_steps = BadSteps(config.faults.max_bad_steps, last_good)
-        self.writer = MetricsWriter(workdir, log_records=config.data.log_records, enabled=is_main())
+        self.writer = MetricsWriter(workdir, log_records=config.data.log_records, enabled=is_main(), tell=self.tell)
         self.ballot = Ballot(mesh)
         self.rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
         self.train_step = jit_train_step(config, self.network, mesh)
         self.profile = Profile(config.profile.steps, workdir)
         self.pending: dict[str, Any] | None = None
-        self.compiled: set[tuple[int, ...]] = set()
+        self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self.repeated_until, self.claimed = 0, 0.0
         every, count = config.evaluation.every, config.evaluation.batches
         self.held_out_batches = feed.held_out(count, self.rows) if every else []
         if every and not self.held_out_batches:
@@ -138,7 +166,10 @@ class _Run:
     def start(self) -> None:
         """Restores or initialises, then runs the steps that are left."""
         last = self.stages[-1].last_step
+        self.watchdog.start()
         with self.watchdog:
+            check_alike("data set", self.feed.fingerprint())
+            check_alike("config", shared_digest(self.plain_config))
             restored = self.checkpoints.restore_latest(
                 abstract_state(self.config, self.mesh, self.network), self.config
             )
@@ -148,19 +179,27 @@ class _Run:
             else:
                 state, done, counter = init_state(self.config, self.mesh, self.network), 0, RatioCounter()
         if is_main():
-            write_config(self.workdir, self.plain_config)
+            write_config(self.workdir, self.plain_config, restored.meta["config"] if restored else None)
+        self.checkpoints.mend_stages(done)
         if restored and done <= last:
-            stage = stage_at(self.stages, done)
-            if done == stage.last_step and not self.checkpoints.has_stage(stage.name):
-                self.end_stage(state, done, stage, counter)  # its checkpoint could not be written then
+            self.after_save(state, done, stage_at(self.stages, done), resumed=True)
         if done >= last:
+            self.finish(done)
             say(f"{self.workdir}: all {done} steps are done; nothing to train")
             return
         self.bar = tqdm(
             total=last, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0, disable=not is_main()
         )
         self.steps(state, done, counter)
-        self.checkpoints.close()
+
+    def finish(self, done: int) -> None:
+        """Waits for the saves under way.
+
+        Raises:
+          UserError: a checkpoint that could not be written and is still missing.
+        """
+        self.checkpoints.wait()
+        self.checkpoints.mend_stages(done)
         if self.checkpoints.failed:
             raise UserError(
                 f"{self.checkpoints.failed}; the last whole one is {self.checkpoints.last_good()}; make room and start "
@@ -168,21 +207,25 @@ class _Run:
             )
 
     def tell_restored(self, path: Path, meta: dict[str, Any]) -> None:
-        """One line: what the run continues from."""
+        """One line: what the run continues from. And what changes from there."""
         done, last = meta["step"], self.stages[-1].last_step
-        again = max(0, metrics_lib.last_logged_step(self.workdir) - done)
-        self.goodput.add("repeat", again * metrics_lib.typical_step_seconds(self.workdir))
+        self.repeated_until = metrics_lib.last_logged_step(self.workdir)
         self.tell(
             f"continuing {self.workdir} after step {done} of {last}, in {meta['stage']}: parameters, optimizer, EMA, "
-            f"data position and ratio counts from {path}; {again} logged steps come again; {jax.process_count()} "
-            f"process(es), mesh {dict(self.mesh.shape)}"
+            f"data position and ratio counts from {path}; {max(0, self.repeated_until - done)} logged steps come "
+            f"again; {jax.process_count()} process(es), mesh {dict(self.mesh.shape)}"
         )
+        self.bad_steps.total, self.bad_steps.in_a_row = meta["bad_steps"]
+        for line in self.feed.continue_from(meta["data_plan"], done):
+            self.tell(line)
+        if meta["data"] != self.feed.fingerprint():
+            self.tell("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
         """Runs steps done + 1 … last, or until told to stop."""
         last = self.stages[-1].last_step
         batches = self.feed.iterate(done + 1, self.rows)
-        self.clock = time.perf_counter()
+        self.start_clock()
         for step in range(done + 1, last + 1):
             stage = stage_at(self.stages, step)
             if step == stage.first_step:
@@ -209,26 +252,28 @@ class _Run:
             stop = self.ballot.cast(bool(self.stop.name))
             if step == stage.last_step or self.checkpoints.due(step) or stop:
                 self.save(state, step, stage, counter)
-            self.evaluate(state, step)
+            if not stop:  # the time that is left before a kill is for saving; these are made up for
+                self.after_save(state, step, stage)
             self.profile.after(step, metrics)
-            if stop and step < last:
+            if stop:
                 self.flush()
-                self.checkpoints.close()
+                self.finish(step)
                 self.tell(
                     f"stopped by {self.stop.name or 'another process'} after step {step} of {last}, saved in "
                     f"{self.checkpoints.last_good()}; start the same command again to continue"
                 )
                 return
         self.flush()
+        self.finish(last)
 
     def dispatch(self, state: TrainState, batch: dict[str, np.ndarray], rate: float) -> tuple[TrainState, Any]:
         """Starts the step; the first of each shape compiles before it returns."""
         placed, shape = place_batch(self.config, self.mesh, batch), batch["latents"].shape
-        if shape in self.compiled:
-            return self.train_step(state, placed, jnp.float32(rate))
-        self.compiled.add(shape)
-        with self.watchdog, self.goodput.cause("compile"):
-            return self.train_step(state, placed, jnp.float32(rate))
+        arguments = (state, placed, jnp.float32(rate))
+        if shape not in self.compiled:
+            with self.watchdog, self.goodput.cause("compile"):
+                self.compiled[shape] = compile_together(self.train_step, *arguments)
+        return self.compiled[shape](*arguments)
 
     def enter_stage(self, state: TrainState, stage: Stage) -> TrainState:
         """The state that a stage starts from: the stage before, or the parameters of `init_from`."""
@@ -246,14 +291,14 @@ class _Run:
         return state
 
     def save(self, state: TrainState, step: int, stage: Stage, counter: RatioCounter) -> None:
-        """Writes the running checkpoint, and at a stage's end the one kept for good and a sample video."""
+        """Writes the running checkpoint, and before it at a stage's end the one kept for good."""
         self.flush()
-        with self.watchdog:
+        with self.watchdog, self.goodput.cause("save"):
+            meta = self.meta(step, stage, counter)
             if step == stage.last_step:
-                self.end_stage(state, step, stage, counter)
-            with self.goodput.cause("save"):
-                self.checkpoints.save(step, state, self.meta(step, stage, counter))
-        self.clock = time.perf_counter()  # saving is not part of the next step's time
+                self.checkpoints.save_stage(stage.name, state, meta)
+            self.checkpoints.save(step, state, meta)
+        self.start_clock()
 
     def meta(self, step: int, stage: Stage, counter: RatioCounter) -> dict[str, Any]:
         """What a checkpoint says besides the arrays. Noise and data are functions of the seed and the step."""
@@ -262,18 +307,27 @@ class _Run:
             "stage": stage.name,
             "seed": self.config.seed,
             "next_data_step": step + 1,
+            "data_plan": self.feed.plan(),
+            "data": self.feed.fingerprint(),
+            "bad_steps": [self.bad_steps.total, self.bad_steps.in_a_row],
             "config": self.plain_config,
             "config_digest": config_digest(self.plain_config),
             "counter": counter.state(),
         }
 
-    def end_stage(self, state: TrainState, step: int, stage: Stage, counter: RatioCounter) -> None:
-        """The checkpoint that is kept for good, and a sample video."""
-        with self.watchdog, self.goodput.cause("save"):
-            if not self.checkpoints.has_stage(stage.name) or step != self.checkpoints.stage_step(stage.name):
-                self.checkpoints.save_stage(stage.name, state, self.meta(step, stage, counter))
-        if not self.sample:
-            return
+    def after_save(self, state: TrainState, step: int, stage: Stage, *, resumed: bool = False) -> None:
+        """A sample video at a stage's end, and the held-out loss; after a resume only what is not there yet."""
+        sample, every = self.sample, self.config.evaluation.every
+        if sample and step == stage.last_step and not first_says(resumed and sample.path(step, stage).exists()):
+            self.sample_stage(state, step, stage)
+        if every and step % every == 0:
+            there = resumed and metrics_lib.last_evaluated_step(self.workdir) >= step
+            if not first_says(there):
+                self.evaluate(state, step)
+
+    def sample_stage(self, state: TrainState, step: int, stage: Stage) -> None:
+        """A sample video of the stage's EMA."""
+        self.flush()
         with self.watchdog, self.goodput.cause("evaluate"):
             alone = jax.process_count() == 1
             ema = jax.device_get(state.ema) if alone else multihost_utils.process_allgather(state.ema, tiled=True)
@@ -282,19 +336,22 @@ class _Run:
                 with contextlib.nullcontext() if alone else jax.set_mesh(mesh_lib.local_mesh()):
                     path, size = self.sample(ema, step, stage)
                 self.writer.video(f"sample/{stage.name}", path, size, step)
+            wait_for_all("sampled")
+        self.start_clock()
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Loss of the EMA on held-out clips, every `evaluation.every` steps."""
-        every = self.config.evaluation.every
-        if not every or step % every:
-            return
+        """Loss of the EMA on held-out clips."""
         self.flush()
         with self.watchdog, self.goodput.cause("evaluate"):
             if self.held_out is None:
                 batches = [place_batch(self.config, self.mesh, batch) for batch in self.held_out_batches]
                 self.held_out = HeldOutLoss(self.config, self.network, self.mesh, batches)
             self.writer.evaluation(step, self.held_out(state.ema))
-        self.clock = time.perf_counter()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """A step's time begins: what came before (a save, an evaluation) is not part of it."""
+        self.clock, self.claimed = time.perf_counter(), self.goodput.claimed()
 
     def flush(self) -> None:
         """Logs the pending step: waits for its metrics, checks them, writes a line every `log_every` steps."""
@@ -303,8 +360,10 @@ class _Run:
         p, self.pending = self.pending, None
         step, stage, metrics, told = p["step"], p["stage"], jax.device_get(p["metrics"]), p["told"]
         self.watchdog.step_done()
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        seconds = time.perf_counter() - self.clock
+        if step <= self.repeated_until:
+            self.goodput.add("repeat", seconds - (self.goodput.claimed() - self.claimed))
+        self.start_clock()
         loss, grad_norm, skipped = float(metrics["loss"]), float(metrics["grad_norm"]), bool(metrics["skipped"])
         self.writer.records(step, told["records"], told["active"])
         message = self.bad_steps.add(skipped, step, loss, grad_norm, told["records"])
@@ -324,6 +383,9 @@ class _Run:
             "stage": stage.name,
             "loss": loss,
             "loss_by_condition": metrics_lib.loss_by_condition(metrics["sample_loss"], active_rows(told["active"])),
+            "loss_by_condition_set": metrics_lib.loss_by_condition_set(
+                metrics["sample_loss"], active_rows(told["active"])
+            ),
             "loss_by_time": metrics_lib.loss_by_time(metrics["sample_loss"], metrics["time"]),
             "active_ratio": p["ratios"][0],
             "scheduled_ratio": p["ratios"][1],
@@ -337,6 +399,7 @@ class _Run:
             "video_seconds_per_second": batch * 4 * frames / FPS / seconds,
             "model_flops_per_second": flops_per_second,
             "memory_bytes": metrics_lib.memory_bytes(),
+            "checkpoint": dict(self.checkpoints.times),
             "goodput": self.goodput.report(),
         }
         if peak:

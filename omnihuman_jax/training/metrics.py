@@ -1,19 +1,25 @@
 """Metrics of a run: `metrics.jsonl`, `data_log.jsonl` and TensorBoard."""
 
+import contextlib
 import itertools
 import json
+import os
 import resource
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from omnihuman_jax import conditions
 from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax.training.processes import say
 
 
 class RatioCounter:
@@ -48,6 +54,12 @@ def loss_by_condition(sample_loss: np.ndarray, active: np.ndarray) -> dict[str, 
     return losses
 
 
+def loss_by_condition_set(sample_loss: np.ndarray, active: np.ndarray) -> dict[str, float]:
+    """Mean loss (B,) of the samples with exactly each set of conditions (bool (B, 4)): "text+reference", "none", …"""
+    names = np.array(["+".join(conditions.names(row)) or "none" for row in active])
+    return {str(name): float(sample_loss[names == name].mean()) for name in np.unique(names)}
+
+
 TIME_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -55,7 +67,7 @@ def loss_by_time(sample_loss: np.ndarray, times: np.ndarray) -> dict[str, float]
     """Mean loss (B,) of the samples in each quarter of the noise levels t (B,), "0.25-0.5" and so on."""
     losses = {}
     for low, high in itertools.pairwise(TIME_EDGES):
-        inside = (times >= low) & (times < high)
+        inside = (times >= low) & ((times < high) | (high == 1.0))
         if inside.any():
             losses[f"{low:g}-{high:g}"] = float(sample_loss[inside].mean())
     return losses
@@ -69,81 +81,150 @@ def memory_bytes() -> int:
 
 def last_logged_step(workdir: Path) -> int:
     """The last step that metrics.jsonl tells of; 0 without one."""
-    return max((line["step"] for line in _tail(workdir)), default=0)
+    return _last_step(workdir / "metrics.jsonl")
 
 
-def typical_step_seconds(workdir: Path) -> float:
-    """Median step time of the last lines of metrics.jsonl; 0 without any."""
-    times = [line["step_seconds"] for line in _tail(workdir)]
-    return float(np.median(times)) if times else 0.0
+def last_evaluated_step(workdir: Path) -> int:
+    """The last step that evaluation.jsonl tells of; 0 without one."""
+    return _last_step(workdir / "evaluation.jsonl")
 
 
-def _tail(workdir: Path) -> list[dict[str, Any]]:
-    path = workdir / "metrics.jsonl"
+def _last_step(path: Path) -> int:
     lines = path.read_text().splitlines()[-20:] if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def _open_lines(path: Path) -> TextIO:
-    """Opens a file of JSON lines to append to, without the half line that a killed process may have left."""
-    if path.exists():
-        with open(path, "r+b") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-    return open(path, "a", buffering=1)
+_LONGEST_LINE = 1 << 24
+
+
+class LineFile:
+    """A file of lines that outlives a full disk: what could not be written is kept, and written with the next line.
+
+    Args:
+      path: appended to from the first write on, without the half line that a killed process may have left.
+      tell: called once with why nothing can be written, and once when it can again.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None]):
+        self._path, self._tell, self._left, self._told = path, tell, b"", False
+        self._file = -1
+
+    def _open(self) -> int:
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        tail = max(0, os.fstat(file).st_size - _LONGEST_LINE)
+        os.ftruncate(file, tail + os.pread(file, _LONGEST_LINE, tail).rfind(b"\n") + 1)
+        return file
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line of JSON; NaN, which JSON does not have, becomes null."""
+        plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
+        self._left += (json.dumps(plain) + "\n").encode()
+        try:
+            self._file = self._open() if self._file < 0 else self._file
+            while self._left:
+                self._left = self._left[os.write(self._file, self._left) :]
+        except OSError as error:
+            if not self._told:
+                self._tell(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
+            self._told = True
+        else:
+            if self._told:
+                self._tell(f"{self._path}: written again, nothing is missing")
+            self._told = False
+
+    def close(self) -> None:
+        """Closes the file; says how many bytes could not be written."""
+        if self._left:
+            self._tell(f"{self._path}: the last {len(self._left)} bytes could not be written")
+        if self._file >= 0:
+            os.close(self._file)
+
+
+class _Board:
+    """TensorBoard events; after a write that fails, no more of them. (A full queue of SummaryWriter would wait.)"""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events, self._tell = EventsWriter(str(folder / "events")), tell
+
+    def add(self, step: int, *values: Summary.Value) -> None:
+        """Adds values of a step."""
+        if self._events is None:
+            return
+        try:
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._events.flush()
+        except OSError as error:
+            self._tell(f"TensorBoard: {error.strerror}; this start writes no more to it (metrics.jsonl has all)")
+            self._events = None
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
 
 
 class MetricsWriter:
-    """Appends JSON lines and TensorBoard events under a run directory; on other processes than the first, nothing."""
+    """Appends JSON lines and TensorBoard events under a run directory; on other processes than the first, nothing.
 
-    def __init__(self, workdir: str | Path, *, log_records: bool, enabled: bool = True):
-        self._workdir = workdir = Path(workdir)
-        self._metrics = _open_lines(workdir / "metrics.jsonl") if enabled else None
-        self._records = _open_lines(workdir / "data_log.jsonl") if enabled and log_records else None
-        self._board = SummaryWriter(str(workdir / "tensorboard")) if enabled else None
+    Args:
+      workdir: run directory.
+      log_records: whether to write data_log.jsonl.
+      enabled: whether this process writes.
+      tell: called with what cannot be written; the run goes on.
+    """
+
+    def __init__(
+        self, workdir: str | Path, *, log_records: bool, enabled: bool = True, tell: Callable[[str], None] = say
+    ):
+        workdir = Path(workdir)
+
+        def lines(name: str, wanted: bool = True) -> LineFile | None:
+            return LineFile(workdir / name, tell) if enabled and wanted else None
+
+        self._metrics, self._evaluation = lines("metrics.jsonl"), lines("evaluation.jsonl")
+        self._records = lines("data_log.jsonl", log_records)
+        self._board = _Board(workdir / "tensorboard", tell) if enabled else None
 
     def step(self, line: Mapping[str, Any], targets: Mapping[str, float]) -> None:
         """Writes one logged step; `targets` are the stage's ratios, shown beside the realised ones."""
         if not self._metrics:
             return
-        # JSON has no NaN: null instead.
-        plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
-        self._metrics.write(json.dumps(plain) + "\n")
-        step = line["step"]
+        self._metrics.write(line)
+        scalars = {}
         for name, value in line.items():
             if isinstance(value, dict) and name not in ("active_ratio", "scheduled_ratio"):
-                for key, part in value.items():
-                    self._board.add_scalar(f"{name}/{key}", part, step)
+                scalars |= {f"{name}/{key}": part for key, part in value.items() if part is not None}
             elif isinstance(value, float):
-                self._board.add_scalar(f"train/{name}", value, step)
+                scalars[f"train/{name}"] = value
         for name, value in line["scheduled_ratio"].items():
-            self._board.add_scalars(f"ratio/{name}", {"realised": value, "target": targets[name]}, step)
+            scalars |= {f"ratio/{name}": value, f"ratio/{name}_target": targets[name]}
+        self._board.add(line["step"], *(Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()))
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Writes the held-out losses of a step to evaluation.jsonl and TensorBoard."""
-        if not self._metrics:
+        if not self._evaluation:
             return
-        with _open_lines(self._workdir / "evaluation.jsonl") as file:
-            file.write(json.dumps({"step": step, "held_out_loss": dict(losses)}) + "\n")
-        for name, value in losses.items():
-            self._board.add_scalar(f"held_out_loss/{name}", value, step)
+        self._evaluation.write({"step": step, "held_out_loss": dict(losses)})
+        values = [Summary.Value(tag=f"held_out_loss/{name}", simple_value=value) for name, value in losses.items()]
+        self._board.add(step, *values)
 
     def records(self, step: int, records: Sequence[str], active: Sequence[Sequence[str]]) -> None:
         """Writes which record was in each global row of a step and which conditions it had."""
         if self._records:
-            line = {"step": step, "records": list(records), "active": [list(a) for a in active]}
-            self._records.write(json.dumps(line) + "\n")
+            self._records.write({"step": step, "records": list(records), "active": [list(a) for a in active]})
 
     def video(self, tag: str, path: str | Path, size: tuple[int, int], step: int) -> None:
         """Shows an animated GIF file of (height, width) in TensorBoard's image tab."""
         if not self._board:
             return
         image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes())
-        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        self._board.add(step, Summary.Value(tag=tag, image=image))
 
     def close(self) -> None:
         """Flushes and closes every file."""
-        for file in (self._metrics, self._records, self._board):
+        for file in (self._metrics, self._evaluation, self._records, self._board):
             if file:
                 file.close()
 

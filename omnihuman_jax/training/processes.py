@@ -1,16 +1,21 @@
 """Several processes as one run: joining them, the rows each reads, and decisions that all take at the same step."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omnihuman_jax.errors import UserError
 
 # Read by jax.distributed.initialize() itself where no cluster environment tells it.
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+_LONGEST_COMPILE_SECONDS = 3600
 
 
 def join(coordinator: str, num_processes: int, process_id: int, *, automatic: bool = False) -> int:
@@ -28,6 +33,8 @@ def join(coordinator: str, num_processes: int, process_id: int, *, automatic: bo
     Raises:
       UserError: some of the three are known and some are not, or they do not fit.
     """
+    # A SIGTERM before the loop listens shall end the process, not wait in JAX's own notifier.
+    jax.config.update("jax_enable_preemption_service", False)
     if automatic:
         jax.distributed.initialize()
         return jax.process_count()
@@ -71,6 +78,58 @@ def process_rows(sharding: NamedSharding, rows: int) -> slice:
             f"mesh.sequence x mesh.tensor a divisor or a multiple of the devices of a process"
         )
     return slice(begin, end)
+
+
+def agreed_problem(problem: str) -> str:
+    """What keeps this process, or else another one, from going on; "" when none is kept. All processes call it."""
+    if jax.process_count() == 1:
+        return problem
+    fine = multihost_utils.process_allgather(np.array(not problem))
+    return problem or ("" if fine.all() else f"process {int(fine.argmin())} could not read it")
+
+
+def first_says(answer: bool) -> bool:
+    """The first process's answer; the others may see a shared folder differently. All processes call it."""
+    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+def agreed_steps(steps: Sequence[int], most: int = 1024) -> list[int]:
+    """The first process's step numbers, the last `most` of them in order."""
+    steps = sorted(steps)[-most:]
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(most, -1, np.int64)
+    padded[: len(steps)] = steps
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
+
+
+def check_alike(what: str, digest: str) -> None:
+    """Raises UserError unless all processes have the same hex digest of something that decides the training."""
+    if jax.process_count() == 1:
+        return
+    words = np.frombuffer(bytes.fromhex(digest)[:32].ljust(32, b"\0"), np.uint32)
+    everyones = multihost_utils.process_allgather(words)
+    if (everyones != everyones[0]).any():
+        other = int((everyones != everyones[0]).any(1).argmax())
+        raise UserError(f"{what}: process {other} has another one than process 0; give all processes the same")
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have called it as often; ends with an error when one of them is gone."""
+    if jax.process_count() > 1:  # at the coordinator, not by a collective of the devices, which gives up or waits on
+        ocp.multihost.sync_global_processes(
+            name, processes=set(range(jax.process_count())), timeout=_LONGEST_COMPILE_SECONDS
+        )
+
+
+def compile_together(function: Any, *args: Any) -> Callable[..., Any]:
+    """Compiles a jitted function for these arguments; returns when all processes have.
+
+    One that runs ahead, because it finds its program in the cache, would give up in its first collective (CPU: 30 s).
+    """
+    compiled = function.lower(*args).compile()
+    wait_for_all("compiled")
+    return compiled
 
 
 class Ballot:

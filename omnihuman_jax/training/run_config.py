@@ -31,21 +31,30 @@ SAFE = (
 )
 
 
+# Keys that may name another place on every host.
+LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint")
+
+
+def shared_digest(plain_config: dict[str, Any]) -> str:
+    """sha256 of the keys that all processes of a run must have alike."""
+    return config_digest({k: v for k, v in _flatten(plain_config).items() if k not in LOCAL})
+
+
 def config_digest(plain_config: dict[str, Any]) -> str:
     """sha256 of a config of plain JSON types."""
     return hashlib.sha256(json.dumps(plain_config, sort_keys=True).encode()).hexdigest()
 
 
-def write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
-    """Writes config.json; when the run already has another one, says which keys changed and which of them are safe."""
+def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """Writes config.json; says in which keys it differs from the checkpoint's, `before`, and which of them are safe."""
     path = workdir / "config.json"
-    if path.exists():
-        before, after = _flatten(json.loads(path.read_text())), _flatten(plain_config)
+    if before is not None:
+        before, after = _flatten(before), _flatten(plain_config)
         changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
         for heading, safe in (("changes what is trained", False), ("safe", True)):
             told = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
             if told:
-                say(f"config differs from the one this run had ({heading}): {'; '.join(told)}")
+                say(f"config differs from the checkpoint's ({heading}): {'; '.join(told)}")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
     temporary.replace(path)

@@ -1,6 +1,7 @@
 """The loop through all three stages: logs, checkpoints, resume."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import export
+from omnihuman_jax.models import flops
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training.checkpoints import (
     Checkpoints,
@@ -18,7 +20,8 @@ from omnihuman_jax.training.checkpoints import (
     load_for_inference,
     read_meta,
 )
-from omnihuman_jax.training.state import abstract_state
+from omnihuman_jax.training.metrics import loss_by_condition, loss_by_condition_set, loss_by_time
+from omnihuman_jax.training.state import abstract_state, make_network
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
@@ -212,6 +215,64 @@ def test_a_resume_tells_what_it_restored_and_which_changes_matter(run, capsys):
     assert "after step 3 of 4, in stage1: parameters, optimizer, EMA, data position and ratio counts from" in said
     assert "(changes what is trained): stages.stage2.steps: 0 -> 1" in said
     assert "(safe): log_every: 1 -> 2" in said
+
+
+def test_ratios_that_change_during_a_stage_hold_from_there_and_the_records_go_on(run, capsys):
+    root, dataset, _ = run
+    before = tiny_config(root / "data", steps=(0, 3, 0))
+    train_tiny(before, root / "ratios", dataset)
+    after = tiny_config(root / "data", steps=(0, 6, 0))
+    after.stages.stage2.ratios.audio = 0.0
+    for steps in (5, 6):  # the second start changes nothing any more
+        after.stages.stage2.steps = steps
+        train_tiny(after, root / "ratios", dataset)
+    said = capsys.readouterr().out
+    assert said.count("every source goes on where it was") == 1 and "until step 3" in said
+    log = lines(root / "ratios", "data_log.jsonl")
+    shares = [sum("audio" in row for row in line["active"]) / 8 for line in log]
+    assert np.mean(shares[:3]) == pytest.approx(0.5, abs=0.1) and shares[3:] == [0.0] * 3
+
+
+def test_another_data_set_is_told(run, tmp_path, capsys):
+    root, dataset, _ = run
+    train_tiny(tiny_config(root / "data", steps=(2, 0, 0)), tmp_path / "run", dataset)
+    other = write_fake_dataset(tmp_path / "data", 13, shapes=((7, 4, 4),))
+    train_tiny(tiny_config(tmp_path / "data", steps=(3, 0, 0)), tmp_path / "run", other)
+    assert "the data set differs from the one the checkpoint was trained on" in capsys.readouterr().out
+
+
+def test_shares_of_the_time_add_up_after_steps_were_repeated(run):
+    root, dataset, config = run
+    short = tiny_config(root / "data", steps=(3, 2, 0))
+    train_tiny(short, root / "repeated", dataset)
+    shutil.rmtree(root / "repeated" / "checkpoints" / "5")
+    train_tiny(config, root / "repeated", dataset)
+    shares = lines(root / "repeated")[-1]["goodput"]
+    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
+    assert 0 < shares["repeat"] < 1 and 0 < shares["useful"] < 1
+
+
+def test_losses_are_told_by_condition_set_and_by_noise_level():
+    loss = np.array([1.0, 2.0, 3.0, 4.0, 5.0], np.float32)
+    active = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]], bool)
+    times = np.array([0.0, 0.2, 0.25, 0.8, 1.0])
+    assert loss_by_condition(loss, active) == pytest.approx(
+        {"text": 2.0, "reference": 2.75, "audio": 4.0, "pose": 5.0, "no_audio_no_pose": 7 / 3}
+    )
+    assert loss_by_condition_set(loss, active) == pytest.approx(
+        {"text+reference": 1.5, "text+reference+audio": 3.0, "none": 4.0, "reference+audio+pose": 5.0}
+    )
+    assert loss_by_time(loss, times) == pytest.approx({"0-0.25": 1.5, "0.25-0.5": 3.0, "0.75-1": 4.5})
+
+
+def test_mfu_is_the_models_flops_over_those_of_all_devices(run, monkeypatch):
+    root, dataset, _ = run
+    monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    config = tiny_config(root / "data", steps=(2, 0, 0))
+    train_tiny(config, root / "mfu", dataset)
+    line = lines(root / "mfu")[-1]
+    expected = flops.train_step_flops(make_network(config).config, 8, (3, 4, 4)) / line["step_seconds"] / (8 * 1e12)
+    assert line["mfu"] == pytest.approx(expected) and line["mfu"] > 0
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import resource
 import signal
 import time
 from collections import Counter
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training import launch
 from tests.training.tiny import tiny_data
 
@@ -123,13 +126,13 @@ def run_with_kills(root, name, moments, progress, seed=0, processes=1):
         launch.kill(started)
         for room in ("checkpoints", "stages"):
             cut[room] += bool(launch.half_written(workdir, room))
-    finish(root, workdir, processes)
+    finish(root, workdir, processes=processes)
     return cut
 
 
-def finish(root, workdir, processes=1):
+def finish(root, workdir, *overrides, processes=1):
     """Starts the run and lets it end."""
-    statuses = launch.wait(launch.start(root / "data", workdir, processes=processes))
+    statuses = launch.wait(launch.start(root / "data", workdir, *overrides, processes=processes))
     assert statuses == [0] * processes, launch.log(workdir)[-3000:]
 
 
@@ -152,19 +155,27 @@ def test_a_run_killed_ten_times_ends_bit_for_bit_as_one_left_alone(alone):
     assert_same_run(alone / "killed10", alone / "alone")
 
 
-def stop_after(root, workdir, step, processes):
+# Every process holds, reads and writes shards that no other has.
+ALL_SHARDED = ("--config.mesh.data=1", "--config.mesh.fsdp=8")
+
+
+def stop_after(root, workdir, step, *overrides, processes):
     """Starts with so many processes and sends SIGTERM to the last one after a step."""
-    started = launch.start(root / "data", workdir, processes=processes)
+    started = launch.start(root / "data", workdir, *overrides, processes=processes)
     launch.wait_for_step(workdir, step, started)
     started[-1].send_signal(signal.SIGTERM)
     assert launch.wait(started) == [0] * processes, launch.log(workdir)[-3000:]
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(alone):
     workdir = alone / "two"
     stop_after(alone, workdir, 8, processes=2)
     assert "stopped by another process after step" in launch.log(workdir)
+    # Process 1 writes neither lines nor logs, and both have stopped at the step that is saved.
+    steps = [line["step"] for line in lines(workdir, "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1)) and f"after step {steps[-1]} of 60" in launch.log(workdir)
+    assert (workdir / "checkpoints" / str(steps[-1])).is_dir()
+    assert "step" not in launch.log(workdir, 1)
     finish(alone, workdir)
     assert_same_run(workdir, alone / "alone", exact=False)
 
@@ -180,18 +191,69 @@ def test_two_killed_processes_end_bit_for_bit_as_two_left_alone(alone):
 def test_process_counts_may_change_from_one_to_two_to_four_to_one(alone):
     workdir = alone / "elastic"
     for step, processes in ((8, 1), (22, 2), (40, 4)):
-        stop_after(alone, workdir, step, processes)
+        stop_after(alone, workdir, step, processes=processes)
+        said = launch.log(workdir)
+        stopped = int(re.findall(r"after step (\d+) of 60, saved", said)[-1])
+        assert max(line["step"] for line in lines(workdir, "data_log.jsonl")) == stopped
+        assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    finish(alone, workdir)
+    assert_same_run(workdir, alone / "alone", exact=False)
+    mine, theirs = jax.tree.leaves(state(workdir)), jax.tree.leaves(state(alone / "alone"))
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_all_others(alone, victim):
+    workdir = alone / f"death{victim}"
+    started = launch.start(alone / "data", workdir, processes=2)
+    launch.wait_for_step(workdir, 6, started)
+    launch.wait_for_checkpoint(workdir, started)
+    started[victim].kill()
+    statuses = launch.wait(started, seconds=180)
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] != 0
     finish(alone, workdir)
     assert_same_run(workdir, alone / "alone", exact=False)
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_all_others(alone):
-    workdir = alone / "death"
-    started = launch.start(alone / "data", workdir, processes=2)
-    launch.wait_for_step(workdir, 6, started)
-    started[1].kill()
-    statuses = launch.wait(started, seconds=180)
-    assert statuses[1] == -signal.SIGKILL and statuses[0] != 0
-    finish(alone, workdir)
+def test_a_full_disk_on_one_host_ends_all_and_nothing_is_lost(alone):
+    workdir = alone / "full"
+    started = launch.start(alone / "data", workdir, *ALL_SHARDED, processes=2)
+    launch.wait_for_checkpoint(workdir, started)
+    resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (5_000, 5_000))
+    statuses = launch.wait(started, seconds=240)
+    assert statuses[1] == 2 and statuses[0] != 0
+    assert "process 1: a checkpoint could not be written" in launch.log(workdir, 1)
+    finish(alone, workdir, *ALL_SHARDED, processes=2)
     assert_same_run(workdir, alone / "alone", exact=False)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(alone):
+    workdir = alone / "unreadable"
+    stop_after(alone, workdir, 13, *ALL_SHARDED, processes=2)
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    damaged = [p for p in (newest / "state" / "ocdbt.process_1").rglob("*") if p.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(b"")
+    finish(alone, workdir, *ALL_SHARDED, processes=2)
+    assert f"checkpoint {newest} is skipped and moved to damaged/" in launch.log(workdir)
+    assert_same_run(workdir, alone / "alone", exact=False)
+
+
+@pytest.mark.slow
+def test_the_environment_says_who_is_who(alone, monkeypatch):
+    """JAX_COORDINATOR_ADDRESS and the others instead of flags; and data sets that differ are refused."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{launch.free_port()}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    write_fake_dataset(alone / "other", 13, shapes=((7, 4, 4),))
+    started = []
+    for process, data in enumerate((alone / "data", alone / "other")):
+        monkeypatch.setenv("JAX_PROCESS_ID", str(process))
+        started += launch.start(data, alone / f"environment{process}")
+    assert launch.wait(started, seconds=240)[1] == 2
+    log = (alone / "environment1" / "process-0.log").read_text()
+    assert "data set: process 1 has another one than process 0" in log
