@@ -7,7 +7,8 @@ from which cells it is served, so that
 1. the audio and pose ratios of the stage hold exactly over all buckets (buckets without eligible records leave their
    quota to the others), each bucket keeping its share of steps,
 2. records that lack a needed condition never serve it (principle 1: they serve the weaker draws),
-3. as far as 1 and 2 allow, sources keep their weights and all records of a source are used equally often.
+3. as far as 1 and 2 allow, sources keep their weights (a warning says which do not) and all records of a source are
+   used equally often.
 
 2 and 3 are a transport problem, solved by iterative proportional fitting. Sums go through `np.bincount`, which adds in
 order, or `math.fsum`, which rounds once, so that every host gets the same bits.
@@ -19,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError, nearest
@@ -189,6 +191,19 @@ def _needs_by_bucket(shares: np.ndarray, weights: np.ndarray, can: np.ndarray) -
     return result
 
 
+def _warn_of_missed(stage: str, shares: np.ndarray, targets: np.ndarray, sources: Sequence[str]) -> None:
+    for name, share, target in zip(sources, shares.tolist(), targets.tolist(), strict=True):
+        if abs(share - target) > 0.01:
+            logging.warning(
+                "stages.%s: source %s gives %.3g of the samples, not its weight of %.3g: the ratios and the frame "
+                "sizes come first, and leave its clips no other share",
+                stage,
+                name,
+                share,
+                target,
+            )
+
+
 def plan_mixture(
     stage: str,
     ratios: Mapping[str, float],
@@ -233,6 +248,8 @@ def plan_mixture(
     rows = (need * len(buckets) + bucket_of[cell], needs.reshape(-1))
     x = _fit(needs[need, bucket_of[cell]] * wanted[cell], [(cell, wanted), rows], iterations=2000, tolerance=1e-9)
     x = _fit(x, [(source_of[cell], source_target), rows], iterations=500, tolerance=1e-9)
+    if source_weights is not None:
+        _warn_of_missed(stage, _group_sum(x, source_of[cell], len(sources)), source_target, sources)
 
     rates, need_rates, cell_rates = [], [], []
     served = [b for b in range(len(buckets)) if round(UNIT * float(weights[b])) > 0]

@@ -86,3 +86,44 @@ def test_sources_keep_their_weights_though_one_alone_has_the_eligible_clips():
         for cell, rate in members:
             share[cells[cell].source] += mix.need_rates[0][s] / UNIT * rate / UNIT
     assert abs(share["a"] - 0.3) < 1e-3
+
+
+def _sources_possible(cells, mix, source_weights):
+    """Whether any rates per (need, cell) meet the sources beside what each size has of each need, to 1e-6.
+
+    By linear programming.
+    """
+    pairs = [(s, cell) for s, need in enumerate(NEEDS) for cell in cells if cell.serves(need)]
+    rows = [[float(cell.source == source) for _, cell in pairs] for source in source_weights]
+    wanted = [weight / sum(source_weights.values()) for weight in source_weights.values()]
+    for bucket, rate, need_rates in zip(mix.buckets, mix.bucket_rates, mix.need_rates, strict=True):
+        for s, need_rate in enumerate(need_rates):
+            rows.append([float(cell.bucket == bucket and own == s) for own, cell in pairs])
+            wanted.append(rate / UNIT * need_rate / UNIT)
+    bounds = np.array([*wanted, *np.negative(wanted)]) + 1e-6
+    return scipy.optimize.linprog(np.zeros(len(pairs)), A_ub=np.array([*rows, *np.negative(rows)]), b_ub=bounds).success
+
+
+def test_source_weights_are_met_whenever_the_ratios_and_sizes_leave_a_way(caplog):
+    outcomes = []
+    for seed in range(100):
+        cells, weights, ratios = _random_case(seed)
+        rng = np.random.default_rng(seed + 1000)
+        given = {source: float(rng.integers(1, 4)) for source in sorted({cell.source for cell in cells})}
+        if not _possible(cells, weights, ratios):
+            continue
+        caplog.clear()
+        mix = plan_mixture("stage1", ratios, cells, bucket_weights=weights, source_weights=given)
+        share, total = dict.fromkeys(given, 0.0), [0.0, 0.0]
+        for bucket_rate, need_rates, by_need in zip(mix.bucket_rates, mix.need_rates, mix.cell_rates, strict=True):
+            for s, members in enumerate(by_need):
+                for k in range(2):
+                    total[k] += NEEDS[s][k] * bucket_rate / UNIT * need_rates[s] / UNIT
+                for cell, rate in members:
+                    share[cells[cell].source] += bucket_rate / UNIT * need_rates[s] / UNIT * rate / UNIT
+        assert np.abs(np.subtract(total, [ratios["audio"], ratios["pose"]])).max() < 1e-4, "the ratios come first"
+        missed = max(abs(share[source] - weight / sum(given.values())) for source, weight in given.items())
+        outcomes.append(_sources_possible(cells, mix, given))
+        assert not outcomes[-1] or missed < 3e-3, (seed, missed)
+        assert ("not its weight" in caplog.text) == (missed > 0.01), (seed, missed)
+    assert sum(outcomes) > 20 and outcomes.count(False) > 5, "the cases should hold both kinds"

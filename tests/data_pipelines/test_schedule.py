@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import mixture
 from data_pipelines.counter_random import hash64, permutation, uniform
 from data_pipelines.schedule import Schedule, _Split, ratio_report
 from data_pipelines.stage_table import StagePlan
@@ -431,6 +432,88 @@ def test_random_tables_are_random_access_and_independent_of_the_host_count(data)
             for name in CONDITIONS:
                 rows_off = abs(report[name]["scheduled"] - stage.ratios[name]) * stage.num_steps * size
                 assert rows_off <= 2 + 2 * len(schedule.buckets(0)), (name, rows_off)
+
+
+def _bucket_excess(mix, batch_size):
+    """Rows by which a span can be off a ratio because buckets differ in it: [audio, pose]; see schedule.py."""
+    steps = np.array(mix.bucket_rates) / sum(mix.bucket_rates)
+
+    def excess(rates, begin, end):
+        if end - begin == 1:
+            return 0.0
+        middle = (begin + end) // 2
+        left, right = (np.average(rates[i:j], weights=steps[i:j]) for i, j in ((begin, middle), (middle, end)))
+        return abs(left - right) + excess(rates, begin, middle) + excess(rates, middle, end)
+
+    needs = np.array(mix.need_rates) / mixture.UNIT
+    return [
+        batch_size * excess(needs @ np.array([need[k] for need in mixture.NEEDS], float), 0, len(steps))
+        for k in range(2)
+    ]
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["clips for all everywhere", "sizes without eligible clips"])
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, phases=NO_SHRINK)
+def test_random_tables_hold_every_promise_over_every_window(everywhere, data):
+    """Ratios over all windows of 1,000 samples, eligibility, epochs, sources and sizes, on any number of hosts."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**9)))
+    sources, sizes = int(rng.integers(1, 5)), int(rng.integers(1, 6))
+    have, count = rng.random(2), rng.integers(1, 40, sources)
+    index = [
+        _entry(f"source{k}", SIZES[rng.integers(sizes)], bool(rng.random() < have[0]), bool(rng.random() < have[1]))
+        for k in range(sources)
+        for _ in range(count[k])
+    ]
+    if everywhere:
+        index += [_entry(f"source{k}", size) for k in range(sources) for size in SIZES[:sizes]]
+    there = sorted({tuple(entry["shape"][1:]) for entry in index})
+    weights = {f"source{k}": float(rng.integers(1, 6)) for k in range(sources)} if rng.random() < 0.7 else None
+    by_size = {size: float(rng.integers(1, 4)) for size in there} if rng.random() < 0.5 else None
+    ratios = dict(zip(CONDITIONS, (rng.random(4) * 0.97).round(rng.integers(1, 4)).tolist(), strict=True))
+    hosts = int(rng.choice([1, 2, 4]))
+    batch_size = hosts * int(rng.choice([1, 3, 8, 32]))
+    steps = 1500 // batch_size + 1
+    plan = StagePlan("stage1", 1, steps, ratios, by_size, weights)
+    try:
+        schedule = Schedule([plan], index, global_batch_size=batch_size, seed=int(rng.integers(99)))
+    except UserError as error:
+        assert not everywhere and "reach at most" in str(error)
+        return
+
+    record, scheduled = _select(schedule, 1, steps)
+    excess = [0.0, 0.0, *_bucket_excess(schedule._mixtures[0], batch_size)]
+    if everywhere:
+        assert max(excess) < 0.1, "all sizes give the ratios alike"
+    counted = np.concatenate([np.zeros((1, 4)), np.cumsum(scheduled, axis=0)])
+    off = np.abs(counted[1000:] - counted[:-1000] - 1000 * np.array([ratios[name] for name in CONDITIONS])).max(axis=0)
+    assert (off <= 10 + np.array(excess)).all(), (off, excess)
+
+    for k, name in ((AUDIO, "audio"), (POSE, "pose")):
+        assert all(index[i][name] for i in record[scheduled[:, k]]), name
+    selection = schedule.select(steps)
+    np.testing.assert_array_equal(selection.active, selection.scheduled)
+    parts = [
+        schedule.select(steps, slice(h * batch_size // hosts, (h + 1) * batch_size // hosts)) for h in range(hosts)
+    ]
+    np.testing.assert_array_equal(np.concatenate([part.record for part in parts]), selection.record)
+
+    for cell in schedule.cells:
+        drawn = record[np.isin(record, cell.records)]
+        for start in range(0, len(drawn), len(cell.records)):
+            epoch = drawn[start : start + len(cell.records)]
+            assert len(set(epoch.tolist())) == len(epoch), cell.name
+
+    if everywhere:
+        source = np.array([entry["source"] for entry in index])[record]
+        sizes_drawn = [schedule.bucket_at(step) for step in range(1, steps + 1)]
+        given_weights = weights or {name: sum(e["source"] == name for e in index) for name in set(source)}
+        for name, weight in given_weights.items():
+            # Sizes may each be a step ahead or behind, with their own mix of sources.
+            slack = 0.01 * len(source) + batch_size * (len(there) - 1)
+            assert abs((source == name).sum() - weight / sum(given_weights.values()) * len(source)) <= slack, name
+        for size, weight in (by_size or {}).items():
+            assert abs(sizes_drawn.count(size) - weight / sum(by_size.values()) * steps) <= 3, size
 
 
 def test_step_one_million_is_as_quick_as_step_one():

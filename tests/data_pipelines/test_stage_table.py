@@ -116,7 +116,7 @@ def _through_json(stages):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=15, deadline=None, phases=NO_SHRINK)
 def test_random_changes_at_random_steps_continue_every_source(data):
     """A run is stopped up to three times and goes on with another config, on another number of hosts."""
     seed = data.draw(st.integers(0, 10**6))
