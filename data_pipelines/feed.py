@@ -90,9 +90,11 @@ class Feed:
           UserError: the plan is damaged.
         """
         saved, own = stage_table.from_json(plan), self._own.schedule.stages
-        self._done = done
+        table, self._done = stage_table.continued(saved, own, done), done
         try:
-            self._batches = self._own.with_stages(stage_table.continued(saved, own, done))
+            # Planning takes a moment and tells its warnings again.
+            unchanged = table == [stage for stage in own if stage.num_steps]
+            self._batches = self._own if unchanged else self._own.with_stages(table)
         except UserError as error:  # of the plan: the config's own stages have been planned over this data set
             self._batches = self._own
             return [
