@@ -63,14 +63,15 @@ def _xla(q, k, v, q_segment, kv_segment, sequence):
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     visible = (q_segment[:, :, None] == kv_segment[:, None, :]) & (q_segment[:, :, None] > 0)
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    logits = jnp.where(visible[:, None], logits, HIDDEN)
+    # XLA would otherwise choose other layouts for the mask and for the gradient of the logits, and move those.
+    logits = constrain(jnp.where(visible[:, None], logits, HIDDEN), "batch", heads, tokens, None)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     # A row that sees nothing has equal weights on everything here; the definition says 0.
     out = jnp.where(top > HIDDEN, out, 0).astype(q.dtype)
-    return out.transpose(0, 2, 1, 3)
+    return constrain(out.transpose(0, 2, 1, 3), "batch", tokens, heads, None)
 
 
 def _splash(q, k, v, q_segment, kv_segment, sequence):
@@ -79,7 +80,7 @@ def _splash(q, k, v, q_segment, kv_segment, sequence):
         return splash_local(q, k, v, q_segment, kv_segment)
     heads = ACTIVATIONS["heads" if sequence == "ulysses" else "local_heads"]
     if q.shape[2] % num_shards(heads, mesh):
-        names = (heads,) if isinstance(heads, str) else heads
+        names = ("sequence", "tensor") if sequence == "ulysses" else ("tensor",)
         raise UserError(
             f"attention=splash: {q.shape[2]} heads are not divisible by mesh {' x '.join(names)} = "
             f"{num_shards(heads, mesh)}; change {', '.join(f'mesh.{name}' for name in names)} or model.num_heads"

@@ -58,12 +58,21 @@ def _heads(config: ModelConfig, x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
 
 
+def _by_token(x: jax.Array) -> jax.Array:
+    """Queries, keys or values (B, n, heads, D) on the shards of their tokens, where the projections are.
+
+    It is for the backward pass: with the gradient on the shards of the heads, as Ulysses attention gives it, XLA gathers
+    the projections' inputs and adds up their whole gradients over the sequence axis.
+    """
+    return constrain(x, "batch", "tokens", "local_heads", None)
+
+
 def _turned(config: ModelConfig, norm: HeadNorm, x: jax.Array, turn: rope.Rotation) -> jax.Array:
     @elementwise
     def normalise_and_turn(x, turn):
         return rope.apply(norm(x), turn).astype(config.compute_dtype)
 
-    return normalise_and_turn(_heads(config, x), turn)
+    return _by_token(normalise_and_turn(_heads(config, x), turn))
 
 
 def _hear(attention: AudioAttention, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
@@ -120,7 +129,7 @@ class DualBlock(nnx.Module):
         return (
             _turned(self.config, q_norm, q(x), turn),
             _turned(self.config, k_norm, k(x), turn),
-            _heads(self.config, v(x)),
+            _by_token(_heads(self.config, v(x))),
         )
 
     def __call__(
@@ -141,11 +150,11 @@ class DualBlock(nnx.Module):
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
 
         n = visual.shape[1]
-        visual_out = self.img_out(constrain(out[:, :n], "batch", "tokens", None))
+        visual_out = self.img_out(constrain(out[:, :n], "batch", "tokens", "local_heads"))
         visual = gated(visual, vg1, vrow, visual_out)
         if config.text_cross_attention_dual:
             visual = visual + self.cross(visual_out, text_in, shared)
-        text = gated(text, tg1, trow, self.txt_out(out[:, n:]))
+        text = gated(text, tg1, trow, self.txt_out(constrain(out[:, n:], "batch", "tokens", "local_heads")))
         visual = _hear(self.audio, visual, shared, span)
         visual = gated(visual, vg2, vrow, self.img_mlp(modulate(visual, vs2, vc2, vrow, config)))
         text = gated(text, tg2, trow, self.txt_mlp(modulate(text, ts2, tc2, trow, config)))
@@ -187,10 +196,10 @@ class SingleBlock(nnx.Module):
         h = modulate(x, shift, scale, row, config)
         q = _turned(config, self.q_norm, self.q(h), turn)
         k = _turned(config, self.k_norm, self.k(h), turn)
-        v = _heads(config, self.v(h))
+        v = _by_token(_heads(config, self.v(h)))
         out = attend(q, k, v, segment, segment, implementation=config.attention, sequence=config.sequence_attention)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
-        out = constrain(out, "batch", "tokens", None)
+        out = constrain(out, "batch", "tokens", "local_heads")
         if self.has_cross:
             n = shared.visual_row.shape[1]
             crossed = out[:, :n] + self.cross(out[:, :n], h[:, n:], shared)

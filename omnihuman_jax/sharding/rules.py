@@ -15,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 ACTIVATIONS: dict[str, Any] = {
     "batch": ("data", "fsdp"),
     "tokens": "sequence",
-    "heads": ("sequence", "tensor"),  # where attention has all tokens (Ulysses)
+    # Where attention has all tokens (Ulysses). Tensor first: its heads are then cut further, and no device has to give
+    # away all of its own.
+    "heads": ("tensor", "sequence"),
     "local_heads": "tensor",  # where its queries are sharded over tokens
     "head_dim": None,
     "hidden": None,
