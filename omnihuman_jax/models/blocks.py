@@ -61,8 +61,8 @@ def _heads(config: ModelConfig, x: jax.Array) -> jax.Array:
 def _by_token(x: jax.Array) -> jax.Array:
     """Queries, keys or values (B, n, heads, D) on the shards of their tokens, where the projections are.
 
-    It is for the backward pass: with the gradient on the shards of the heads, as Ulysses attention gives it, XLA gathers
-    the projections' inputs and adds up their whole gradients over the sequence axis.
+    It is for the backward pass: from gradients on the shards of the heads, as Ulysses attention gives them, XLA gathers
+    the projections' inputs, and adds up the whole gradients of those over the sequence axis.
     """
     return constrain(x, "batch", "tokens", "local_heads", None)
 

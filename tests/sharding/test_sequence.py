@@ -1,0 +1,51 @@
+"""What the sequence axis moves in the compiled program."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training.state import abstract_batch, make_network
+from omnihuman_jax.training.step import gradients
+from tests.training.tiny import tiny_config
+from tpu import hlo
+
+BUCKET = (4, 8, 8)
+VISUAL = (1 + 2 + 4) * 4 * 4  # reference, motion frames and video
+ALL = VISUAL + 8  # and text
+
+
+def whole_tokens(sequence_attention):
+    """Opcode -> how many arrays with all visual or all tokens its collectives make in the loops over blocks."""
+    config = tiny_config("unused")
+    config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128, "remat": "full"})
+    config.model.update({"num_dual_blocks": 2, "num_single_blocks": 2})
+    config.mesh.update({"data": 1, "fsdp": 2, "sequence": 4, "sequence_attention": sequence_attention})
+    mesh, network = make_mesh(config.mesh), make_network(config)
+    params = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        network.abstract_params,
+        rules.tree_shardings(network.abstract_params, mesh),
+    )
+    batch = abstract_batch(config, BUCKET, mesh)
+    t = jax.ShapeDtypeStruct((config.global_batch_size,), jnp.float32)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(lambda *args: gradients(network, *args, 1)).lower(params, batch, t, batch["latents"])
+        found = Counter()
+        for collective in hlo.collectives(lowered.compile().as_text()):
+            for _, dims in collective.shapes:
+                found[collective.opcode] += collective.in_loop and bool({VISUAL, ALL} & set(dims))
+        return dict(+found)
+
+
+def test_ulysses_gathers_no_tokens():
+    assert whole_tokens("ulysses") == {}
+
+
+@pytest.mark.slow
+def test_all_gather_gathers_keys_and_values_only():
+    # In two kinds of block: both of them, forward and again backward, and their gradients.
+    assert whole_tokens("all_gather") == {"all-gather": 2 * 2 * 2, "all-reduce": 2 * 2}
