@@ -1,5 +1,6 @@
 """What the experiment commands share: the config flag and its checks, the platform, the run directory."""
 
+import contextlib
 import json
 import os
 import re
@@ -98,8 +99,9 @@ def join_processes() -> int:
 
 def end_process(status: int) -> None:
     """Ends a process of several at once: a regular exit waits for the others, which wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log on a full disk
+            stream.flush()
     os._exit(status)
 
 

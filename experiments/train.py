@@ -101,8 +101,10 @@ def main(_: list[str]) -> None:
         if num_processes == 1:
             raise
         told = isinstance(error, UserError)
-        print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
-        cli.end_process(2 if told else 1)
+        try:
+            print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
+        finally:  # also where not even that can be written: the others must not wait
+            cli.end_process(2 if told else 1)
 
 
 def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, feed: Feed) -> None:

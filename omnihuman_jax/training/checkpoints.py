@@ -162,7 +162,7 @@ class Checkpoints:
         """Saves the stage's end to `stages/NAME/`, asynchronously; it is whole before a later running one begins."""
         path = self._workdir / "stages" / name
         there, sums = _meta_or_none(path), fingerprint(state)
-        if first_says(bool(there and (there["step"], there["fingerprint"]) == (meta["step"], sums))):
+        if first_says(bool(there and (there["step"], there.get("fingerprint")) == (meta["step"], sums))):
             return  # the step came again after a restart
         if there:
             self._tell(f"{path}: replaced; it held step {there['step']} of another training of this stage")

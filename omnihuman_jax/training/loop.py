@@ -215,10 +215,10 @@ class _Run:
             f"data position and ratio counts from {path}; {max(0, self.repeated_until - done)} logged steps come "
             f"again; {jax.process_count()} process(es), mesh {dict(self.mesh.shape)}"
         )
-        self.bad_steps.total, self.bad_steps.in_a_row = meta["bad_steps"]
-        for line in self.feed.continue_from(meta["data_plan"], done):
+        self.bad_steps.total, self.bad_steps.in_a_row = meta.get("bad_steps", (0, 0))
+        for line in self.feed.continue_from(meta.get("data_plan", []), done):
             self.tell(line)
-        if meta["data"] != self.feed.fingerprint():
+        if meta.get("data") != self.feed.fingerprint():
             self.tell("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
@@ -318,12 +318,11 @@ class _Run:
     def after_save(self, state: TrainState, step: int, stage: Stage, *, resumed: bool = False) -> None:
         """A sample video at a stage's end, and the held-out loss; after a resume only what is not there yet."""
         sample, every = self.sample, self.config.evaluation.every
-        if sample and step == stage.last_step and not first_says(resumed and sample.path(step, stage).exists()):
+        if sample and step == stage.last_step and not (resumed and first_says(sample.path(step, stage).exists())):
             self.sample_stage(state, step, stage)
-        if every and step % every == 0:
-            there = resumed and metrics_lib.last_evaluated_step(self.workdir) >= step
-            if not first_says(there):
-                self.evaluate(state, step)
+        evaluated = resumed and first_says(metrics_lib.last_evaluated_step(self.workdir) >= step)
+        if every and step % every == 0 and not evaluated:
+            self.evaluate(state, step)
 
     def sample_stage(self, state: TrainState, step: int, stage: Stage) -> None:
         """A sample video of the stage's EMA."""

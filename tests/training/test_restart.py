@@ -222,7 +222,7 @@ def test_a_full_disk_on_one_host_ends_all_and_nothing_is_lost(alone):
     workdir = alone / "full"
     started = launch.start(alone / "data", workdir, *ALL_SHARDED, processes=2)
     launch.wait_for_checkpoint(workdir, started)
-    resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (5_000, 5_000))
+    resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))  # its log stays below
     statuses = launch.wait(started, seconds=240)
     assert statuses[1] == 2 and statuses[0] != 0
     assert "process 1: a checkpoint could not be written" in launch.log(workdir, 1)
