@@ -16,6 +16,7 @@ from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
 STEPS = 3  # of each stage
 DONE = 4  # step that the others continue after, in the middle of stage 2
+RATE = 3e-3  # at the preset's, the zero-initialised output would hide the network from so few losses
 MESHES = {
     "8-fsdp-sequence-tensor": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
     "8-sequence-all-gather": {"data": 1, "fsdp": 1, "sequence": 8, "sequence_attention": "all_gather"},
@@ -28,6 +29,8 @@ def remeshed(root, mesh):
     config = tiny_config(root / "data", steps=(STEPS, STEPS, STEPS))
     config.model.num_heads = 4
     config.checkpoint.keep = 9
+    for i in (1, 2, 3):
+        config.stages[f"stage{i}"].learning_rate = RATE
     config.mesh.update(mesh)
     return config
 
@@ -102,7 +105,8 @@ def test_a_run_continues_on_fewer_devices_with_the_same_losses(run, name):
     workdir = begin(root, name)
     overrides = {"simulated_devices": int(name), "model.num_heads": 4}
     overrides |= {f"mesh.{axis}": size for axis, size in MESHES[name].items()}
-    overrides |= {f"stages.stage{i}.steps": STEPS for i in (1, 2, 3)}
+    for i in (1, 2, 3):
+        overrides |= {f"stages.stage{i}.steps": STEPS, f"stages.stage{i}.learning_rate": RATE}
     started = launch.start(root / "data", workdir, *(f"--config.{k}={v}" for k, v in overrides.items()))
     assert launch.wait(started) == [0], launch.log(workdir)[-3000:]
     assert f"after step {DONE} of" in launch.log(workdir)
