@@ -1,13 +1,15 @@
-"""Bad input to experiments.train: one line, exit status 2, nothing written."""
+"""Bad input to experiments.train: one line, exit status 2, nothing written. And what its defaults are."""
 
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 
 from data_pipelines.feed import Feed
 from experiments import cli, train
-from experiments.configs import demo
+from experiments.configs import base, demo
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.curriculum import curriculum
 from tests.data_pipelines.fake_dataset import write_fake_dataset
@@ -72,3 +74,32 @@ def test_ratios_that_the_clips_cannot_give_are_refused_before_training(tmp_path)
     dataset.index[:] = index
     with pytest.raises(UserError, match=r"stages.stage2.ratios.audio=0.5: the clips at hand reach at most 0"):
         Feed.from_config(config, curriculum(config), dataset)
+
+
+def test_compiled_programs_are_kept_by_default(monkeypatch):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    cli.setup_platform(base.get_config())
+    assert updates["jax_compilation_cache_dir"] == str(Path("cache/jax").absolute())
+
+
+def test_compute_is_bfloat16_on_float32_parameters_by_default():
+    model = base.get_config().model
+    assert (model.dtype, model.param_dtype) == ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(("key", "value"), [("keep", 0), ("keep", -1), ("every", 0), ("keep_every", -2)])
+def test_intervals_that_mean_nothing_are_refused(tmp_path, key, value):
+    config = demo.get_config()
+    config.checkpoint[key] = value
+    with pytest.raises(UserError, match=f"checkpoint.{key}={value}: must be"):
+        train.check_start(config, curriculum(config), tmp_path)
+
+
+def test_a_stage_that_has_begun_no_longer_needs_what_it_started_from(tmp_path):
+    config = demo.get_config()
+    config.stages.stage1.init_from = str(tmp_path / "gone")
+    with pytest.raises(UserError, match="gone"):
+        train.check_start(config, curriculum(config), tmp_path)
+    (tmp_path / "checkpoints" / "100" / "meta").mkdir(parents=True)
+    train.check_start(config, curriculum(config), tmp_path)

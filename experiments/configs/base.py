@@ -52,6 +52,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
 
     # head_dim 0 and rope_axes () are derived from the other sizes.
     config.model = ConfigDict(dataclasses.asdict(ModelConfig()) | {"head_dim": 0, "rope_axes": ()})
+    config.model.dtype = "bfloat16"  # compute; parameters stay float32 (param_dtype)
     del config.model.sequence_attention  # it is the mesh's
     config.vae = ConfigDict({"checkpoint": "experiments/assets/demo_vae.safetensors"})
 

@@ -12,6 +12,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.global_batch_size = 16
     config.mesh.update({"data": 2, "fsdp": -1})
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
+    config.model.dtype = "float32"  # the faster one on CPU
     config.data.dir = "runs/demo/data"
     for name, steps, rate in (("stage1", 130, 4e-3), ("stage2", 130, 3e-3), ("stage3", 130, 2e-3)):
         config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})

@@ -6,8 +6,8 @@ from experiments.configs import base
 
 
 def full_size(config: ConfigDict) -> ConfigDict:
-    """What every full-size preset shares: bf16 compute, splash attention, block remat, the published optimiser."""
-    config.model.update({"dtype": "bfloat16", "attention": "splash", "remat": "full", "text_len": 256})
+    """What every full-size preset shares: splash attention, block remat, the published optimiser."""
+    config.model.update({"attention": "splash", "remat": "full", "text_len": 256})
     config.model.update({"audio_dim": 1024, "audio_tokens": 16, "audio_hidden": 1024, "pose_channels": 64})
     config.model.update({"pose_widths": (32, 64, 128)})
     config.data.latent_frames = 21

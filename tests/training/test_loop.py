@@ -13,6 +13,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import export
 from omnihuman_jax.models import flops
 from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training import loop
 from omnihuman_jax.training.checkpoints import (
     Checkpoints,
     check_same_model,
@@ -239,6 +240,27 @@ def test_another_data_set_is_told(run, tmp_path, capsys):
     other = write_fake_dataset(tmp_path / "data", 13, shapes=((7, 4, 4),))
     train_tiny(tiny_config(tmp_path / "data", steps=(3, 0, 0)), tmp_path / "run", other)
     assert "the data set differs from the one the checkpoint was trained on" in capsys.readouterr().out
+
+
+def test_a_steps_metrics_are_read_after_the_next_step_was_started(run, monkeypatch):
+    root, dataset, _ = run
+    config, seen = tiny_config(root / "data", steps=(5, 0, 0)), []
+    config.checkpoint.every = 100
+    dispatch, flush = loop._Run.dispatch, loop._Run.flush
+
+    def dispatching(self, *arguments):
+        seen.append("start")
+        return dispatch(self, *arguments)
+
+    def flushing(self):
+        if self.pending:
+            seen.append(f"read {self.pending['step']}")
+        return flush(self)
+
+    monkeypatch.setattr(loop._Run, "dispatch", dispatching)
+    monkeypatch.setattr(loop._Run, "flush", flushing)
+    train_tiny(config, root / "order", dataset)
+    assert seen == ["start", *(x for step in (1, 2, 3, 4) for x in ("start", f"read {step}")), "read 5"]
 
 
 def test_shares_of_the_time_add_up_after_steps_were_repeated(run):
