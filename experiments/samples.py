@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from data_pipelines.batches import read_record
 from data_pipelines.schema import Dataset
 from omnihuman_jax import conditions
 from omnihuman_jax.inference.generate import decode_latents, pad_text
@@ -32,7 +33,7 @@ class SampleVideos:
         held = [i for i, entry in enumerate(dataset.index) if entry["split"] == "heldout" and entry["audio"]]
         shape = dataset.index[(held or [0])[0]]["shape"]
         same = [i for i in held or range(len(dataset)) if dataset.index[i]["shape"] == shape]
-        self._records = [dataset.read(i) for i in same[: config.sample.count]]
+        self._records = [read_record(dataset, i) for i in same[: config.sample.count]]
 
     def path(self, step: int, stage: Stage) -> Path:
         """The GIF of a stage that ended with this step."""
@@ -62,5 +63,7 @@ class SampleVideos:
         video = np.clip(np.round((np.concatenate(pair, axis=1) + 1) * 127.5), 0, 255).astype(np.uint8)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step, stage)
-        write_gif(path, video)
+        part = path.with_name(f".{path.name}")
+        write_gif(part, video)
+        part.replace(path)  # a sample that is there is a whole one
         return path, video.shape[1:3]

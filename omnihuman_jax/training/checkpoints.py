@@ -2,10 +2,11 @@
 
 Each holds the whole train state and a JSON item with the step, the stage, the resolved config, the loop's counters and
 the fingerprint and dtype of every array. What cannot be read, or does not have its fingerprint, is set aside in
-`damaged/` by name, and the one before is used.
+`damaged/` by name, and the one before is used; where no running one is whole, the newest stage.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -32,12 +33,13 @@ from omnihuman_jax.training.state import TrainState, make_network
 # Model keys that change how the network is computed, not what its parameters are.
 _COMPUTE_KEYS = (
     *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
-    *("guidance_default", "pooled_required"),
+    *("guidance_default", "pooled_required", "sequence_attention"),
 )
 _META_KEYS = ("step", "stage", "config", "counter")
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
-RETRY_SECONDS = 1.0  # pause before a state that could not be read is tried once more
+RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
+_SAVE_SECONDS = 6 * 3600  # after that Orbax gives a save up
 # Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
 # of small ones takes longer than writing them, while training waits.
 _SHARED_WRITE_BYTES = 1 << 20
@@ -115,6 +117,8 @@ class Checkpoints:
         self._last_steps = dict(stages or {})
         self._failed: dict[Path, str] = {}
         self._writing: Path | None = None
+        self._replacing = False  # whether something had the name of what is being written
+        self._last_good = "none yet"
         self._begun = 0.0  # `time.perf_counter()` of the save under way
         # Of the newest save: until all is written (None: not yet), and how long the loop waited for it.
         self.times: dict[str, float | None] = {}
@@ -126,7 +130,7 @@ class Checkpoints:
                 composite_options=ocp.CompositeOptions(multiprocessing_options=options), **_item_handlers(options)
             ),
             multiprocessing_options=options,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._written),
+            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, post_finalization_callback=self._written),
         )
 
     @property
@@ -138,7 +142,7 @@ class Checkpoints:
         for room in ("checkpoints", "stages") if is_main() else ():
             for part in sorted((self._workdir / room).glob(f"*{_HALF_WRITTEN}*")):
                 self._tell(f"{part}: half-written when an earlier start ended; removed")
-                shutil.rmtree(part)
+                shutil.rmtree(part, ignore_errors=True)
             for part in (self._workdir / room).glob(f"*{_DELETED}"):
                 shutil.rmtree(part, ignore_errors=True)
 
@@ -147,9 +151,8 @@ class Checkpoints:
         return step % self._every == 0
 
     def last_good(self) -> str:
-        """The newest whole checkpoint on the disk, for messages."""
-        steps = running_steps(self._workdir)
-        return str(self._running(steps[-1])) if steps else "none yet"
+        """The newest checkpoint that is known to be whole, for messages. It does not touch the disk, which may hang."""
+        return self._last_good
 
     def _running(self, step: int) -> Path:
         return self._workdir / "checkpoints" / str(step)
@@ -161,25 +164,30 @@ class Checkpoints:
     def save_stage(self, name: str, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves the stage's end to `stages/NAME/`, asynchronously; it is whole before a later running one begins."""
         path = self._workdir / "stages" / name
-        there, sums = _meta_or_none(path), fingerprint(state)
-        if first_says(bool(there and (there["step"], there.get("fingerprint")) == (meta["step"], sums))):
+        there, meta = _meta_or_none(path), meta | describe(state)
+        wanted = (meta["step"], meta["fingerprint"])
+        if first_says(bool(there and (there["step"], there.get("fingerprint")) == wanted)):
             return  # the step came again after a restart
         if there:
             self._tell(f"{path}: replaced; it held step {there['step']} of another training of this stage")
         self._write(path, state, meta)
 
+    def end_stages(self, last_steps: Mapping[str, int]) -> None:
+        """Other last steps of the stages than those given at first, where the config has moved them."""
+        self._last_steps = dict(last_steps)
+
     def mend_stages(self, done: int) -> None:
         """Makes `stages/NAME/` from the running checkpoint of the stage's last step where it could not be written."""
         for name, step in self._last_steps.items():
             path = self._workdir / "stages" / name
-            if step > done or not self._running(step).is_dir() or _is_step(path, step):
+            running = _meta_or_none(self._running(step)) if step <= done and _meta_or_none(path) is None else None
+            if running is None or running["stage"] != name:
                 continue
             if is_main():
                 half = path.with_name(f"{name}{_HALF_WRITTEN}-copy")
                 try:
                     shutil.copytree(self._running(step), half)
-                    if path.exists():
-                        shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)
                     half.rename(path)
                 except OSError as error:
                     shutil.rmtree(half, ignore_errors=True)
@@ -190,13 +198,14 @@ class Checkpoints:
 
     def _write(self, path: Path, state: TrainState, meta: dict[str, Any]) -> None:
         begun = time.perf_counter()
-        meta = meta | {"fingerprint": fingerprint(state), "dtypes": _dtypes(state)}
+        meta = meta if "fingerprint" in meta else meta | describe(state)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(meta | {"sha256": _digest(meta)})
         )
         self.wait()  # for the save before; its failure is not this one's
         self._failed = {p: why for p, why in self._failed.items() if p != path and p.parent.name == "stages"}
-        self._writing, self._begun, self.times = path, begun, {"seconds": None}
+        self._writing, self._replacing = path, path.is_dir()
+        self._begun, self.times = time.perf_counter(), {"seconds": None}
         self._guarded(lambda: self._saver.save(path, args=args, force=True))
         self.times["blocked_seconds"] = time.perf_counter() - begun
 
@@ -208,8 +217,8 @@ class Checkpoints:
         """Finds out whether a save under way has ended or failed; call often."""
         self._guarded(self._saver.check_for_errors)
 
-    def _guarded(self, action: Callable[[], Any]) -> None:
-        """Runs an action of the saver, and sees to what it says about the save under way."""
+    def _guarded(self, action: Callable[[], Any], *, ends: bool = False) -> None:
+        """Runs an action of the saver, after which the save under way has ended or not, and sees to what it says."""
         try:
             action()
         # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
@@ -217,18 +226,24 @@ class Checkpoints:
             if isinstance(error, ValueError) and not _is_disk_error(error):
                 raise
             self._failed_to_write(error)
-        if self._writing and self._writing.is_dir():  # renamed from its temporary name: whole
-            self._writing = None
+        # It is whole when it has lost its temporary name, or, where another had the name, when the saver has ended.
+        if self._writing and (ends or not self._replacing and self._writing.is_dir()):
+            path, self._writing = self._writing, None
+            if path.parent.name == "checkpoints":
+                self._last_good = str(path)
             self._prune()
 
     def _failed_to_write(self, error: Exception) -> None:
         path, self._writing = self._writing, None
         if path is None:
             return  # a second error of a save that has been told of
-        told = f"a checkpoint could not be written: {path}: {' '.join(str(error).split())[:300]}"
+        late = isinstance(error, TimeoutError)
+        why = "not all processes have written their part" if late else " ".join(str(error).split())[:300]
+        told = f"a checkpoint could not be written: {path}: {why}"
         last = f"the last whole one is {self.last_good()}"
         if jax.process_count() > 1:
-            raise UserError(f"process {jax.process_index()}: {told}; {last}; make room and start again") from error
+            then = "see what the others say" if late else "make room and start again"
+            raise UserError(f"process {jax.process_index()}: {told}; {last}; {then}") from error
         self._failed[path] = told
         self._tell(f"{told}; {last}; training goes on")
         for part in path.parent.glob(f"{path.name}{_HALF_WRITTEN}*"):
@@ -238,14 +253,14 @@ class Checkpoints:
         """Removes the running checkpoints that the policy does not keep."""
         if not is_main():
             return
-        wanted = {
-            step for name, step in self._last_steps.items() if not _is_step(self._workdir / "stages" / name, step)
-        }
+        missing = [name for name in self._last_steps if _meta_or_none(self._workdir / "stages" / name) is None]
+        wanted = {self._last_steps[name] for name in missing}
         for step in running_steps(self._workdir)[: -self._keep]:
             if step not in wanted and not (self._keep_every and step % self._keep_every == 0):
                 # Renamed first, so that what a kill leaves of it is never taken for a checkpoint.
-                gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
-                self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it is tried again after the next save
+                    gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
+                    self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
         """The newest running checkpoint that is whole, or None when the run has none at all.
@@ -265,9 +280,10 @@ class Checkpoints:
         for path in [*(self._running(step) for step in reversed(steps)), *stages]:
             restored, problem = self._try(path, abstract, config)
             if restored:
-                self._set_aside([(p, why) for p, why in broken if p.parent == folder])
+                self._set_aside(broken)
+                self._last_good = str(path)
                 return restored
-            if path.parent == folder or path.is_dir():
+            if first_says(path.is_dir()):
                 broken.append((path, problem))
         told = "; ".join(f"{path}: {problem}" for path, problem in broken)
         raise UserError(
@@ -298,10 +314,15 @@ class Checkpoints:
         wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
         if wrong:
             return None, f"damaged: other values than were saved in {wrong}"
-        if saved != abstract:
-            dtypes, shardings = ([getattr(x, k) for x in jax.tree.leaves(abstract)] for k in ("dtype", "sharding"))
-            cast = jax.jit(lambda xs: [x.astype(d) for x, d in zip(xs, dtypes, strict=True)], out_shardings=shardings)
-            state = jax.tree.unflatten(jax.tree.structure(state), cast(jax.tree.leaves(state)))
+        state = jax.tree.map(
+            lambda x, wanted: (
+                x
+                if x.dtype == wanted.dtype
+                else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
+            ),
+            state,
+            abstract,
+        )
         return Restored(state, meta, path), ""
 
     def _set_aside(self, broken: list[tuple[Path, str]]) -> None:
@@ -318,7 +339,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for the save under way; `failed` tells how it ended."""
-        self._guarded(self._saver.wait_until_finished)
+        self._guarded(self._saver.wait_until_finished, ends=True)
 
     def close(self) -> None:
         """Waits for the save under way and closes the writer."""
@@ -340,13 +361,10 @@ def _meta_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_step(path: Path, step: int) -> bool:
-    meta = _meta_or_none(path)
-    return meta is not None and meta["step"] == step
-
-
-def _dtypes(state: Any) -> dict[str, str]:
-    return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+def describe(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint's JSON says of its arrays: `fingerprint` and `dtypes` by name. All processes call it."""
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {"fingerprint": fingerprint(state), "dtypes": {path_name(path): str(x.dtype) for path, x in flat}}
 
 
 def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
@@ -360,7 +378,7 @@ def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
 
 def _read_state(path: Path, abstract: TrainState) -> tuple[TrainState | None, str]:
     """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
-    for pause in (RETRY_SECONDS, None):
+    for pause in (*RETRY_SECONDS, None):
         try:
             return TrainState(**_restore(path, abstract._asdict())), ""
         # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on

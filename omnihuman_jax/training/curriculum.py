@@ -89,3 +89,24 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
         if step <= stage.last_step:
             return stage
     raise ValueError(f"step {step} is after the last stage, which ends at {stages[-1].last_step}")
+
+
+def continued(stages: tuple[Stage, ...], done: int, current: str) -> tuple[Stage, ...]:
+    """The stage table of a run whose step `done` was one of stage `current`.
+
+    Where the config has moved the border between two stages behind the run, the stage that was trained ends with `done`
+    and the one that the config has at the next step begins there; unmoved, the table is the same.
+    """
+    if not done or done >= stages[-1].last_step:
+        return stages
+    following = stage_at(stages, done + 1)
+    if following.name == current or following.first_step == done + 1:
+        return stages
+    table = []
+    for stage in stages:
+        if stage.name == current and stage.first_step <= done:
+            stage = dataclasses.replace(stage, steps=done - stage.first_step + 1)
+        elif stage is following:
+            stage = dataclasses.replace(stage, first_step=done + 1, steps=stage.last_step - done)
+        table.append(stage)
+    return tuple(table)

@@ -26,8 +26,8 @@ from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import metrics as metrics_lib
-from omnihuman_jax.training.checkpoints import Checkpoints
-from omnihuman_jax.training.curriculum import Stage, curriculum, stage_at
+from omnihuman_jax.training.checkpoints import Checkpoints, describe
+from omnihuman_jax.training.curriculum import Stage, continued, curriculum, stage_at
 from omnihuman_jax.training.evaluation import HeldOutLoss
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
 from omnihuman_jax.training.goodput import Goodput
@@ -74,7 +74,7 @@ class Feed(Protocol):
         """Keeps what a saved plan did in steps 1 … done, and tells what the config changes from there on."""
 
     def fingerprint(self) -> str:
-        """Hex digest of all records."""
+        """Hex digest of what the data set says of itself and of every record."""
 
     def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
         """These global rows of `count` batches that training does not see."""
@@ -121,8 +121,11 @@ def train(
         run = _Run(config, plain_config, stages, mesh, feed, workdir, sample, stop, started or time.time())
         try:
             run.start()
-        finally:
-            run.close()
+        except BaseException:
+            with contextlib.suppress(UserError):  # what happened first is what is told
+                run.close()
+            raise
+        run.close()
 
 
 class _Run:
@@ -133,6 +136,16 @@ class _Run:
         self.feed, self.sample, self.stop, self.workdir = feed, sample, stop, workdir
         self.network: Network = make_network(config)
         self.goodput = Goodput(started)
+        self.rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
+        every, count = config.evaluation.every, config.evaluation.batches
+        self.held_out_batches = feed.held_out(count, self.rows) if every else []
+        if every and not self.held_out_batches:
+            raise UserError(
+                f"evaluation.every={every}: the data set has no held-out clips as long as the training window; set it "
+                f"to 0, or prepare data with a held-out split"
+            )
+        self.held_out: HeldOutLoss | None = None
+        self.data = feed.fingerprint()
         c, last_steps = config.checkpoint, {stage.name: stage.last_step for stage in stages if stage.steps}
         self.bar = tqdm(disable=True)
         self.checkpoints = Checkpoints(
@@ -143,20 +156,11 @@ class _Run:
         self.bad_steps = BadSteps(config.faults.max_bad_steps, last_good)
         self.writer = MetricsWriter(workdir, log_records=config.data.log_records, enabled=is_main(), tell=self.tell)
         self.ballot = Ballot(mesh)
-        self.rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
         self.train_step = jit_train_step(config, self.network, mesh)
         self.profile = Profile(config.profile.steps, workdir)
         self.pending: dict[str, Any] | None = None
         self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
         self.repeated_until, self.claimed = 0, 0.0
-        every, count = config.evaluation.every, config.evaluation.batches
-        self.held_out_batches = feed.held_out(count, self.rows) if every else []
-        if every and not self.held_out_batches:
-            raise UserError(
-                f"evaluation.every={every}: the data set has no held-out clips as long as the training window; set it "
-                f"to 0, or prepare data with a held-out split"
-            )
-        self.held_out: HeldOutLoss | None = None
 
     def tell(self, message: str) -> None:
         """A line above the progress bar, once for all processes."""
@@ -168,19 +172,20 @@ class _Run:
         last = self.stages[-1].last_step
         self.watchdog.start()
         with self.watchdog:
-            check_alike("data set", self.feed.fingerprint())
+            check_alike("data set", self.data)
             check_alike("config", shared_digest(self.plain_config))
             restored = self.checkpoints.restore_latest(
                 abstract_state(self.config, self.mesh, self.network), self.config
             )
             if restored:
-                state, done, counter = restored.state, restored.meta["step"], RatioCounter(**restored.meta["counter"])
-                self.tell_restored(restored.path, restored.meta)
+                state, done = restored.state, restored.meta["step"]
+                counter = self.take_up(restored.path, restored.meta)
             else:
                 state, done, counter = init_state(self.config, self.mesh, self.network), 0, RatioCounter()
         if is_main():
             write_config(self.workdir, self.plain_config, restored.meta["config"] if restored else None)
-        self.checkpoints.mend_stages(done)
+        with self.watchdog:
+            self.checkpoints.mend_stages(done)
         if restored and done <= last:
             self.after_save(state, done, stage_at(self.stages, done), resumed=True)
         if done >= last:
@@ -198,16 +203,17 @@ class _Run:
         Raises:
           UserError: a checkpoint that could not be written and is still missing.
         """
-        self.checkpoints.wait()
-        self.checkpoints.mend_stages(done)
+        with self.watchdog:
+            self.checkpoints.wait()
+            self.checkpoints.mend_stages(done)
         if self.checkpoints.failed:
             raise UserError(
                 f"{self.checkpoints.failed}; the last whole one is {self.checkpoints.last_good()}; make room and start "
                 f"the same command again: it continues from there"
             )
 
-    def tell_restored(self, path: Path, meta: dict[str, Any]) -> None:
-        """One line: what the run continues from. And what changes from there."""
+    def take_up(self, path: Path, meta: dict[str, Any]) -> RatioCounter:
+        """Takes up what a checkpoint says besides the arrays; one line tells what, others what changes from there."""
         done, last = meta["step"], self.stages[-1].last_step
         self.repeated_until = metrics_lib.last_logged_step(self.workdir)
         self.tell(
@@ -216,10 +222,15 @@ class _Run:
             f"again; {jax.process_count()} process(es), mesh {dict(self.mesh.shape)}"
         )
         self.bad_steps.total, self.bad_steps.in_a_row = meta.get("bad_steps", (0, 0))
+        self.stages = continued(self.stages, done, meta["stage"])
+        self.checkpoints.end_stages({stage.name: stage.last_step for stage in self.stages})
         for line in self.feed.continue_from(meta.get("data_plan", []), done):
             self.tell(line)
-        if meta.get("data") != self.feed.fingerprint():
+        if meta.get("data") != self.data:
             self.tell("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
+        # Other ratios from here on are counted from here on.
+        changed = any(row["first_step"] == done + 1 for row in self.feed.plan())
+        return RatioCounter() if changed else RatioCounter(**meta["counter"])
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
         """Runs steps done + 1 … last, or until told to stop."""
@@ -230,7 +241,8 @@ class _Run:
             stage = stage_at(self.stages, step)
             if step == stage.first_step:
                 counter = RatioCounter()
-                state = self.enter_stage(state, stage)
+                with self.watchdog:
+                    state = self.enter_stage(state, stage)
             self.profile.before(step)
             waited = time.perf_counter()
             with self.goodput.cause("data"):
@@ -294,7 +306,7 @@ class _Run:
         """Writes the running checkpoint, and before it at a stage's end the one kept for good."""
         self.flush()
         with self.watchdog, self.goodput.cause("save"):
-            meta = self.meta(step, stage, counter)
+            meta = self.meta(step, stage, counter) | describe(state)
             if step == stage.last_step:
                 self.checkpoints.save_stage(stage.name, state, meta)
             self.checkpoints.save(step, state, meta)
@@ -308,7 +320,7 @@ class _Run:
             "seed": self.config.seed,
             "next_data_step": step + 1,
             "data_plan": self.feed.plan(),
-            "data": self.feed.fingerprint(),
+            "data": self.data,
             "bad_steps": [self.bad_steps.total, self.bad_steps.in_a_row],
             "config": self.plain_config,
             "config_digest": config_digest(self.plain_config),
@@ -333,8 +345,11 @@ class _Run:
             if is_main():
                 # What one process does alone must not be laid out over the devices of all.
                 with contextlib.nullcontext() if alone else jax.set_mesh(mesh_lib.local_mesh()):
-                    path, size = self.sample(ema, step, stage)
-                self.writer.video(f"sample/{stage.name}", path, size, step)
+                    try:
+                        path, size = self.sample(ema, step, stage)
+                        self.writer.video(f"sample/{stage.name}", path, size, step)
+                    except OSError as error:  # a full disk; the training is worth more
+                        self.tell(f"{stage.name}: the sample video could not be written: {error}; training goes on")
             wait_for_all("sampled")
         self.start_clock()
 

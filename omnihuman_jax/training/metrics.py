@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, `data_log.jsonl` and TensorBoard."""
+"""Metrics of a run: `metrics.jsonl`, `data_log.jsonl`, `evaluation.jsonl` and TensorBoard."""
 
 import contextlib
 import itertools
@@ -90,8 +90,12 @@ def last_evaluated_step(workdir: Path) -> int:
 
 
 def _last_step(path: Path) -> int:
-    lines = path.read_text().splitlines()[-20:] if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+        whole = file.read().rpartition(b"\n")[0]  # a killed process may have left half a line
+    return max((json.loads(line)["step"] for line in whole.split(b"\n")[-20:] if line.startswith(b"{")), default=0)
 
 
 _LONGEST_LINE = 1 << 24
@@ -120,9 +124,7 @@ class LineFile:
         plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
         self._left += (json.dumps(plain) + "\n").encode()
         try:
-            self._file = self._open() if self._file < 0 else self._file
-            while self._left:
-                self._left = self._left[os.write(self._file, self._left) :]
+            self._flush()
         except OSError as error:
             if not self._told:
                 self._tell(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
@@ -132,8 +134,16 @@ class LineFile:
                 self._tell(f"{self._path}: written again, nothing is missing")
             self._told = False
 
+    def _flush(self) -> None:
+        self._file = self._open() if self._file < 0 else self._file
+        while self._left:
+            self._left = self._left[os.write(self._file, self._left) :]
+
     def close(self) -> None:
         """Closes the file; says how many bytes could not be written."""
+        if self._left:
+            with contextlib.suppress(OSError):
+                self._flush()
         if self._left:
             self._tell(f"{self._path}: the last {len(self._left)} bytes could not be written")
         if self._file >= 0:

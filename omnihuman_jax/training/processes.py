@@ -15,7 +15,7 @@ from omnihuman_jax.errors import UserError
 # Read by jax.distributed.initialize() itself where no cluster environment tells it.
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-_LONGEST_COMPILE_SECONDS = 3600
+_LONGEST_WAIT_SECONDS = 3600
 
 
 def join(coordinator: str, num_processes: int, process_id: int, *, automatic: bool = False) -> int:
@@ -118,7 +118,7 @@ def wait_for_all(name: str) -> None:
     """Returns when all processes have called it as often; ends with an error when one of them is gone."""
     if jax.process_count() > 1:  # at the coordinator, not by a collective of the devices, which gives up or waits on
         ocp.multihost.sync_global_processes(
-            name, processes=set(range(jax.process_count())), timeout=_LONGEST_COMPILE_SECONDS
+            name, processes=set(range(jax.process_count())), timeout=_LONGEST_WAIT_SECONDS
         )
 
 

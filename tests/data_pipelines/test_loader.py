@@ -99,12 +99,13 @@ def test_a_slow_batch_is_waited_for(monkeypatch):
 
 
 def test_an_error_cancels_what_was_read_ahead():
-    steps = Steps({2: _raising(KeyError("x"))})
-    loader = make_loader(steps, threads=1, prefetch=4)
+    slow = {step: lambda: time.sleep(0.2) for step in range(3, 13)}
+    steps = Steps({2: _raising(KeyError("x"))} | slow)
+    loader = make_loader(steps, threads=1, prefetch=8)
     with pytest.raises(UserError):
         _steps(loader)
-    time.sleep(0.2)
-    assert max(steps.made) < 12
+    time.sleep(1.0)  # enough for five more
+    assert max(steps.made) < 6
 
 
 def test_loaders_leave_no_threads_behind():

@@ -19,7 +19,10 @@ ALL = VISUAL + 8  # and text
 
 
 def whole_tokens(sequence_attention):
-    """Opcode -> how many arrays with all visual or all tokens its collectives make in the loops over blocks."""
+    """Opcode -> how many arrays with all visual or all tokens its collectives make in the loops over blocks.
+
+    And the opcodes of all collectives there.
+    """
     config = tiny_config("unused")
     config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128, "remat": "full"})
     config.model.update({"num_dual_blocks": 2, "num_single_blocks": 2})
@@ -34,18 +37,20 @@ def whole_tokens(sequence_attention):
     t = jax.ShapeDtypeStruct((config.global_batch_size,), jnp.float32)
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda *args: gradients(network, *args, 1)).lower(params, batch, t, batch["latents"])
-        found = Counter()
+        found, in_loops = Counter(), Counter()
         for collective in hlo.collectives(lowered.compile().as_text()):
+            in_loops[collective.opcode] += collective.in_loop
             for _, dims in collective.shapes:
                 found[collective.opcode] += collective.in_loop and bool({VISUAL, ALL} & set(dims))
-        return dict(+found)
+        return dict(+found), {opcode for opcode, there in in_loops.items() if there}
 
 
 def test_ulysses_gathers_no_tokens():
-    assert whole_tokens("ulysses") == {}
+    found, opcodes = whole_tokens("ulysses")
+    assert found == {} and "all-to-all" in opcodes
 
 
 @pytest.mark.slow
 def test_all_gather_gathers_keys_and_values_only():
     # In two kinds of block: both of them, forward and again backward, and their gradients.
-    assert whole_tokens("all_gather") == {"all-gather": 2 * 2 * 2, "all-reduce": 2 * 2}
+    assert whole_tokens("all_gather")[0] == {"all-gather": 2 * 2 * 2, "all-reduce": 2 * 2}

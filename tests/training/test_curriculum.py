@@ -5,7 +5,7 @@ import pytest
 from experiments.configs import base, pretrain
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.curriculum import curriculum, stage_at
+from omnihuman_jax.training.curriculum import continued, curriculum, stage_at
 
 
 def config_with(**steps):
@@ -88,3 +88,20 @@ def test_principle_1_every_clip_trains_text_and_reference():
     for audio in (False, True):
         for pose in (False, True):
             assert conditions.names(conditions.eligibility(audio, pose))[:2] == ("text", "reference")
+
+
+@pytest.mark.parametrize(
+    ("done", "current", "expected"),
+    [
+        (0, "", [(1, 5), (6, 12)]),
+        (3, "stage1", [(1, 5), (6, 12)]),  # unmoved
+        (5, "stage1", [(1, 5), (6, 12)]),  # at a border that is where it was
+        (8, "stage1", [(1, 8), (9, 12)]),  # stage 1 was planned longer
+        (3, "stage3", [(4, 5), (6, 12)]),  # stage 3 had begun, and stage 1 is longer now
+        (12, "stage1", [(1, 5), (6, 12)]),  # at the end
+    ],
+)
+def test_a_border_that_has_moved_behind_the_run_is_where_the_run_is(done, current, expected):
+    stages = continued(curriculum(config_with(stage1=5, stage3=7)), done, current)
+    assert [(s.first_step, s.last_step) for s in stages] == expected
+    assert stages[1].learning_rate_at(stages[1].first_step) == stages[1].learning_rate / stages[1].warmup_steps

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -281,7 +282,7 @@ def restore(workdir, config):
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", ())
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     DAMAGES[kind](tmp_path / "run" / "checkpoints" / "8")
@@ -292,18 +293,22 @@ def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tm
 
 
 def test_where_all_running_checkpoints_are_damaged_a_stage_is_used(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", 0.0)
-    root, _, config = whole
+    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", ())
+    root, dataset, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     for folder in [*(tmp_path / "run" / "checkpoints").glob("[0-9]*"), tmp_path / "run" / "stages" / "stage2"]:
         damage(folder)
     restored, said = restore(tmp_path / "run", config)
     assert restored.path == tmp_path / "run" / "stages" / "stage1" and restored.meta["step"] == 4
-    assert said.count("is skipped and moved to damaged/") == 2
+    assert said.count("is skipped and moved to damaged/") == 3
+    shutil.copytree(tmp_path / "run" / "damaged" / "6", tmp_path / "run" / "checkpoints" / "6")
+    train_tiny(config, tmp_path / "run", dataset)
+    same(tmp_path / "run", root / "whole")
+    same(tmp_path / "run" / "stages" / "stage2", root / "whole" / "stages" / "stage2")
 
 
 def test_a_read_error_while_restoring_that_heals_is_no_damage(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", (0.0,))
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     right, failures = checkpoints_lib._restore, [OSError(errno.EIO, "Input/output error")]
@@ -368,7 +373,10 @@ def test_a_full_disk_is_told_and_the_next_save_works_and_no_line_is_lost(whole, 
                 wait_for_save(root / "full", 4)
                 limit(0)  # not one more byte, in the logs neither
             if step == 8:
-                time.sleep(2)  # the save after step 6 fails meanwhile
+                end = time.monotonic() + 60
+                while any(thread.name == "async_save" for thread in threading.enumerate()):  # of step 6
+                    assert time.monotonic() < end
+                    time.sleep(0.05)
                 limit(None)
 
         workdir = train(whole, "full", fill)
@@ -460,6 +468,58 @@ class Sampler:
         self.calls.append(stage.name)
         self.path(step, stage).write_bytes(b"GIF89a")
         return self.path(step, stage), (1, 1)
+
+
+def test_a_sample_that_cannot_be_written_does_not_end_the_run(whole, tmp_path, capsys):
+    class Refused(Sampler):
+        def __call__(self, params, step, stage):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    same(train(whole, "no_sample", lambda *_: None, sample=Refused(tmp_path)), whole[0] / "whole")
+    assert "stage1: the sample video could not be written" in capsys.readouterr().out
+
+
+def test_waiting_for_the_last_save_is_no_stall(whole, monkeypatch):
+    dogs, paused = [], []
+
+    class Recorded(Watchdog):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            dogs.append(self)
+
+    right = Checkpoints.wait
+    monkeypatch.setattr(loop, "Watchdog", Recorded)
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: (paused.append(dogs[-1]._paused), right(self))[1])
+    train(whole, "waited", lambda *_: None)
+    assert paused[:-1] and all(paused[:-1])  # the last wait is of closing, when nothing watches any more
+
+
+def test_a_border_between_stages_may_move_behind_the_run(whole, capsys):
+    """Stage 1 of 8 steps is stopped after 4 and is to have had 2: it ends there and stage 2 begins, from elsewhere."""
+    root, dataset, _ = whole
+
+    def stop(step, _):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    workdir = train(whole, "moved", stop, tiny_config(root / "data", steps=(8, 2, 0)))
+    config = tiny_config(root / "data", steps=(2, 6, 0))
+    config.stages.stage2.init_from = str(root / "whole" / "stages" / "stage2")
+    config.stages.stage2.learning_rate = 0.0
+    train(whole, "moved", lambda *_: None, config)
+    said = capsys.readouterr().out
+    assert "stage2: steps 5–8" in said and "stage2: parameters from" in said
+    assert [line["stage"] for line in lines(workdir)] == ["stage1"] * 4 + ["stage2"] * 4
+    assert [read_meta(workdir / "stages" / name)["step"] for name in ("stage1", "stage2")] == [4, 8]
+    same(workdir, root / "whole" / "stages" / "stage2")
+
+
+def test_a_stage_that_has_ended_is_kept_when_its_length_changes_later(whole):
+    root, dataset, _ = whole
+    train_tiny(tiny_config(root / "data", steps=(4, 4, 0)), root / "longer", dataset)
+    before = (root / "longer" / "stages" / "stage1" / "meta" / "metadata").read_bytes()
+    train_tiny(tiny_config(root / "data", steps=(6, 4, 0)), root / "longer", dataset)
+    assert (root / "longer" / "stages" / "stage1" / "meta" / "metadata").read_bytes() == before
 
 
 def test_what_a_stop_leaves_out_is_made_up_for_by_the_next_start(whole, tmp_path):

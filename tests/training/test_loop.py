@@ -218,7 +218,7 @@ def test_a_resume_tells_what_it_restored_and_which_changes_matter(run, capsys):
     assert "(safe): log_every: 1 -> 2" in said
 
 
-def test_ratios_that_change_during_a_stage_hold_from_there_and_the_records_go_on(run, capsys):
+def test_ratios_that_change_during_a_stage_are_told_and_hold_from_there(run, capsys):
     root, dataset, _ = run
     before = tiny_config(root / "data", steps=(0, 3, 0))
     train_tiny(before, root / "ratios", dataset)
@@ -231,6 +231,7 @@ def test_ratios_that_change_during_a_stage_hold_from_there_and_the_records_go_on
     assert said.count("every source goes on where it was") == 1 and "until step 3" in said
     log = lines(root / "ratios", "data_log.jsonl")
     shares = [sum("audio" in row for row in line["active"]) / 8 for line in log]
+    assert lines(root / "ratios")[-1]["scheduled_ratio"]["audio"] == 0.0  # counted from the change on
     assert np.mean(shares[:3]) == pytest.approx(0.5, abs=0.1) and shares[3:] == [0.0] * 3
 
 
