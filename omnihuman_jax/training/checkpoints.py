@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,10 +36,11 @@ _COMPUTE_KEYS = (
     *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
     *("guidance_default", "pooled_required", "sequence_attention"),
 )
-_META_KEYS = ("step", "stage", "config", "counter")
+_META_KEYS = ("step", "stage", "config")
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
+_LOOK_SECONDS = 5.0  # longest wait for a file system that may hang
 _SAVE_SECONDS = 6 * 3600  # after that Orbax gives a save up
 # Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
 # of small ones takes longer than writing them, while training waits.
@@ -151,8 +153,12 @@ class Checkpoints:
         return step % self._every == 0
 
     def last_good(self) -> str:
-        """The newest checkpoint that is known to be whole, for messages. It does not touch the disk, which may hang."""
-        return self._last_good
+        """The newest whole checkpoint, for messages; the newest known of where the file system does not answer."""
+        found: list[int] = []
+        look = threading.Thread(target=lambda: found.extend(running_steps(self._workdir)), daemon=True)
+        look.start()
+        look.join(_LOOK_SECONDS)
+        return str(self._running(found[-1])) if found else self._last_good
 
     def _running(self, step: int) -> Path:
         return self._workdir / "checkpoints" / str(step)
@@ -250,15 +256,17 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
 
     def _prune(self) -> None:
-        """Removes the running checkpoints that the policy does not keep."""
+        """Removes the running checkpoints that the policy does not keep, and what is left of saves that failed."""
         if not is_main():
             return
+        for part in self._workdir.glob(f"*/*{_HALF_WRITTEN}*"):  # nothing is being written now
+            shutil.rmtree(part, ignore_errors=True)
         missing = [name for name in self._last_steps if _meta_or_none(self._workdir / "stages" / name) is None]
         wanted = {self._last_steps[name] for name in missing}
         for step in running_steps(self._workdir)[: -self._keep]:
             if step not in wanted and not (self._keep_every and step % self._keep_every == 0):
                 # Renamed first, so that what a kill leaves of it is never taken for a checkpoint.
-                with contextlib.suppress(OSError):  # it is tried again after the next save
+                with contextlib.suppress(OSError):  # tried again after the next save
                     gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
                     self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 

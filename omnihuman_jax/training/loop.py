@@ -230,7 +230,7 @@ class _Run:
             self.tell("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
         # Other ratios from here on are counted from here on.
         changed = any(row["first_step"] == done + 1 for row in self.feed.plan())
-        return RatioCounter() if changed else RatioCounter(**meta["counter"])
+        return RatioCounter() if changed else RatioCounter(**meta.get("counter", {}))
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
         """Runs steps done + 1 … last, or until told to stop."""
