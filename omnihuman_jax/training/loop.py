@@ -26,7 +26,7 @@ from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import metrics as metrics_lib
-from omnihuman_jax.training.checkpoints import Checkpoints, describe
+from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.curriculum import Stage, continued, curriculum, stage_at
 from omnihuman_jax.training.evaluation import HeldOutLoss
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
@@ -306,7 +306,7 @@ class _Run:
         """Writes the running checkpoint, and before it at a stage's end the one kept for good."""
         self.flush()
         with self.watchdog, self.goodput.cause("save"):
-            meta = self.meta(step, stage, counter) | describe(state)
+            meta = self.meta(step, stage, counter)
             if step == stage.last_step:
                 self.checkpoints.save_stage(stage.name, state, meta)
             self.checkpoints.save(step, state, meta)
