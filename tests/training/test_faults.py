@@ -146,6 +146,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is_finite(wh
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params(workdir)))
 
 
+@pytest.mark.slow
 def test_bad_steps_are_counted_across_a_restart(whole):
     config = tiny_config(whole[0] / "data", steps=(4, 4, 0))
     config.faults.max_bad_steps = 3
@@ -292,6 +293,7 @@ def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tm
     assert (tmp_path / "run" / "damaged" / "8").is_dir()
 
 
+@pytest.mark.slow
 def test_where_all_running_checkpoints_are_damaged_a_stage_is_used(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", ())
     root, dataset, config = whole
@@ -436,12 +438,14 @@ def test_a_stage_that_could_not_be_written_is_made_from_its_running_checkpoint(w
     assert read_meta(workdir / "stages" / "stage1")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_nowhere_is_an_error_at_the_end(whole, monkeypatch):
     refuse(monkeypatch, "stage1", "4")
     with pytest.raises(UserError, match=r"stages/stage1: .*No space left.*checkpoints/8; make room"):
         train(whole, "stage_lost", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_starting_over_replaces_the_stages_of_the_training_before(whole, capsys):
     root, dataset, config = whole
     shutil.copytree(root / "whole", root / "over")
@@ -470,6 +474,7 @@ class Sampler:
         return self.path(step, stage), (1, 1)
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_written_does_not_end_the_run(whole, tmp_path, capsys):
     class Refused(Sampler):
         def __call__(self, params, step, stage):
@@ -479,6 +484,7 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_run(whole, tmp_path, c
     assert "stage1: the sample video could not be written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_waiting_for_the_last_save_is_no_stall(whole, monkeypatch):
     dogs, paused = [], []
 
@@ -514,6 +520,7 @@ def test_a_border_between_stages_may_move_behind_the_run(whole, capsys):
     same(workdir, root / "whole" / "stages" / "stage2")
 
 
+@pytest.mark.slow
 def test_a_stage_that_has_ended_is_kept_when_its_length_changes_later(whole):
     root, dataset, _ = whole
     train_tiny(tiny_config(root / "data", steps=(4, 4, 0)), root / "longer", dataset)
