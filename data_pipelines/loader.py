@@ -132,46 +132,31 @@ def make_dataset(
     rows: slice = slice(None),
     threads: int = 2,
     prefetch: int = 4,
+    make: Callable[[int], Any] | None = None,
 ) -> grain.IterDataset:
     """The steps from `start_step` on (by default to the end of the last stage) as a Grain data set of batches.
 
     Args:
       rows: the global rows that this host reads.
       threads, prefetch: reading threads and batches made ahead; both only change the speed.
+      make: makes the batch of a step; None: these rows of it.
     """
-    return _dataset(
-        batches, lambda step: batches.batch(int(step), rows), start_step, num_steps, threads=threads, prefetch=prefetch
-    )
-
-
-def _dataset(
-    batches: Batches,
-    make: Callable[[int], Any],
-    start_step: int,
-    num_steps: int | None,
-    *,
-    threads: int,
-    prefetch: int,
-) -> grain.IterDataset:
     if num_steps is None:
         num_steps = max(batches.schedule.num_steps - start_step + 1, 0)
     steps = grain.MapDataset.range(start_step, start_step + num_steps)
-    return steps.map(make).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    made = steps.map(make or (lambda step: batches.batch(int(step), rows)))
+    return made.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
 
-def make_loader(
-    batches: Batches,
-    *,
-    start_step: int = 1,
-    num_steps: int | None = None,
-    rows: slice = slice(None),
-    threads: int = 2,
-    prefetch: int = 4,
-) -> Iterator[dict[str, Any]]:
+def make_loader(batches: Batches, *, rows: slice = slice(None), **reading: int | None) -> Iterator[dict[str, Any]]:
     """Iterator over `make_dataset`; its get_state() and set_state() hold one integer, the steps already given.
+
+    Args:
+      rows: the global rows that this host reads.
+      reading: `start_step`, `num_steps`, `threads` and `prefetch` of `make_dataset`.
 
     Raises (from `next`):
       UserError: a batch that cannot be made, or a reading thread that has died; the loader is at its end then.
     """
     read = _Read(batches, rows)
-    return _Loader(iter(_dataset(batches, read, start_step, num_steps, threads=threads, prefetch=prefetch)), read)
+    return _Loader(iter(make_dataset(batches, make=read, **reading)), read)

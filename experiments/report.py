@@ -30,7 +30,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.evaluation.observer import load_observer
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
-from omnihuman_jax.training.checkpoints import load_for_inference
+from omnihuman_jax.training.saved import load_for_inference
 from omnihuman_jax.training.state import make_network
 
 OBSERVER = Path(__file__).parent / "assets" / "observer.safetensors"

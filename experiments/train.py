@@ -23,8 +23,8 @@ from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae import load_vae
 from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.checkpoints import check_same_model, running_steps
 from omnihuman_jax.training.curriculum import Stage, curriculum
+from omnihuman_jax.training.saved import check_same_model, running_steps
 from omnihuman_jax.training.state import make_network
 
 

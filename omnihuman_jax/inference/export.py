@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.checkpoints import find_checkpoint, load_for_inference, read_meta
+from omnihuman_jax.training.saved import find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights import load as weights_load

@@ -8,9 +8,6 @@ the fingerprint and dtype of every array. What cannot be read, or does not have 
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import json
 import shutil
 import threading
 import time
@@ -19,24 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.config import ModelConfig
-from omnihuman_jax.sharding.mesh import local_mesh
 from omnihuman_jax.sharding.rules import path_name
+from omnihuman_jax.training.fingerprint import describe, fingerprint
 from omnihuman_jax.training.processes import agreed_problem, agreed_steps, first_says, is_main, say
-from omnihuman_jax.training.state import TrainState, make_network
+from omnihuman_jax.training.saved import check_same_model, digest, meta_or_none, read_meta, restore, running_steps
+from omnihuman_jax.training.state import TrainState
 
-# Model keys that change how the network is computed, not what its parameters are.
-_COMPUTE_KEYS = (
-    *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
-    *("guidance_default", "pooled_required", "sequence_attention"),
-)
-_META_KEYS = ("step", "stage", "config")
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
@@ -54,39 +43,6 @@ class Restored:
     state: TrainState
     meta: dict[str, Any]
     path: Path
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> jax.Array:
-    """Sums of the bit patterns (leaves,) uint32. Each device adds up what it holds, once; one collective joins them."""
-
-    def local(leaves: list[jax.Array]) -> jax.Array:
-        sums = []
-        for x, spec in zip(leaves, specs, strict=True):
-            unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-            total = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
-            used = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
-            for axis in mesh.axis_names:  # of copies, the first one counts
-                total = total if axis in used else jnp.where(jax.lax.axis_index(axis) == 0, total, 0)
-            sums.append(total)
-        return jax.lax.psum(jnp.stack(sums), mesh.axis_names)
-
-    whole = PartitionSpec()
-    return jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=whole, check_vma=False)(leaves)
-
-
-def fingerprint(tree: Any) -> dict[str, int]:
-    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip.
-
-    Args:
-      tree: arrays on one mesh, or on one device without any.
-    """
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    leaves = [leaf for _, leaf in flat]
-    if not isinstance(leaves[0].sharding, NamedSharding):
-        leaves = jax.device_put(leaves, NamedSharding(local_mesh(), PartitionSpec()))
-    sums = _sums(leaves, leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves))
-    return {path_name(path): int(x) for (path, _), x in zip(flat, jax.device_get(sums), strict=True)}
 
 
 class Checkpoints:
@@ -141,12 +97,18 @@ class Checkpoints:
         return "; ".join(self._failed.values())
 
     def _remove_half_written(self) -> None:
-        for room in ("checkpoints", "stages") if is_main() else ():
-            for part in sorted((self._workdir / room).glob(f"*{_HALF_WRITTEN}*")):
-                self._tell(f"{part}: half-written when an earlier start ended; removed")
-                shutil.rmtree(part, ignore_errors=True)
-            for part in (self._workdir / room).glob(f"*{_DELETED}"):
-                shutil.rmtree(part, ignore_errors=True)
+        if not is_main():
+            return
+        for part in self._half_written():
+            self._tell(f"{part}: half-written when an earlier start ended; removed")
+        for part in [*self._half_written(), *self._workdir.glob(f"checkpoints/*{_DELETED}")]:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _half_written(self) -> list[Path]:
+        """What Orbax has begun, or is about, to write."""
+        return sorted(self._workdir.glob(f"checkpoints/*{_HALF_WRITTEN}*")) + sorted(
+            self._workdir.glob(f"stages/*{_HALF_WRITTEN}*")
+        )
 
     def due(self, step: int) -> bool:
         """Whether a running checkpoint is wanted after this step."""
@@ -163,15 +125,25 @@ class Checkpoints:
     def _running(self, step: int) -> Path:
         return self._workdir / "checkpoints" / str(step)
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves asynchronously; the arrays are copied off the device before this returns."""
-        self._write(self._running(step), state, meta)
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], *, ends: str = "") -> None:
+        """Saves asynchronously; the arrays are copied off the device before this returns.
 
-    def save_stage(self, name: str, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves the stage's end to `stages/NAME/`, asynchronously; it is whole before a later running one begins."""
-        path = self._workdir / "stages" / name
-        there, meta = _meta_or_none(path), meta | describe(state)
-        wanted = (meta["step"], meta["fingerprint"])
+        Args:
+          step: of the running checkpoint.
+          state: what is saved.
+          meta: what is said of it.
+          ends: name of the stage that ends with this step. `stages/NAME/` is written first, and whole before the
+            running one begins.
+        """
+        begun = time.perf_counter()
+        meta = meta | describe(state)
+        if ends:
+            self._save_stage(self._workdir / "stages" / ends, state, meta)
+        self._write(self._running(step), state, meta)
+        self.times["blocked_seconds"] = time.perf_counter() - begun
+
+    def _save_stage(self, path: Path, state: TrainState, meta: dict[str, Any]) -> None:
+        there, wanted = meta_or_none(path), (meta["step"], meta["fingerprint"])
         if first_says(bool(there and (there["step"], there.get("fingerprint")) == wanted)):
             return  # the step came again after a restart
         if there:
@@ -186,7 +158,7 @@ class Checkpoints:
         """Makes `stages/NAME/` from the running checkpoint of the stage's last step where it could not be written."""
         for name, step in self._last_steps.items():
             path = self._workdir / "stages" / name
-            running = _meta_or_none(self._running(step)) if step <= done and _meta_or_none(path) is None else None
+            running = meta_or_none(self._running(step)) if step <= done and meta_or_none(path) is None else None
             if running is None or running["stage"] != name:
                 continue
             if is_main():
@@ -203,17 +175,14 @@ class Checkpoints:
             self._failed.pop(path, None)
 
     def _write(self, path: Path, state: TrainState, meta: dict[str, Any]) -> None:
-        begun = time.perf_counter()
-        meta = meta if "fingerprint" in meta else meta | describe(state)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(meta | {"sha256": _digest(meta)})
+            state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)})
         )
         self.wait()  # for the save before; its failure is not this one's
         self._failed = {p: why for p, why in self._failed.items() if p != path and p.parent.name == "stages"}
         self._writing, self._replacing = path, path.is_dir()
         self._begun, self.times = time.perf_counter(), {"seconds": None}
         self._guarded(lambda: self._saver.save(path, args=args, force=True))
-        self.times["blocked_seconds"] = time.perf_counter() - begun
 
     def _written(self) -> None:
         """Called by Orbax's thread of the first process when all files are written."""
@@ -252,16 +221,16 @@ class Checkpoints:
             raise UserError(f"process {jax.process_index()}: {told}; {last}; {then}") from error
         self._failed[path] = told
         self._tell(f"{told}; {last}; training goes on")
-        for part in path.parent.glob(f"{path.name}{_HALF_WRITTEN}*"):
-            shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; a new start looks again
+        for part in self._half_written():
+            shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; the next save looks again
 
     def _prune(self) -> None:
         """Removes the running checkpoints that the policy does not keep, and what is left of saves that failed."""
         if not is_main():
             return
-        for part in self._workdir.glob(f"*/*{_HALF_WRITTEN}*"):  # nothing is being written now
+        for part in self._half_written():  # nothing is being written now
             shutil.rmtree(part, ignore_errors=True)
-        missing = [name for name in self._last_steps if _meta_or_none(self._workdir / "stages" / name) is None]
+        missing = [name for name in self._last_steps if meta_or_none(self._workdir / "stages" / name) is None]
         wanted = {self._last_steps[name] for name in missing}
         for step in running_steps(self._workdir)[: -self._keep]:
             if step not in wanted and not (self._keep_every and step % self._keep_every == 0):
@@ -356,25 +325,6 @@ class Checkpoints:
         self._deleter.shutdown()
 
 
-def running_steps(workdir: Path) -> list[int]:
-    """Steps of the checkpoints that a run directory holds whole, in order."""
-    folder = Path(workdir) / "checkpoints"
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir())
-
-
-def _meta_or_none(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_meta(path)
-    except UserError:
-        return None
-
-
-def describe(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint's JSON says of its arrays: `fingerprint` and `dtypes` by name. All processes call it."""
-    flat = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {"fingerprint": fingerprint(state), "dtypes": {path_name(path): str(x.dtype) for path, x in flat}}
-
-
 def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
     """The abstract arrays with the dtypes that a checkpoint names."""
 
@@ -388,7 +338,7 @@ def _read_state(path: Path, abstract: TrainState) -> tuple[TrainState | None, st
     """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
     for pause in (*RETRY_SECONDS, None):
         try:
-            return TrainState(**_restore(path, abstract._asdict())), ""
+            return TrainState(**restore(path, abstract._asdict())), ""
         # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
         # from an older checkpoint, or ends.
         except Exception as error:  # noqa: BLE001
@@ -403,10 +353,6 @@ def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
     return "; ".join(
         f"optimizer.{key}={there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
     )
-
-
-def _digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _is_disk_error(error: Exception) -> bool:
@@ -433,101 +379,3 @@ def _item_handlers(options: ocp.options.MultiprocessingOptions) -> dict[str, ocp
         "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
         "meta": ocp.JsonCheckpointHandler(multiprocessing_options=options),
     }
-
-
-def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Restores the named parts of a state straight into the shardings of `abstract`, each process its own shards."""
-    args = ocp.args.PyTreeRestore(
-        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
-    )
-    # The handler by itself: Orbax's Checkpointer ends with a barrier, where a process that cannot read never arrives.
-    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
-
-
-def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
-    """Raises UserError naming the model keys in which a checkpoint differs from the config."""
-    # A key that a checkpoint does not have yet was introduced after it, with a default that means what was before.
-    saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
-    differ = [
-        f"model.{key}={_plain(saved.get(key))} there, {_plain(wanted.get(key))} here"
-        for key in sorted(saved.keys() | wanted.keys())
-        if key not in _COMPUTE_KEYS and _plain(saved.get(key)) != _plain(wanted.get(key))
-    ]
-    if differ:
-        raise UserError(
-            f"{path}: checkpoint of another model shape ({'; '.join(differ)}); use the config it was trained with or "
-            f"another --workdir"
-        )
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder meant by a workdir, `checkpoints/STEP`, `stages/NAME` or a folder of those.
-
-    A workdir means its newest running checkpoint, or the last stage when there is none.
-
-    Raises:
-      UserError: nothing there.
-    """
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such checkpoint directory; give a run's --workdir, checkpoints/STEP or stages/NAME"
-        )
-    if (path / "state").is_dir() and (path / "meta").is_dir():
-        return path
-    for root in (path / "checkpoints", path):
-        steps = [p for p in root.iterdir() if p.name.isdigit() and (p / "meta").is_dir()] if root.is_dir() else []
-        if steps:
-            return max(steps, key=lambda p: int(p.name))
-    for root in (path / "stages", path):
-        stages = [p for p in root.iterdir() if (p / "meta").is_dir()] if root.is_dir() else []
-        if stages:
-            return max(stages, key=lambda p: read_meta(p)["step"])
-    raise UserError(f"{path}: holds no checkpoint; expected checkpoints/STEP/ or stages/NAME/ in it")
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON item of a checkpoint folder.
-
-    Raises:
-      UserError: it cannot be read, or is not what was written.
-    """
-    try:
-        meta = json.loads((Path(path) / "meta" / "metadata").read_text())
-    except (OSError, ValueError) as error:  # not JSON, or not text
-        raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
-    missing = [key for key in _META_KEYS if not isinstance(meta, dict) or key not in meta]
-    if missing or meta.get("sha256") not in (None, _digest({k: v for k, v in meta.items() if k != "sha256"})):
-        why = f"no {missing[0]}" if missing else "another sha256 than was saved"
-        raise UserError(f"{path}: damaged meta/metadata ({why}); use another one of the run")
-    return meta
-
-
-def load_for_inference(
-    path: str | Path, *, use_ema: bool = True, shardings: Any = None
-) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """Loads only the parameters (or their EMA) of a checkpoint.
-
-    Args:
-      path: workdir, `checkpoints/STEP` or `stages/NAME`.
-      use_ema: the EMA instead of the raw parameters.
-      shardings: nested dict of shardings to load into; None = one device.
-
-    Returns:
-      (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
-    """
-    path = find_checkpoint(path)
-    meta = read_meta(path)
-    config = ConfigDict(meta["config"])
-    shapes = make_network(config).abstract_params
-    if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
-    part = "ema" if use_ema else "params"
-    params = _restore(path, {part: abstract})[part]
-    return config, params, {"step": meta["step"], "stage": meta["stage"], "path": str(path)}

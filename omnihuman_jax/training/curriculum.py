@@ -91,6 +91,11 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     raise ValueError(f"step {step} is after the last stage, which ends at {stages[-1].last_step}")
 
 
+def last_steps(stages: tuple[Stage, ...]) -> dict[str, int]:
+    """Stage name -> its last step."""
+    return {stage.name: stage.last_step for stage in stages}
+
+
 def continued(stages: tuple[Stage, ...], done: int, current: str) -> tuple[Stage, ...]:
     """The stage table of a run whose step `done` was one of stage `current`.
 

@@ -27,7 +27,7 @@ from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import metrics as metrics_lib
 from omnihuman_jax.training.checkpoints import Checkpoints
-from omnihuman_jax.training.curriculum import Stage, continued, curriculum, stage_at
+from omnihuman_jax.training.curriculum import Stage, continued, curriculum, last_steps, stage_at
 from omnihuman_jax.training.evaluation import HeldOutLoss
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
 from omnihuman_jax.training.goodput import Goodput
@@ -146,10 +146,10 @@ class _Run:
             )
         self.held_out: HeldOutLoss | None = None
         self.data = feed.fingerprint()
-        c, last_steps = config.checkpoint, {stage.name: stage.last_step for stage in stages if stage.steps}
+        c = config.checkpoint
         self.bar = tqdm(disable=True)
         self.checkpoints = Checkpoints(
-            workdir, every=c.every, keep=c.keep, keep_every=c.keep_every, stages=last_steps, tell=self.tell
+            workdir, every=c.every, keep=c.keep, keep_every=c.keep_every, stages=last_steps(stages), tell=self.tell
         )
         last_good = self.checkpoints.last_good
         self.watchdog = Watchdog(config.faults.watchdog_seconds, last_good)
@@ -223,7 +223,7 @@ class _Run:
         )
         self.bad_steps.total, self.bad_steps.in_a_row = meta.get("bad_steps", (0, 0))
         self.stages = continued(self.stages, done, meta["stage"])
-        self.checkpoints.end_stages({stage.name: stage.last_step for stage in self.stages})
+        self.checkpoints.end_stages(last_steps(self.stages))
         for line in self.feed.continue_from(meta.get("data_plan", []), done):
             self.tell(line)
         if meta.get("data") != self.data:
@@ -306,10 +306,8 @@ class _Run:
         """Writes the running checkpoint, and before it at a stage's end the one kept for good."""
         self.flush()
         with self.watchdog, self.goodput.cause("save"):
-            meta = self.meta(step, stage, counter)
-            if step == stage.last_step:
-                self.checkpoints.save_stage(stage.name, state, meta)
-            self.checkpoints.save(step, state, meta)
+            ends = stage.name if step == stage.last_step else ""
+            self.checkpoints.save(step, state, self.meta(step, stage, counter), ends=ends)
         self.start_clock()
 
     def meta(self, step: int, stage: Stage, counter: RatioCounter) -> dict[str, Any]:

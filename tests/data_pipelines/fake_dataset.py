@@ -106,3 +106,19 @@ def write_fake_dataset(
                 )
             )
     return schema.Dataset.open(directory)
+
+
+class Flaky:
+    """A data set whose first reads fail so many times."""
+
+    def __init__(self, dataset, failures):
+        self._dataset, self.left = dataset, failures
+
+    def read(self, i):
+        if self.left > 0:
+            self.left -= 1
+            raise OSError("Input/output error")
+        return self._dataset.read(i)
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)

@@ -13,7 +13,7 @@ from data_pipelines.schema import Dataset
 from experiments.configs import demo
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.curriculum import curriculum
-from tests.data_pipelines.fake_dataset import write_fake_dataset
+from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +110,9 @@ def test_a_plan_that_the_data_cannot_give_is_told_and_the_config_counts(dataset)
     assert feed.plan() == _feed(dataset).plan()
 
 
-class Failing:
-    """A data set whose first reads fail so many times."""
-
-    def __init__(self, dataset, failures):
-        self._dataset, self.left = dataset, failures
-
-    def read(self, i):
-        if self.left > 0:
-            self.left -= 1
-            raise OSError("Input/output error")
-        return self._dataset.read(i)
-
-    def __getattr__(self, name):
-        return getattr(self._dataset, name)
-
-
 def test_held_out_clips_are_read_again_after_a_failure(dataset, monkeypatch):
     monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
-    flaky = Failing(dataset, failures=2)
+    flaky = Flaky(dataset, failures=2)
     for a, b in zip(_feed(flaky).held_out(2, slice(None)), _feed(dataset).held_out(2, slice(None)), strict=True):
         _equal(a, b)
     assert flaky.left == 0
@@ -137,7 +121,7 @@ def test_held_out_clips_are_read_again_after_a_failure(dataset, monkeypatch):
 def test_a_held_out_clip_that_cannot_be_read_is_named(dataset, monkeypatch):
     monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
     with pytest.raises(UserError, match=r"record ./\d+ \(row \d+ of .*\) cannot be read, 3 times tried .*Input/output"):
-        _feed(Failing(dataset, failures=10**6)).held_out(1, slice(None))
+        _feed(Flaky(dataset, failures=10**6)).held_out(1, slice(None))
 
 
 def test_the_fingerprint_is_that_of_the_data_not_of_its_place(dataset, tmp_path):

@@ -142,7 +142,7 @@ def test_a_training_checkpoint_exports_its_ema_or_its_raw_parameters(tmp_path, c
     checkpoints = Checkpoints(tmp_path / "run", every=1, keep=1)
     state = TrainState(jnp.int32(7), raw, {"count": jnp.int32(7)}, ema)
     meta = {"step": 7, "stage": "stage1", "config": json.loads(json.dumps(config.to_dict()))}
-    checkpoints.save_stage("stage1", state, meta)
+    checkpoints.save(7, state, meta, ends="stage1")
     checkpoints.close()
     for use_ema, expected in ((True, ema), (False, raw)):
         output = tmp_path / f"out-{use_ema}"

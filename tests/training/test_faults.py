@@ -26,13 +26,15 @@ from omnihuman_jax.sharding.mesh import make_mesh, training_mesh
 from omnihuman_jax.training import checkpoints as checkpoints_lib
 from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
-from omnihuman_jax.training.checkpoints import Checkpoints, fingerprint, load_for_inference, read_meta
+from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.curriculum import curriculum
 from omnihuman_jax.training.faults import STALLED, Watchdog
+from omnihuman_jax.training.fingerprint import fingerprint
 from omnihuman_jax.training.goodput import Goodput
 from omnihuman_jax.training.metrics import LineFile
+from omnihuman_jax.training.saved import load_for_inference, read_meta
 from omnihuman_jax.training.state import abstract_state
-from tests.data_pipelines.fake_dataset import write_fake_dataset
+from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
 
@@ -313,14 +315,14 @@ def test_a_read_error_while_restoring_that_heals_is_no_damage(whole, tmp_path, m
     monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", (0.0,))
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
-    right, failures = checkpoints_lib._restore, [OSError(errno.EIO, "Input/output error")]
+    right, failures = checkpoints_lib.restore, [OSError(errno.EIO, "Input/output error")]
 
     def flaky(*arguments):
         if failures:
             raise failures.pop()
         return right(*arguments)
 
-    monkeypatch.setattr(checkpoints_lib, "_restore", flaky)
+    monkeypatch.setattr(checkpoints_lib, "restore", flaky)
     restored, said = restore(tmp_path / "run", config)
     assert restored.meta["step"] == 8 and not said and not failures
 
@@ -391,27 +393,28 @@ def test_a_full_disk_is_told_and_the_next_save_works_and_no_line_is_lost(whole, 
     assert lines(workdir, "data_log.jsonl") == lines(root / "whole", "data_log.jsonl")
 
 
+def filling(limit, workdir, step, then=lambda: None):
+    """What fills the disk before a step, once the checkpoint before it is whole."""
+
+    def fill(now, _):
+        if now == step:
+            wait_for_save(workdir, step - 1)
+            limit(20_000)
+            then()
+
+    return fill
+
+
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(whole):
     with disk() as limit:
-
-        def fill(step, _):
-            if step == 7:
-                wait_for_save(whole[0] / "full_at_end", 6)
-                limit(20_000)
-
+        fill = filling(limit, whole[0] / "full_at_end", 7)
         with pytest.raises(UserError, match="could not be written.*checkpoints/6; make room and start the same"):
             train(whole, "full_at_end", fill)
 
 
 def test_a_stop_whose_save_fails_says_so(whole):
     with disk() as limit:
-
-        def fill(step, _):
-            if step == 5:
-                wait_for_save(whole[0] / "full_at_stop", 4)
-                limit(20_000)
-                os.kill(os.getpid(), signal.SIGTERM)
-
+        fill = filling(limit, whole[0] / "full_at_stop", 5, then=lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(UserError, match="checkpoints/5.*the last whole one is .*checkpoints/4; make room"):
             train(whole, "full_at_stop", fill)
 
@@ -565,22 +568,6 @@ def test_lines_survive_a_full_disk_and_a_half_line(tmp_path):
         {"step": 5, "loss": None},
     ]
     assert len(said) == 2 and "kept in memory" in said[0] and "nothing is missing" in said[1]
-
-
-class Flaky:
-    """A data set whose reads of some records fail so many times."""
-
-    def __init__(self, dataset, failures):
-        self._dataset, self.left = dataset, failures
-
-    def read(self, i):
-        if self.left > 0:
-            self.left -= 1
-            raise OSError("Input/output error")
-        return self._dataset.read(i)
-
-    def __getattr__(self, name):
-        return getattr(self._dataset, name)
 
 
 def test_a_read_error_that_heals_does_not_change_the_run(whole, monkeypatch):
