@@ -9,6 +9,7 @@ every step, no checkpoints); and the training command started again, now with th
 """
 
 import json
+import math
 import os
 import socket
 import statistics
@@ -128,11 +129,18 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         never = [f"--config.stages.stage1.steps={steps + WARM}", f"--config.checkpoint.every={10**6}"]
         lines, first = training_run([*stage, *never], workdir, processes)
         alone = [bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))] for line in lines]
-        longer = [f"--config.stages.stage1.steps={steps + WARM + config.checkpoint.every}"]
+        # As many more as hold a whole save, with steps beside it, after the first few.
+        longer = [f"--config.stages.stage1.steps={steps + WARM + WARM + config.checkpoint.every + 3}"]
         again, restart = training_run([*stage, *longer], workdir, processes)
     ratios = [line["step_seconds"] / seconds for line, seconds in zip(lines, alone, strict=True)][WARM:]
     shares = again[-1]["goodput"]
     saves = {c["seconds"]: c["blocked_seconds"] for c in (line["checkpoint"] for line in again) if c.get("seconds")}
+    # What is not waited for still takes its share of the devices: the step that runs beside the beginning of a save.
+    beside = [
+        line["step_seconds"] / bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))]
+        for line in again[WARM:]
+        if (line["step"] - 1) % config.checkpoint.every == 0
+    ]
     return {
         "processes": processes,
         "simulated_devices": config.simulated_devices,
@@ -144,6 +152,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         "restart_to_first_step_seconds": restart,
         "checkpoint_every": config.checkpoint.every,
         "restarted_run_shares": shares,
+        "step_beside_a_save_over_bare": statistics.mean(beside) if beside else None,
         "saves": [{"seconds": whole, "blocked_seconds": blocked} for whole, blocked in saves.items()],
     }
 
@@ -170,11 +179,12 @@ def main(_: list[str]) -> None:
         f"{report['restart_to_first_step_seconds']:.1f} s after a restart\n"
         f"saving every {report['checkpoint_every']} steps took {shares['save']:.1%} of the restarted run's wall time, "
         f"useful steps {shares['useful']:.1%}\n"
-        + "\n".join(
+        + "".join(
             f"a save took {save['seconds']:.2f} s and blocked the loop for {save['blocked_seconds']:.3f} s "
-            f"({save['blocked_seconds'] / save['seconds']:.1%})"
+            f"({save['blocked_seconds'] / save['seconds']:.1%})\n"
             for save in report["saves"]
         )
+        + f"the step beside a save / bare compiled step: {report['step_beside_a_save_over_bare'] or math.nan:.3f}"
     )
     if values.output:
         Path(values.output).write_text(json.dumps(report, indent=1) + "\n")

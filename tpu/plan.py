@@ -47,9 +47,10 @@ class StepPlan:
     Attributes:
       bucket: latent (T, H, W) of the noisy window.
       fits: whether it compiles within the HBM.
-      hbm_needed: arguments + temporaries + outputs - donated; None when the compiler does not say.
+      hbm_needed: arguments + temporaries + outputs - donated + copy; None when the compiler does not say.
       hbm_available: HBM that the compiler may use.
-      memory: the parts of hbm_needed, and the program itself.
+      memory: the parts of hbm_needed, and the program itself. The copy is the second state that training holds while
+        a checkpoint is read off the devices, with checkpoint.copy_on_device; what is donated is the state.
       error: the compiler's words when it does not fit.
       model_flops: forward and backward of the global batch, counted analytically, without recomputation.
       flops_per_chip: the same divided by the number of chips.
@@ -157,9 +158,10 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
         "temporaries": stats.temp_size_in_bytes * devices_per_chip,
         "outputs": stats.output_size_in_bytes * devices_per_chip,
         "donated": stats.alias_size_in_bytes * devices_per_chip,
+        "copy": stats.alias_size_in_bytes * devices_per_chip * config.checkpoint.copy_on_device,
         "program": stats.generated_code_size_in_bytes * devices_per_chip,
     }
-    needed = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
+    needed = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"] + memory["copy"]
     return StepPlan(
         **fixed,
         fits=needed <= fixed["hbm_available"],
@@ -238,8 +240,10 @@ def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
         f"{need} of {step.hbm_available / GIB:.1f} GiB HBM per chip"
     ]
     if step.memory:
-        parts = (f"{name} {size / GIB:.2f}" for name, size in step.memory.items())
-        lines.append("GiB per chip: " + ", ".join(parts) + " (needed = arguments + temporaries + outputs - donated)")
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in step.memory.items())
+        lines.append(f"GiB per chip: {parts} (needed = arguments + temporaries + outputs - donated + copy)")
+        if not step.fits and step.hbm_needed - step.memory["copy"] <= step.hbm_available:
+            lines.append("fits with --config.checkpoint.copy_on_device=false: saving then holds up training")
     else:
         lines.append(f"compiler: {step.error}")
     lines.append(f"model FLOPs {step.model_flops:.3e} a step, {step.flops_per_chip:.3e} per chip")

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.rules import path_name
-from omnihuman_jax.training.fingerprint import describe, fingerprint
+from omnihuman_jax.training.fingerprint import fingerprint, start_fingerprint
 from omnihuman_jax.training.processes import agreed_problem, agreed_steps, first_says, is_main, say
 from omnihuman_jax.training.saved import check_same_model, digest, meta_or_none, read_meta, restore, running_steps
 from omnihuman_jax.training.state import TrainState
@@ -56,6 +57,8 @@ class Checkpoints:
       every: save every that many steps.
       keep: number of running checkpoints kept; stage checkpoints are always kept.
       keep_every: besides, keep the steps that it divides (0 = none).
+      copy_on_device: training goes on as soon as the devices hold a copy of the state, which goes when it has been
+        read; False: when the state has been copied off the devices.
       stages: name -> last step; the running checkpoint of that step is kept until `stages/NAME/` is whole.
       tell: called with lines for the log.
     """
@@ -67,20 +70,21 @@ class Checkpoints:
         every: int,
         keep: int,
         keep_every: int = 0,
+        copy_on_device: bool = True,
         stages: Mapping[str, int] | None = None,
         tell: Callable[[str], None] = say,
     ):
         self._workdir = Path(workdir).absolute()
         self._every, self._keep, self._keep_every, self._tell = every, keep, keep_every, tell
+        self._copy_on_device = copy_on_device
+        self._copy: Callable[[TrainState], TrainState] | None = None
         self._last_steps = dict(stages or {})
         self._failed: dict[Path, str] = {}
-        self._writing: Path | None = None
-        self._replacing = False  # whether something had the name of what is being written
         self._last_good = "none yet"
-        self._begun = 0.0  # `time.perf_counter()` of the save under way
         # Of the newest save: until all is written (None: not yet), and how long the loop waited for it.
         self.times: dict[str, float | None] = {}
-        self._deleter = concurrent.futures.ThreadPoolExecutor(1)
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: concurrent.futures.Future[list[tuple[Path, OSError | ValueError]]] | None = None
         self._remove_half_written()
         options = _process_options()
         self._saver = ocp.AsyncCheckpointer(
@@ -88,7 +92,7 @@ class Checkpoints:
                 composite_options=ocp.CompositeOptions(multiprocessing_options=options), **_item_handlers(options)
             ),
             multiprocessing_options=options,
-            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, post_finalization_callback=self._written),
+            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
         )
 
     @property
@@ -126,7 +130,7 @@ class Checkpoints:
         return self._workdir / "checkpoints" / str(step)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], *, ends: str = "") -> None:
-        """Saves asynchronously; the arrays are copied off the device before this returns.
+        """Saves in the background; the state may be donated once this returns. Waits for the save before.
 
         Args:
           step: of the running checkpoint.
@@ -136,19 +140,36 @@ class Checkpoints:
             running one begins.
         """
         begun = time.perf_counter()
-        meta = meta | describe(state)
-        if ends:
-            self._save_stage(self._workdir / "stages" / ends, state, meta)
-        self._write(self._running(step), state, meta)
-        self.times["blocked_seconds"] = time.perf_counter() - begun
+        self.wait()
+        paths = [self._running(step)]
+        if ends and not self._stage_is_there(self._workdir / "stages" / ends, state, step):
+            paths.insert(0, self._workdir / "stages" / ends)
+        self._failed = {p: why for p, why in self._failed.items() if p not in paths and p.parent.name == "stages"}
+        if self._copy_on_device:
+            if self._copy is None:
+                shardings = jax.tree.map(lambda x: x.sharding, state)
+                self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+            state = self._copy(state)
+        # All that the devices do is started here: programs of all processes have to begin in one order.
+        sums, copied = start_fingerprint(state), threading.Event()
+        meta = meta | {"dtypes": _dtypes(state)}
+        times = self.times = {"seconds": None, "blocked_seconds": None}
+        self._saving = self._writer.submit(self._write, paths, state, meta, sums, copied, times)
+        if not self._copy_on_device:
+            copied.wait()
+        times["blocked_seconds"] = time.perf_counter() - begun
 
-    def _save_stage(self, path: Path, state: TrainState, meta: dict[str, Any]) -> None:
-        there, wanted = meta_or_none(path), (meta["step"], meta["fingerprint"])
-        if first_says(bool(there and (there["step"], there.get("fingerprint")) == wanted)):
-            return  # the step came again after a restart
-        if there:
-            self._tell(f"{path}: replaced; it held step {there['step']} of another training of this stage")
-        self._write(path, state, meta)
+    def _stage_is_there(self, path: Path, state: TrainState, step: int) -> bool:
+        """Whether it holds this state already, because the step came again after a restart."""
+        there = meta_or_none(path) or {}
+        if not first_says(bool(there)):
+            return False
+        if first_says(there.get("step") == step):
+            sums = fingerprint(state)
+            if first_says(there.get("fingerprint") == sums):
+                return True
+        self._tell(f"{path}: replaced; it held step {there.get('step')} of another training of this stage")
+        return False
 
     def end_stages(self, last_steps: Mapping[str, int]) -> None:
         """Other last steps of the stages than those given at first, where the config has moved them."""
@@ -174,44 +195,74 @@ class Checkpoints:
             self._tell(f"{path}: was missing; copied from {self._running(step)}")
             self._failed.pop(path, None)
 
-    def _write(self, path: Path, state: TrainState, meta: dict[str, Any]) -> None:
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)})
-        )
-        self.wait()  # for the save before; its failure is not this one's
-        self._failed = {p: why for p, why in self._failed.items() if p != path and p.parent.name == "stages"}
-        self._writing, self._replacing = path, path.is_dir()
-        self._begun, self.times = time.perf_counter(), {"seconds": None}
-        self._guarded(lambda: self._saver.save(path, args=args, force=True))
+    def _write(
+        self,
+        paths: list[Path],
+        state: TrainState,
+        meta: dict[str, Any],
+        sums: Callable[[], dict[str, int]],
+        copied: threading.Event,
+        times: dict[str, float | None],
+    ) -> list[tuple[Path, OSError | ValueError]]:
+        """Writes the same to all paths, in the background; returns the file system's refusals.
 
-    def _written(self) -> None:
-        """Called by Orbax's thread of the first process when all files are written."""
-        self.times["seconds"] = time.perf_counter() - self._begun
+        Args:
+          paths: checkpoint folders, in order.
+          state: what is saved.
+          meta: without the fingerprint.
+          sums: gives the fingerprint.
+          copied: set when the state is no longer needed.
+          times: gets `seconds`.
+        """
+        begun, refused = time.perf_counter(), []
+        try:
+            meta = meta | {"fingerprint": sums()}
+            item = ocp.args.JsonSave(meta | {"sha256": digest(meta)})
+            for path in paths:
+                args = ocp.args.Composite(state=ocp.args.PyTreeSave(state._asdict()), meta=item)
+                try:
+                    self._saver.save(path, args=args, force=True)
+                    if path == paths[-1]:
+                        if self._copy_on_device:
+                            jax.tree.map(lambda x: x.delete(), state)  # Orbax refers to it until all is written
+                        copied.set()
+                    self._saver.wait_until_finished()
+                # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
+                except (OSError, ValueError) as error:
+                    if isinstance(error, ValueError) and not _is_disk_error(error):
+                        raise
+                    refused.append((path, error))
+                    if jax.process_count() > 1:
+                        return refused  # the others wait for this process's part, and what they write is theirs
+                    with contextlib.suppress(OSError, ValueError):  # what else it has to say of the same
+                        self._saver.wait_until_finished()
+                else:
+                    if path.parent.name == "checkpoints":
+                        self._last_good = str(path)
+        finally:
+            copied.set()
+        times["seconds"] = time.perf_counter() - begun
+        self._prune()
+        return refused
 
     def check(self) -> None:
-        """Finds out whether a save under way has ended or failed; call often."""
-        self._guarded(self._saver.check_for_errors)
+        """Finds out whether a save under way has failed; call often."""
+        if self._saving and self._saving.done():
+            self.wait()
 
-    def _guarded(self, action: Callable[[], Any], *, ends: bool = False) -> None:
-        """Runs an action of the saver, after which the save under way has ended or not, and sees to what it says."""
-        try:
-            action()
-        # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and not _is_disk_error(error):
-                raise
-            self._failed_to_write(error)
-        # It is whole when it has lost its temporary name, or, where another had the name, when the saver has ended.
-        if self._writing and (ends or not self._replacing and self._writing.is_dir()):
-            path, self._writing = self._writing, None
-            if path.parent.name == "checkpoints":
-                self._last_good = str(path)
-            self._prune()
+    def wait(self) -> None:
+        """Waits for the save under way; `failed` tells how it ended."""
+        saving, self._saving = self._saving, None
+        for path, error in saving.result() if saving else []:
+            self._failed_to_write(path, error)
 
-    def _failed_to_write(self, error: Exception) -> None:
-        path, self._writing = self._writing, None
-        if path is None:
-            return  # a second error of a save that has been told of
+    def close(self) -> None:
+        """Waits for the save under way and closes the writer."""
+        self.wait()
+        self._saver.close()
+        self._writer.shutdown()
+
+    def _failed_to_write(self, path: Path, error: Exception) -> None:
         late = isinstance(error, TimeoutError)
         why = "not all processes have written their part" if late else " ".join(str(error).split())[:300]
         told = f"a checkpoint could not be written: {path}: {why}"
@@ -221,14 +272,12 @@ class Checkpoints:
             raise UserError(f"process {jax.process_index()}: {told}; {last}; {then}") from error
         self._failed[path] = told
         self._tell(f"{told}; {last}; training goes on")
-        for part in self._half_written():
-            shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk; the next save looks again
 
     def _prune(self) -> None:
         """Removes the running checkpoints that the policy does not keep, and what is left of saves that failed."""
         if not is_main():
             return
-        for part in self._half_written():  # nothing is being written now
+        for part in self._half_written():  # nothing is being written now, and it may be what fills the disk
             shutil.rmtree(part, ignore_errors=True)
         missing = [name for name in self._last_steps if meta_or_none(self._workdir / "stages" / name) is None]
         wanted = {self._last_steps[name] for name in missing}
@@ -237,7 +286,7 @@ class Checkpoints:
                 # Renamed first, so that what a kill leaves of it is never taken for a checkpoint.
                 with contextlib.suppress(OSError):  # tried again after the next save
                     gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
-                    self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
+                    shutil.rmtree(gone, ignore_errors=True)
 
     def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
         """The newest running checkpoint that is whole, or None when the run has none at all.
@@ -314,15 +363,10 @@ class Checkpoints:
         if broken:
             agreed_problem("")  # nobody goes on before they are moved
 
-    def wait(self) -> None:
-        """Waits for the save under way; `failed` tells how it ended."""
-        self._guarded(self._saver.wait_until_finished, ends=True)
 
-    def close(self) -> None:
-        """Waits for the save under way and closes the writer."""
-        self.wait()
-        self._saver.close()
-        self._deleter.shutdown()
+def _dtypes(state: TrainState) -> dict[str, str]:
+    """Array path -> dtype."""
+    return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:

@@ -1,6 +1,7 @@
 """Fingerprints of arrays: what a checkpoint says of them, so that damage is found when they are read."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,21 +31,20 @@ def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...])
     return jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=whole, check_vma=False)(leaves)
 
 
-def fingerprint(tree: Any) -> dict[str, int]:
-    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip.
+def start_fingerprint(tree: Any) -> Callable[[], dict[str, int]]:
+    """Starts `fingerprint` on the devices, in all processes; the result waits for it.
 
     Args:
-      tree: arrays on one mesh, or on one device without any.
+      tree: arrays on one mesh, or on one device without any. They may be donated once this returns.
     """
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    leaves = [leaf for _, leaf in flat]
+    leaves, names = [leaf for _, leaf in flat], [path_name(path) for path, _ in flat]
     if not isinstance(leaves[0].sharding, NamedSharding):
         leaves = jax.device_put(leaves, NamedSharding(local_mesh(), PartitionSpec()))
     sums = _sums(leaves, leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves))
-    return {path_name(path): int(x) for (path, _), x in zip(flat, jax.device_get(sums), strict=True)}
+    return lambda: {name: int(x) for name, x in zip(names, jax.device_get(sums), strict=True)}
 
 
-def describe(tree: Any) -> dict[str, Any]:
-    """What a checkpoint's JSON says of its arrays: `fingerprint` and `dtypes` by name. All processes call it."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"fingerprint": fingerprint(tree), "dtypes": {path_name(path): str(x.dtype) for path, x in flat}}
+def fingerprint(tree: Any) -> dict[str, int]:
+    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip."""
+    return start_fingerprint(tree)()

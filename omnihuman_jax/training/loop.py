@@ -149,7 +149,13 @@ class _Run:
         c = config.checkpoint
         self.bar = tqdm(disable=True)
         self.checkpoints = Checkpoints(
-            workdir, every=c.every, keep=c.keep, keep_every=c.keep_every, stages=last_steps(stages), tell=self.tell
+            workdir,
+            every=c.every,
+            keep=c.keep,
+            keep_every=c.keep_every,
+            copy_on_device=c.copy_on_device,
+            stages=last_steps(stages),
+            tell=self.tell,
         )
         last_good = self.checkpoints.last_good
         self.watchdog = Watchdog(config.faults.watchdog_seconds, last_good)

@@ -1,5 +1,6 @@
 """Compiling train steps for a TPU topology on this machine."""
 
+import dataclasses
 import json
 import math
 import os
@@ -56,9 +57,11 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
         ("stage3", "stage1"),
     ]
     step, memory = report["steps"][0], report["steps"][0]["memory"]
-    assert step["hbm_needed"] == memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
-    # Parameters, two moments and EMA in float32 at the least, sharded over fsdp at the best.
-    assert step["hbm_needed"] > 4 * 4 * report["parameters"] / 4
+    alone = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
+    assert step["hbm_needed"] == alone + memory["copy"]
+    # Parameters, two moments and EMA in float32 at the least, sharded over fsdp at the best; while saving twice.
+    assert memory["copy"] >= 4 * 4 * report["parameters"] / 4
+    assert alone > memory["copy"]
     assert step["flops_per_chip"] == pytest.approx(step["model_flops"] / 8)
     assert step["seconds_at_mfu"]["50%"] == pytest.approx(step["flops_per_chip"] / 197e12 / 0.5)
     assert step["compiler_seconds"] > 0 and step["unknown_loops"] == 0 and step["collectives"] > 0
@@ -133,6 +136,15 @@ def test_the_needed_memory_is_read_from_the_compilers_words(message, needed):
     fixed = dict.fromkeys(("bucket", "hbm_available", "model_flops", "flops_per_chip", "seconds_at_mfu"), 0)
     step = plan._too_large(fixed, message, 1, 1.0)
     assert step.hbm_needed == needed and step.error == message
+
+
+def test_a_step_that_the_copy_of_a_save_makes_too_large_says_what_to_do():
+    config, topology, gib = tiny_config(), topologies.get_topology("v5e:2x4"), 2**30
+    fixed = dict.fromkeys([field.name for field in dataclasses.fields(plan.StepPlan)], 0)
+    for needed, copy, told in ((20, 6, True), (20, 3, False)):
+        given = {"bucket": (2, 4, 4), "hbm_needed": needed * gib, "hbm_available": 15 * gib, "seconds_at_mfu": {}}
+        step = plan.StepPlan(**fixed | given | {"fits": False, "memory": {"copy": copy * gib}})
+        assert ("copy_on_device=false" in plan._describe(config, step, topology)) == told
 
 
 def test_a_stages_own_window_length_wins_over_the_buckets():
