@@ -28,6 +28,7 @@ from omnihuman_jax.models import flops as flops_lib
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.training.checkpoints import COPY_SIZE
 from omnihuman_jax.training.curriculum import curriculum
 from omnihuman_jax.training.state import abstract_batch, abstract_state, make_network
 from omnihuman_jax.training.step import jit_train_step
@@ -47,10 +48,10 @@ class StepPlan:
     Attributes:
       bucket: latent (T, H, W) of the noisy window.
       fits: whether it compiles within the HBM.
-      hbm_needed: arguments + temporaries + outputs - donated + copy; None when the compiler does not say.
+      hbm_needed: arguments + temporaries + outputs - donated; None when the compiler does not say.
       hbm_available: HBM that the compiler may use.
-      memory: the parts of hbm_needed, and the program itself. The copy is the second state that training holds while
-        a checkpoint is read off the devices, with checkpoint.copy_on_device; what is donated is the state.
+      memory: the parts of hbm_needed; the program itself; and the copy of the state, the most that
+        checkpoint.copy_on_device takes besides during a save (where there is no room for it, training waits instead).
       error: the compiler's words when it does not fit.
       model_flops: forward and backward of the global batch, counted analytically, without recomputation.
       flops_per_chip: the same divided by the number of chips.
@@ -158,10 +159,10 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
         "temporaries": stats.temp_size_in_bytes * devices_per_chip,
         "outputs": stats.output_size_in_bytes * devices_per_chip,
         "donated": stats.alias_size_in_bytes * devices_per_chip,
-        "copy": stats.alias_size_in_bytes * devices_per_chip * config.checkpoint.copy_on_device,
+        "copy": int(COPY_SIZE * stats.alias_size_in_bytes) * devices_per_chip,  # what is donated is the state
         "program": stats.generated_code_size_in_bytes * devices_per_chip,
     }
-    needed = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"] + memory["copy"]
+    needed = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
     return StepPlan(
         **fixed,
         fits=needed <= fixed["hbm_available"],
@@ -240,10 +241,14 @@ def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
         f"{need} of {step.hbm_available / GIB:.1f} GiB HBM per chip"
     ]
     if step.memory:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in step.memory.items())
-        lines.append(f"GiB per chip: {parts} (needed = arguments + temporaries + outputs - donated + copy)")
-        if not step.fits and step.hbm_needed - step.memory["copy"] <= step.hbm_available:
-            lines.append("fits with --config.checkpoint.copy_on_device=false: saving then holds up training")
+        parts = (f"{name} {size / GIB:.2f}" for name, size in step.memory.items() if name != "copy")
+        lines.append("GiB per chip: " + ", ".join(parts) + " (needed = arguments + temporaries + outputs - donated)")
+        if config.checkpoint.copy_on_device:
+            room = step.hbm_needed + step.memory["copy"] <= step.hbm_available
+            lines.append(
+                f"a save's copy of the state, at most {step.memory['copy'] / GIB:.2f} GiB: "
+                + ("fits besides" if room else "does not fit besides, so training waits while a save reads the state")
+            )
     else:
         lines.append(f"compiler: {step.error}")
     lines.append(f"model FLOPs {step.model_flops:.3e} a step, {step.flops_per_chip:.3e} per chip")

@@ -103,8 +103,8 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
     config.ema_decay = 0.9998
     # keep: the last so many; keep_every: besides, every step that it divides (0 = none); stage ends stay in any case.
-    # copy_on_device: training goes on as soon as the devices hold a second copy of the state; False where they lack the
-    # memory: training waits until the state has been copied off them.
+    # copy_on_device: training goes on as soon as the devices hold a copy of the state, where they have room for one;
+    # False: training waits until the state has been read.
     config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0, "copy_on_device": True})
     # Steps in a row that may be not finite (each is skipped), and seconds without a finished step, before the run ends.
     config.faults = ConfigDict({"max_bad_steps": 10, "watchdog_seconds": 1800.0})

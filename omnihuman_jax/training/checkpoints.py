@@ -8,6 +8,7 @@ the fingerprint and dtype of every array. What cannot be read, or does not have 
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import shutil
 import threading
 import time
@@ -29,11 +30,14 @@ from omnihuman_jax.training.state import TrainState
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
+# What saving a copy of the state takes on the devices, in sizes of the state: the copy, and what Orbax cuts out of it
+# for each of several replicas to write, at most a half.
+COPY_SIZE = 1.5
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
 _LOOK_SECONDS = 5.0  # longest wait for a file system that may hang
 _SAVE_SECONDS = 6 * 3600  # after that Orbax gives a save up
 # Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
-# of small ones takes longer than writing them, while training waits.
+# of small ones takes longer than writing them.
 _SHARED_WRITE_BYTES = 1 << 20
 
 
@@ -44,6 +48,37 @@ class Restored:
     state: TrainState
     meta: dict[str, Any]
     path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """A save under way.
+
+    Attributes:
+      paths: checkpoint folders that get the same, one after the other.
+      state: what is saved.
+      own: whether the state is a copy that nobody else uses.
+      meta: what is said of it, without the fingerprint.
+      sums: gives the fingerprint.
+      times: `Checkpoints.times` of this save.
+      begun: `time.perf_counter()` at its beginning.
+      read: set when the state is no longer needed.
+    """
+
+    paths: list[Path]
+    state: TrainState
+    own: bool
+    meta: dict[str, Any]
+    sums: Callable[[], dict[str, int]]
+    times: dict[str, float | None]
+    begun: float
+    read: threading.Event
+
+    def let_go(self) -> None:
+        """The state has been read, or will not be."""
+        if self.own:  # by name: Orbax refers to it until all is written
+            jax.tree.map(lambda x: x.delete(), self.state)
+        self.read.set()
 
 
 class Checkpoints:
@@ -58,7 +93,8 @@ class Checkpoints:
       keep: number of running checkpoints kept; stage checkpoints are always kept.
       keep_every: besides, keep the steps that it divides (0 = none).
       copy_on_device: training goes on as soon as the devices hold a copy of the state, which goes when it has been
-        read; False: when the state has been copied off the devices.
+        read. False, where they have no room for one, and at a stage's end, when what comes next needs the room:
+        training goes on when the state has been read.
       stages: name -> last step; the running checkpoint of that step is kept until `stages/NAME/` is whole.
       tell: called with lines for the log.
     """
@@ -84,7 +120,8 @@ class Checkpoints:
         # Of the newest save: until all is written (None: not yet), and how long the loop waited for it.
         self.times: dict[str, float | None] = {}
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving: concurrent.futures.Future[list[tuple[Path, OSError | ValueError]]] | None = None
+        self._saving: concurrent.futures.Future[dict[Path, str]] | None = None
+        self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._remove_half_written()
         options = _process_options()
         self._saver = ocp.AsyncCheckpointer(
@@ -141,33 +178,40 @@ class Checkpoints:
         """
         begun = time.perf_counter()
         self.wait()
-        paths = [self._running(step)]
-        if ends and not self._stage_is_there(self._workdir / "stages" / ends, state, step):
-            paths.insert(0, self._workdir / "stages" / ends)
-        self._failed = {p: why for p, why in self._failed.items() if p not in paths and p.parent.name == "stages"}
-        if self._copy_on_device:
-            if self._copy is None:
-                shardings = jax.tree.map(lambda x: x.sharding, state)
-                self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+        own = not ends and self._can_copy(state)
+        if own:
             state = self._copy(state)
         # All that the devices do is started here: programs of all processes have to begin in one order.
-        sums, copied = start_fingerprint(state), threading.Event()
+        sums = start_fingerprint(state)
+        paths = [self._running(step)]
+        if ends and not self._stage_is_there(self._workdir / "stages" / ends, step, sums):
+            paths.insert(0, self._workdir / "stages" / ends)
+        self._failed = {p: why for p, why in self._failed.items() if p not in paths and p.parent.name == "stages"}
+        self.times = {"seconds": None, "blocked_seconds": None}
         meta = meta | {"dtypes": _dtypes(state)}
-        times = self.times = {"seconds": None, "blocked_seconds": None}
-        self._saving = self._writer.submit(self._write, paths, state, meta, sums, copied, times)
-        if not self._copy_on_device:
-            copied.wait()
-        times["blocked_seconds"] = time.perf_counter() - begun
+        save = _Save(paths, state, own, meta, sums, self.times, begun, threading.Event())
+        self._saving = self._writer.submit(self._write, save)
+        if not own:
+            save.read.wait()
+        save.times["blocked_seconds"] = time.perf_counter() - begun
 
-    def _stage_is_there(self, path: Path, state: TrainState, step: int) -> bool:
+    def _can_copy(self, state: TrainState) -> bool:
+        """Whether to save a copy; found out at the first save, when the devices know what training takes."""
+        if self._copy_on_device and self._copy is None:
+            self._copy_on_device = first_says(_room_for(state))
+            if not self._copy_on_device:
+                self._tell("the devices have no room for a copy of the state: training waits while a save reads it")
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+        return self._copy_on_device
+
+    def _stage_is_there(self, path: Path, step: int, sums: Callable[[], dict[str, int]]) -> bool:
         """Whether it holds this state already, because the step came again after a restart."""
         there = meta_or_none(path) or {}
         if not first_says(bool(there)):
             return False
-        if first_says(there.get("step") == step):
-            sums = fingerprint(state)
-            if first_says(there.get("fingerprint") == sums):
-                return True
+        if first_says(there.get("step") == step and there.get("fingerprint") == sums()):
+            return True
         self._tell(f"{path}: replaced; it held step {there.get('step')} of another training of this stage")
         return False
 
@@ -195,55 +239,35 @@ class Checkpoints:
             self._tell(f"{path}: was missing; copied from {self._running(step)}")
             self._failed.pop(path, None)
 
-    def _write(
-        self,
-        paths: list[Path],
-        state: TrainState,
-        meta: dict[str, Any],
-        sums: Callable[[], dict[str, int]],
-        copied: threading.Event,
-        times: dict[str, float | None],
-    ) -> list[tuple[Path, OSError | ValueError]]:
-        """Writes the same to all paths, in the background; returns the file system's refusals.
-
-        Args:
-          paths: checkpoint folders, in order.
-          state: what is saved.
-          meta: without the fingerprint.
-          sums: gives the fingerprint.
-          copied: set when the state is no longer needed.
-          times: gets `seconds`.
-        """
-        begun, refused = time.perf_counter(), []
+    def _write(self, save: _Save) -> dict[Path, str]:
+        """Writes, in the background; what could not be written, and why."""
+        failed = {}
         try:
-            meta = meta | {"fingerprint": sums()}
-            item = ocp.args.JsonSave(meta | {"sha256": digest(meta)})
-            for path in paths:
-                args = ocp.args.Composite(state=ocp.args.PyTreeSave(state._asdict()), meta=item)
+            meta = save.meta | {"fingerprint": save.sums()}
+            args = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(save.state._asdict()),
+                meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)}),
+            )
+            for path in save.paths:
                 try:
                     self._saver.save(path, args=args, force=True)
-                    if path == paths[-1]:
-                        if self._copy_on_device:
-                            jax.tree.map(lambda x: x.delete(), state)  # Orbax refers to it until all is written
-                        copied.set()
+                    if path == save.paths[-1]:
+                        save.let_go()
                     self._saver.wait_until_finished()
-                # The file system's refusals: Orbax raises OSError, tensorstore ValueError with the errno's text.
-                except (OSError, ValueError) as error:
-                    if isinstance(error, ValueError) and not _is_disk_error(error):
-                        raise
-                    refused.append((path, error))
+                except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+                    failed[path] = _why_not_written(error)
                     if jax.process_count() > 1:
-                        return refused  # the others wait for this process's part, and what they write is theirs
-                    with contextlib.suppress(OSError, ValueError):  # what else it has to say of the same
-                        self._saver.wait_until_finished()
+                        return failed  # the others wait for this process's part, and what they write is theirs
+                    with contextlib.suppress(OSError, ValueError):
+                        self._saver.wait_until_finished()  # which tells the same again
                 else:
-                    if path.parent.name == "checkpoints":
+                    if path == save.paths[-1]:
                         self._last_good = str(path)
+                        save.times["seconds"] = time.perf_counter() - save.begun
         finally:
-            copied.set()
-        times["seconds"] = time.perf_counter() - begun
+            save.let_go()
         self._prune()
-        return refused
+        return failed
 
     def check(self) -> None:
         """Finds out whether a save under way has failed; call often."""
@@ -252,24 +276,30 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for the save under way; `failed` tells how it ended."""
-        saving, self._saving = self._saving, None
-        for path, error in saving.result() if saving else []:
-            self._failed_to_write(path, error)
+        if self._saving is None:
+            return
+        try:
+            failed = self._saving.result()
+        finally:
+            if self._saving.done():  # not where Ctrl-C ends the waiting
+                self._saving = None
+        for path, why in failed.items():
+            self._tell_failure(path, why)
 
     def close(self) -> None:
         """Waits for the save under way and closes the writer."""
-        self.wait()
-        self._saver.close()
-        self._writer.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._saver.close()
+            self._deleter.shutdown()
 
-    def _failed_to_write(self, path: Path, error: Exception) -> None:
-        late = isinstance(error, TimeoutError)
-        why = "not all processes have written their part" if late else " ".join(str(error).split())[:300]
+    def _tell_failure(self, path: Path, why: str) -> None:
         told = f"a checkpoint could not be written: {path}: {why}"
         last = f"the last whole one is {self.last_good()}"
         if jax.process_count() > 1:
-            then = "see what the others say" if late else "make room and start again"
-            raise UserError(f"process {jax.process_index()}: {told}; {last}; {then}") from error
+            raise UserError(f"process {jax.process_index()}: {told}; {last}; make room and start again")
         self._failed[path] = told
         self._tell(f"{told}; {last}; training goes on")
 
@@ -286,7 +316,7 @@ class Checkpoints:
                 # Renamed first, so that what a kill leaves of it is never taken for a checkpoint.
                 with contextlib.suppress(OSError):  # tried again after the next save
                     gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
-                    shutil.rmtree(gone, ignore_errors=True)
+                    self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
         """The newest running checkpoint that is whole, or None when the run has none at all.
@@ -399,9 +429,35 @@ def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
     )
 
 
-def _is_disk_error(error: Exception) -> bool:
-    text = str(error)
-    return any(word in text for word in ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error"))
+def _why_not_written(error: Exception) -> str:
+    """What a failed save says to a user; raises the error where it is no refusal of the file system.
+
+    Orbax raises OSError for those, tensorstore ValueError with the errno's text.
+    """
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        return f"not all processes have written their part, see what the others say ({text})"
+    disk = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error")
+    if not isinstance(error, OSError) and not (isinstance(error, ValueError) and any(word in text for word in disk)):
+        raise error
+    return text
+
+
+def _room_for(state: TrainState) -> bool:
+    """Whether this process's devices can hold the state once more beside what training takes, as far as they tell."""
+    here: dict[jax.Device, int] = {}
+    for x in jax.tree.leaves(state):
+        for shard in x.addressable_shards:
+            here[shard.device] = here.get(shard.device, 0) + shard.data.nbytes
+    for device, size in here.items():
+        stats = _memory_stats(device)
+        if stats.get("peak_bytes_in_use", 0) + COPY_SIZE * size > stats.get("bytes_limit", math.inf):
+            return False
+    return True
+
+
+def _memory_stats(device: jax.Device) -> dict[str, int]:
+    return device.memory_stats() or {}  # a CPU does not tell
 
 
 def _differences(saved: dict[str, int], found: dict[str, int]) -> str:

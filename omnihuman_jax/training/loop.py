@@ -122,7 +122,7 @@ def train(
         try:
             run.start()
         except BaseException:
-            with contextlib.suppress(UserError):  # what happened first is what is told
+            with contextlib.suppress(Exception):  # what happened first is what is told
                 run.close()
             raise
         run.close()
@@ -426,11 +426,9 @@ class _Run:
 
     def close(self) -> None:
         """Finishes the saves under way and closes the logs."""
-        self.watchdog.close()
-        self.profile.close()
-        self.checkpoints.close()
-        self.writer.close()
-        self.bar.close()
+        with contextlib.ExitStack() as last:  # all of them, whatever one raises
+            for held_open in (self.bar, self.writer, self.checkpoints, self.profile, self.watchdog):
+                last.callback(held_open.close)
 
 
 def active_rows(active: list[list[str]]) -> np.ndarray:

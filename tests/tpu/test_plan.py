@@ -57,15 +57,14 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
         ("stage3", "stage1"),
     ]
     step, memory = report["steps"][0], report["steps"][0]["memory"]
-    alone = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
-    assert step["hbm_needed"] == alone + memory["copy"]
-    # Parameters, two moments and EMA in float32 at the least, sharded over fsdp at the best; while saving twice.
-    assert memory["copy"] >= 4 * 4 * report["parameters"] / 4
-    assert alone > memory["copy"]
+    assert step["hbm_needed"] == memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
+    # Parameters, two moments and EMA in float32 at the least, sharded over fsdp at the best.
+    assert step["hbm_needed"] > memory["copy"] / 1.5 > 4 * 4 * report["parameters"] / 4
     assert step["flops_per_chip"] == pytest.approx(step["model_flops"] / 8)
     assert step["seconds_at_mfu"]["50%"] == pytest.approx(step["flops_per_chip"] / 197e12 / 0.5)
     assert step["compiler_seconds"] > 0 and step["unknown_loops"] == 0 and step["collectives"] > 0
     text = "\n".join(lines)
+    assert "a save's copy of the state, at most 0." in text and "GiB: fits besides" in text
     assert "estimated by the TPU compiler" in text and "measured" not in text
     assert "stage2 2x4x4: the same step as stage1's" in text
 
@@ -138,13 +137,13 @@ def test_the_needed_memory_is_read_from_the_compilers_words(message, needed):
     assert step.hbm_needed == needed and step.error == message
 
 
-def test_a_step_that_the_copy_of_a_save_makes_too_large_says_what_to_do():
+def test_a_step_without_room_for_a_saves_copy_is_told():
     config, topology, gib = tiny_config(), topologies.get_topology("v5e:2x4"), 2**30
     fixed = dict.fromkeys([field.name for field in dataclasses.fields(plan.StepPlan)], 0)
-    for needed, copy, told in ((20, 6, True), (20, 3, False)):
-        given = {"bucket": (2, 4, 4), "hbm_needed": needed * gib, "hbm_available": 15 * gib, "seconds_at_mfu": {}}
-        step = plan.StepPlan(**fixed | given | {"fits": False, "memory": {"copy": copy * gib}})
-        assert ("copy_on_device=false" in plan._describe(config, step, topology)) == told
+    given = {"bucket": (2, 4, 4), "hbm_needed": 13 * gib, "hbm_available": 15 * gib, "seconds_at_mfu": {}}
+    for copy, told in ((2, "GiB: fits besides"), (3, "GiB: does not fit besides, so training waits")):
+        step = plan.StepPlan(**fixed | given | {"fits": True, "memory": {"copy": copy * gib}})
+        assert told in plan._describe(config, step, topology)
 
 
 def test_a_stages_own_window_length_wins_over_the_buckets():

@@ -1,14 +1,16 @@
 """A save in the background: training goes on and gives its arrays away while they are being written."""
 
-import gc
+import signal
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training import checkpoints as checkpoints_lib
 from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.fingerprint import fingerprint
 from omnihuman_jax.training.saved import read_meta, restore
@@ -57,47 +59,106 @@ def test_training_goes_on_and_overwrites_the_state_before_the_writer_has_read_it
     checkpoints, state = Checkpoints(tmp_path, every=1, keep=2), make_state()
     values, sums = jax.device_get(state)._asdict(), fingerprint(state)
     held = Held(checkpoints, monkeypatch)
-    checkpoints.save(3, state, META, ends="stage1")
+    checkpoints.save(3, state, META)
     state = overwrite(state)
     jax.block_until_ready(state)
     assert held.begun.wait(60) and checkpoints.times["seconds"] is None
     held.go.set()
     checkpoints.close()
-    for path in (tmp_path / "checkpoints" / "3", tmp_path / "stages" / "stage1"):
-        assert_holds(path, values)
-        assert read_meta(path)["fingerprint"] == sums
-    assert checkpoints.times["seconds"] > 0
+    assert_holds(tmp_path / "checkpoints" / "3", values)
+    assert read_meta(tmp_path / "checkpoints" / "3")["fingerprint"] == sums
+    assert checkpoints.times["seconds"] > checkpoints.times["blocked_seconds"]
 
 
-def test_without_a_copy_on_the_devices_training_waits_until_the_state_is_copied_off_them(tmp_path, monkeypatch):
-    checkpoints, state = Checkpoints(tmp_path, every=1, keep=2, copy_on_device=False), make_state()
+@pytest.mark.parametrize(("copy_on_device", "ends"), [(False, ""), (True, "stage1")])
+def test_where_nothing_is_copied_training_waits_until_the_state_is_read(tmp_path, monkeypatch, copy_on_device, ends):
+    checkpoints, state = Checkpoints(tmp_path, every=1, keep=2, copy_on_device=copy_on_device), make_state()
     values = jax.device_get(state)._asdict()
     held = Held(checkpoints, monkeypatch)
-    saving = threading.Thread(target=checkpoints.save, args=(3, state, META))
+    saving = threading.Thread(target=checkpoints.save, args=(3, state, META), kwargs={"ends": ends})
     saving.start()
     assert held.begun.wait(60)
+    saving.join(0.2)
     assert saving.is_alive()
     held.go.set()
     saving.join(60)
     overwrite(state)
     checkpoints.close()
     assert_holds(tmp_path / "checkpoints" / "3", values)
+    if ends:
+        assert_holds(tmp_path / "stages" / ends, values)
+
+
+@pytest.mark.parametrize(("limit", "room"), [(10_000, True), (9_999, False), (None, True)])
+def test_devices_without_room_for_a_copy_are_told_of_and_training_waits(tmp_path, monkeypatch, limit, room):
+    said, state = [], make_state()
+    used = {device: 0 for device in jax.local_devices()}
+    for x in jax.tree.leaves(state):
+        for shard in x.addressable_shards:
+            used[shard.device] += shard.data.nbytes
+    # Training takes what the state leaves of 10,000 bytes.
+    stats = {device: {"peak_bytes_in_use": 10_000 - int(1.5 * size)} for device, size in used.items()}
+    for told in stats.values():
+        told |= {} if limit is None else {"bytes_limit": limit}
+    monkeypatch.setattr(checkpoints_lib, "_memory_stats", stats.get)
+    checkpoints = Checkpoints(tmp_path, every=1, keep=2, tell=said.append)
+    for step in (3, 4):
+        checkpoints.save(step, state, META | {"step": step})
+    checkpoints.close()
+    assert checkpoints._copy_on_device == room
+    assert [line.startswith("the devices have no room for a copy") for line in said] == [True] * (not room)
+
+
+class Copies:
+    """Counts the arrays like the state's that are alive, beyond those there were."""
+
+    def __init__(self, state):
+        self._shapes = {x.shape for x in jax.tree.leaves(state) if x.ndim}
+        self._before = self._count()
+
+    def _count(self):
+        return sum(x.shape in self._shapes for x in jax.live_arrays())
+
+    def __call__(self):
+        return self._count() - self._before
 
 
 def test_the_devices_are_free_of_the_copy_as_soon_as_it_has_been_read(tmp_path, monkeypatch):
     checkpoints, state = Checkpoints(tmp_path, every=1, keep=2), make_state()
-    shapes, left = [x.shape for x in jax.tree.leaves(state)], []
+    copies, left = Copies(state), []
     right = checkpoints._saver.wait_until_finished
-
-    def wait():
-        gc.collect()
-        left.append(len([x for x in jax.live_arrays() if x.shape in shapes]))
-        right()
-
-    monkeypatch.setattr(checkpoints._saver, "wait_until_finished", wait)
+    monkeypatch.setattr(checkpoints._saver, "wait_until_finished", lambda: (left.append(copies()), right()))
     checkpoints.save(3, state, META)
     checkpoints.close()
-    assert left[:2] == [2 * len(shapes), len(shapes)]  # Orbax waits for the save before, and then the state is alone
+    assert left[:2] == [4, 0]  # Orbax waits for the save before; then we wait for this one
+    assert_holds(tmp_path / "checkpoints" / "3", jax.device_get(state)._asdict())
+
+
+def test_the_devices_are_free_of_the_copy_after_a_save_that_failed(tmp_path, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path, every=1, keep=2, tell=lambda line: None), make_state()
+    copies = Copies(state)
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._saver, "save", refuse)
+    checkpoints.save(3, state, META)
+    checkpoints.wait()
+    assert "No space left" in checkpoints.failed and copies() == 0
+    assert checkpoints.times["seconds"] is None
+    checkpoints.close()
+
+
+def test_a_second_interrupt_while_waiting_loses_nothing(tmp_path, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path, every=1, keep=2), make_state()
+    held = Held(checkpoints, monkeypatch)
+    checkpoints.save(3, state, META)
+    assert held.begun.wait(60)
+    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    held.go.set()
+    checkpoints.close()
     assert_holds(tmp_path / "checkpoints" / "3", jax.device_get(state)._asdict())
 
 
@@ -109,7 +170,7 @@ def test_a_stage_whose_step_comes_again_is_written_once_and_another_training_rep
     for _ in range(2):
         checkpoints.save(3, state, META, ends="stage1")
         checkpoints.wait()
-        written.append(file.stat().st_ino)
+        written.append(file.stat().st_mtime_ns)
     assert written[0] == written[1] and not said
     state = overwrite(state)
     values = jax.device_get(state)._asdict()
