@@ -88,7 +88,7 @@ def state_from_params(config: ConfigDict, params: Any) -> TrainState:
 def abstract_state(config: ConfigDict, mesh: Mesh, network: Network | None = None) -> TrainState:
     """The state as `jax.ShapeDtypeStruct` with shardings: what to restore into, or to compile for."""
     network = network or make_network(config)
-    shapes = jax.eval_shape(lambda: create_state(config, network))
+    shapes = jax.eval_shape(lambda params: state_from_params(config, params), network.abstract_params)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
