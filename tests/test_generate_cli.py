@@ -148,6 +148,7 @@ def test_seconds_overrule_the_recording_and_sound_is_taken_from_a_video(run, fil
     assert "conditions: text, reference, audio, pose\n" in printed and "last frame is held" in printed
 
 
+@pytest.mark.slow
 def test_tiles_of_the_vae_change_a_clip_a_little(run, tmp_path):
     whole, tiled = (
         media.read_video(run(output=tmp_path / f"{tile}.mp4", height=48, width=64, steps=1, vae_tile=tile)).astype(int)

@@ -78,6 +78,7 @@ def test_a_mistake_in_the_thread_reaches_the_trainer():
         next(training.batches([], CONFIG, 4, 0))
 
 
+@pytest.mark.slow
 def test_training_lowers_every_part_of_the_loss():
     clips = [face_clip(np.random.default_rng(i)) for i in range(8)]
     batch = next(training.batches(clips, CONFIG, 16, seed=1))

@@ -62,6 +62,7 @@ def trained(clips, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_linear_path_starts_the_run_at_the_principal_components(trained, clips, tmp_path):
     config = tiny_config(clips, 1)
     config.vae.linear_path = True
@@ -219,6 +220,7 @@ def test_the_command_reports_a_mistake_in_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_lpips_joins_the_loss_where_its_weights_are_given(clips):
     config, video = tiny_config(clips, 1), np.random.default_rng(0).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
     state = nnx.state(LPIPS((2, 2, 2, 2, 2), rngs=nnx.Rngs(0)))

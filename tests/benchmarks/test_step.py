@@ -25,6 +25,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_the_step_and_reports_times_and_memory():
     config = demo.get_config()
     config.model.update(TINY)

@@ -128,7 +128,10 @@ def test_unrolled_blocks_give_the_scanned_values(form):
     np.testing.assert_allclose(velocity((graph, trained(config)[1]), x_t, t, batch), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("remat", "form"), [("full", {}), ("dots", {}), ("attention", {}), ("full", MOTIF)])
+@pytest.mark.parametrize(
+    ("remat", "form"),
+    [("full", {}), ("dots", {}), ("attention", {}), pytest.param("full", MOTIF, marks=pytest.mark.slow)],
+)
 def test_rematerialisation_does_not_change_gradients(remat, form):
     config = tiny_config(num_dual_blocks=0, **form)
     x_t, t, batch = random_batch(config)

@@ -210,6 +210,7 @@ def test_config_mistakes_name_the_setting():
         VAEConfig(latent_mean=(0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_the_linear_path_starts_as_the_datas_principal_components():
     config = VAEConfig(dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, z_dim=6, temporal_downsample=(True, True))
     config = dataclasses.replace(config, patch_size=2, linear_path=True)

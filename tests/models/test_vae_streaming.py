@@ -49,9 +49,9 @@ def relative(ours, expected) -> float:
     ("name", "chunkings"),
     [
         ("wan2.1", [(1,)]),
-        ("wan2.1", [(1, 1)]),
+        pytest.param("wan2.1", [(1, 1)], marks=pytest.mark.slow),
         ("wan2.1", [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2)]),
-        ("patched, linear", [(1, 2, 2)]),
+        pytest.param("patched, linear", [(1, 2, 2)], marks=pytest.mark.slow),
         ("one halving of frames", [(1, 2, 2)]),
     ],
 )
@@ -72,6 +72,7 @@ def test_chunks_give_what_the_whole_clip_gives(name, chunkings):
         assert relative(np.concatenate(parts, 1), decoded) < 2e-6
 
 
+@pytest.mark.slow
 def test_a_clip_is_cut_padded_and_joined_without_a_trace():
     vae = build("wan2.1")
     encode, decode = compiled(vae)

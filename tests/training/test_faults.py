@@ -124,6 +124,7 @@ def test_a_skipped_step_leaves_parameters_as_they_were(whole):
     same(train(whole, "one_bad", poison, after), root / "before")
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is_finite(whole, monkeypatch):
     right = step_lib.sample_losses
 
@@ -327,6 +328,7 @@ def test_a_read_error_while_restoring_that_heals_is_no_damage(whole, tmp_path, m
     assert restored.meta["step"] == 8 and not said and not failures
 
 
+@pytest.mark.slow
 def test_changed_moment_dtypes_are_cast_and_are_no_damage(whole, tmp_path):
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
@@ -514,6 +516,7 @@ def test_waiting_for_the_last_save_is_no_stall(whole, monkeypatch):
     assert paused and all(paused)
 
 
+@pytest.mark.slow
 def test_a_border_between_stages_may_move_behind_the_run(whole, capsys):
     """Stage 1 of 8 steps is stopped after 4 and is to have had 2: it ends there and stage 2 begins, from elsewhere."""
     root, dataset, _ = whole
@@ -543,6 +546,7 @@ def test_a_stage_that_has_ended_is_kept_when_its_length_changes_later(whole):
     assert (root / "longer" / "stages" / "stage1" / "meta" / "metadata").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_a_stop_leaves_out_is_made_up_for_by_the_next_start(whole, tmp_path):
     root, _, _ = whole
     dataset = write_fake_dataset(tmp_path / "data", 12, shapes=((7, 4, 4),), heldout=5)
@@ -638,6 +642,7 @@ loop.train(config, cli.to_plain(config), root / "stalled", feed, None)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_stalls_ends_by_itself_and_can_be_continued(whole):
     root, dataset, config = whole
     (root / "stalled").mkdir()

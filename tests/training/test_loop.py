@@ -157,6 +157,7 @@ def test_find_checkpoint_names_what_is_missing(tmp_path):
         find_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_pretraining_on_images_and_video_precedes_the_stages(run, tmp_path):
     root, dataset, _ = run
     config = tiny_config(root / "data", steps=(1, 0, 0))
@@ -259,6 +260,7 @@ def test_a_steps_metrics_are_read_after_the_next_step_was_started(run, monkeypat
     assert seen == ["start", *(x for step in (1, 2, 3, 4) for x in ("start", f"read {step}")), "read 5"]
 
 
+@pytest.mark.slow
 def test_shares_of_the_time_add_up_after_steps_were_repeated(run):
     root, dataset, config = run
     short = tiny_config(root / "data", steps=(3, 2, 0))

@@ -88,9 +88,8 @@ def test_a_checkpoint_restores_bit_for_bit_onto_another_mesh(run, name):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if i == 0 else pytest.mark.slow) for i, n in enumerate(MESHES) if n[0] == "8"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in MESHES if n[0] == "8"])
 def test_a_run_continues_on_another_mesh_with_the_same_losses(run, name):
     root, dataset = run
     workdir = begin(root, name)

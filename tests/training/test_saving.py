@@ -154,9 +154,13 @@ def test_a_second_interrupt_while_waiting_loses_nothing(tmp_path, monkeypatch):
     held = Held(checkpoints, monkeypatch)
     checkpoints.save(3, state, META)
     assert held.begun.wait(60)
-    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.wait()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    try:
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
     held.go.set()
     checkpoints.close()
     assert_holds(tmp_path / "checkpoints" / "3", jax.device_get(state)._asdict())
