@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -123,6 +124,7 @@ class Checkpoints:
         self._saving: concurrent.futures.Future[dict[Path, str]] | None = None
         self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._remove_half_written()
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
         options = _process_options()
         self._saver = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -294,6 +296,7 @@ class Checkpoints:
             self._writer.shutdown()
             self._saver.close()
             self._deleter.shutdown()
+            sys.unraisablehook = self._unraisable
 
     def _tell_failure(self, path: Path, why: str) -> None:
         told = f"a checkpoint could not be written: {path}: {why}"
@@ -429,18 +432,31 @@ def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
     )
 
 
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The hook, but for what Orbax leaves when a write fails: each other write under way finds its event loop closed.
+
+    Hundreds of tracebacks would hide the line that tells the file and the reason.
+    """
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
+
+
 def _why_not_written(error: Exception) -> str:
     """What a failed save says to a user; raises the error where it is no refusal of the file system.
 
     Orbax raises OSError for those, tensorstore ValueError with the errno's text.
     """
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
     if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-        return f"not all processes have written their part, see what the others say ({text})"
+        return f"not all processes have written their part, see what the others say ({text[:300]})"
     disk = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error")
     if not isinstance(error, OSError) and not (isinstance(error, ValueError) and any(word in text for word in disk)):
         raise error
-    return text
+    return text[:300]
 
 
 def _room_for(state: TrainState) -> bool:

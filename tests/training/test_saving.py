@@ -203,3 +203,10 @@ def test_a_stage_that_cannot_be_written_leaves_the_running_checkpoint_whole(tmp_
     checkpoints.wait()
     assert "stages/stage1" in checkpoints.failed  # still missing
     checkpoints.close()
+
+
+def test_the_file_systems_words_count_wherever_they_stand_in_a_long_message():
+    long = ValueError("OUT_OF_RANGE: Error writing " + 400 * "x" + ": File too large [os_error_code='27']")
+    assert checkpoints_lib._why_not_written(long) == str(long)[:300]
+    with pytest.raises(ValueError, match="another matter"):
+        checkpoints_lib._why_not_written(ValueError("another matter"))
