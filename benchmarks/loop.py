@@ -121,6 +121,11 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
     stage = [*common, "--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0", "--config.log_every=1"]
     stage += ["--config.sample.at_stage_end=false"]
     feed = Feed.from_config(config, curriculum(config), Dataset.open(data))
+
+    def bare_of(line: dict) -> float:
+        """Seconds of the bare step of the bucket that a metric line's step had."""
+        return bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))]
+
     with tempfile.TemporaryDirectory() as root:
         workdir, file = Path(root) / "run", Path(root) / "bare.json"
         module = [sys.executable, "-m", "benchmarks.loop", f"--data={data}", f"--steps={steps}", f"--bare={file}"]
@@ -128,7 +133,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         bare = json.loads(file.read_text())
         never = [f"--config.stages.stage1.steps={steps + WARM}", f"--config.checkpoint.every={10**6}"]
         lines, first = training_run([*stage, *never], workdir, processes)
-        alone = [bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))] for line in lines]
+        alone = [bare_of(line) for line in lines]
         # As many more as hold a whole save, with steps beside it, after the first few.
         longer = [f"--config.stages.stage1.steps={steps + WARM + WARM + config.checkpoint.every + 3}"]
         again, restart = training_run([*stage, *longer], workdir, processes)
@@ -137,7 +142,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
     saves = {c["seconds"]: c["blocked_seconds"] for c in (line["checkpoint"] for line in again) if c.get("seconds")}
     # What is not waited for still takes its share of the devices: the step that runs beside the beginning of a save.
     beside = [
-        line["step_seconds"] / bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))]
+        line["step_seconds"] / bare_of(line)
         for line in again[WARM:]
         if (line["step"] - 1) % config.checkpoint.every == 0
     ]

@@ -1,8 +1,7 @@
-"""Orbax checkpoints: `checkpoints/STEP/` while running, `stages/NAME/` at each stage's end, kept for good.
+"""A run's Orbax checkpoints: `checkpoints/STEP/` while running, `stages/NAME/` at each stage's end, kept for good.
 
 Each holds the whole train state and a JSON item with the step, the stage, the resolved config, the loop's counters and
-the fingerprint and dtype of every array. What cannot be read, or does not have its fingerprint, is set aside in
-`damaged/` by name, and the one before is used; where no running one is whole, the newest stage.
+the fingerprint and dtype of every array.
 """
 
 import concurrent.futures
@@ -24,9 +23,10 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.rules import path_name
-from omnihuman_jax.training.fingerprint import fingerprint, start_fingerprint
-from omnihuman_jax.training.processes import agreed_problem, agreed_steps, first_says, is_main, say
-from omnihuman_jax.training.saved import check_same_model, digest, meta_or_none, read_meta, restore, running_steps
+from omnihuman_jax.training.fingerprint import start_fingerprint
+from omnihuman_jax.training.processes import first_says, is_main, say
+from omnihuman_jax.training.resuming import Restored, newest_whole
+from omnihuman_jax.training.saved import digest, meta_or_none, running_steps
 from omnihuman_jax.training.state import TrainState
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
@@ -34,21 +34,11 @@ _DELETED = ".deleted"
 # What saving a copy of the state takes on the devices, in sizes of the state: the copy, and what Orbax cuts out of it
 # for each of several replicas to write, at most a half.
 COPY_SIZE = 1.5
-RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
 _LOOK_SECONDS = 5.0  # longest wait for a file system that may hang
 _SAVE_SECONDS = 6 * 3600  # after that Orbax gives a save up
 # Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
 # of small ones takes longer than writing them.
 _SHARED_WRITE_BYTES = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A restored train state with the JSON item saved beside it and the folder it came from."""
-
-    state: TrainState
-    meta: dict[str, Any]
-    path: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +73,7 @@ class _Save:
 
 
 class Checkpoints:
-    """Writer and reader of one run's checkpoints.
+    """Writes one run's checkpoints, and reads the newest.
 
     A save that fails (a full disk) is told. A run of one process goes on, and `failed` tells what is missing at its
     end; a process of several raises UserError, because the others wait for it.
@@ -167,6 +157,14 @@ class Checkpoints:
 
     def _running(self, step: int) -> Path:
         return self._workdir / "checkpoints" / str(step)
+
+    def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
+        """`resuming.newest_whole` of this run: running checkpoints first, then the stages'."""
+        stages = [self._workdir / "stages" / name for name in reversed(self._last_steps)]
+        restored = newest_whole(self._workdir, stages, abstract, config, self._tell)
+        if restored:
+            self._last_good = str(restored.path)
+        return restored
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], *, ends: str = "") -> None:
         """Saves in the background; the state may be donated once this returns. Waits for the save before.
@@ -321,115 +319,10 @@ class Checkpoints:
                     gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
                     self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
-    def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
-        """The newest running checkpoint that is whole, or None when the run has none at all.
-
-        Where all running ones are damaged, the stages' are tried. All processes decide together: one that a single
-        process cannot read is used by none.
-
-        Raises:
-          UserError: the checkpoint holds a model of another shape, or there are checkpoints and none can be read.
-        """
-        folder = self._workdir / "checkpoints"
-        steps = agreed_steps([int(p.name) for p in folder.glob("*") if p.name.isdigit()])
-        if not steps:
-            return None
-        stages = [self._workdir / "stages" / name for name in reversed(self._last_steps)]
-        broken: list[tuple[Path, str]] = []
-        for path in [*(self._running(step) for step in reversed(steps)), *stages]:
-            restored, problem = self._try(path, abstract, config)
-            if restored:
-                self._set_aside(broken)
-                self._last_good = str(path)
-                return restored
-            if first_says(path.is_dir()):
-                broken.append((path, problem))
-        told = "; ".join(f"{path}: {problem}" for path, problem in broken)
-        raise UserError(
-            f"{self._workdir}: no checkpoint can be read ({told}); repair one, or move the folder checkpoints/ "
-            f"away to train from the start"
-        )
-
-    def _try(self, path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored | None, str]:
-        """The checkpoint, or why it cannot be used; the same in all processes."""
-        meta, problem = None, ""
-        try:
-            meta = read_meta(path)
-            if path.name.isdigit() and meta["step"] != int(path.name):
-                problem = f"damaged: it says that it holds step {meta['step']}"
-        except UserError as error:
-            problem = str(error)
-        if problem := agreed_problem(problem):
-            return None, problem
-        check_same_model(meta["config"]["model"], config.model.to_dict(), path)
-        # Restored as it was saved and cast afterwards: a config may change the moments' dtypes.
-        saved = _with_dtypes(abstract, meta.get("dtypes", {}))
-        state, problem = _read_state(path, saved)
-        if problem:
-            differ = _optimizer_differences(meta["config"], config)
-            problem += f"; the config differs from the checkpoint's in {differ}" if differ else ""
-        if problem := agreed_problem(problem):
-            return None, problem
-        wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
-        if wrong:
-            return None, f"damaged: other values than were saved in {wrong}"
-        state = jax.tree.map(
-            lambda x, wanted: (
-                x
-                if x.dtype == wanted.dtype
-                else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
-            ),
-            state,
-            abstract,
-        )
-        return Restored(state, meta, path), ""
-
-    def _set_aside(self, broken: list[tuple[Path, str]]) -> None:
-        for path, problem in broken:
-            if is_main():
-                target = self._workdir / "damaged" / path.name
-                target.parent.mkdir(exist_ok=True)
-                if target.exists():
-                    shutil.rmtree(target)
-                path.rename(target)
-            self._tell(f"checkpoint {path} is skipped and moved to damaged/: {problem}")
-        if broken:
-            agreed_problem("")  # nobody goes on before they are moved
-
 
 def _dtypes(state: TrainState) -> dict[str, str]:
     """Array path -> dtype."""
     return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
-    """The abstract arrays with the dtypes that a checkpoint names."""
-
-    def saved(path, x):
-        return jax.ShapeDtypeStruct(x.shape, dtypes.get(path_name(path), x.dtype), sharding=x.sharding)
-
-    return jax.tree_util.tree_map_with_path(saved, abstract)
-
-
-def _read_state(path: Path, abstract: TrainState) -> tuple[TrainState | None, str]:
-    """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
-    for pause in (*RETRY_SECONDS, None):
-        try:
-            return TrainState(**restore(path, abstract._asdict())), ""
-        # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
-        # from an older checkpoint, or ends.
-        except Exception as error:  # noqa: BLE001
-            if pause is None:
-                return None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-            time.sleep(pause)  # a file system that fails for a moment is no damage
-    raise AssertionError
-
-
-def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
-    there, here = saved.get("optimizer", {}), config.optimizer.to_dict()
-    return "; ".join(
-        f"optimizer.{key}={there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
-    )
 
 
 def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -474,11 +367,6 @@ def _room_for(state: TrainState) -> bool:
 
 def _memory_stats(device: jax.Device) -> dict[str, int]:
     return device.memory_stats() or {}  # a CPU does not tell
-
-
-def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
-    names = [name for name in found if name in saved and saved[name] != found[name]]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _process_options() -> ocp.options.MultiprocessingOptions:

@@ -23,7 +23,7 @@ from experiments import cli
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.mesh import make_mesh, training_mesh
 from omnihuman_jax.training import checkpoints as checkpoints_lib
-from omnihuman_jax.training import loop
+from omnihuman_jax.training import loop, resuming
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.curriculum import curriculum
@@ -286,7 +286,7 @@ def restore(workdir, config):
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", ())
+    monkeypatch.setattr(resuming, "RETRY_SECONDS", ())
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     DAMAGES[kind](tmp_path / "run" / "checkpoints" / "8")
@@ -298,7 +298,7 @@ def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tm
 
 @pytest.mark.slow
 def test_where_all_running_checkpoints_are_damaged_a_stage_is_used(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", ())
+    monkeypatch.setattr(resuming, "RETRY_SECONDS", ())
     root, dataset, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     for folder in [*(tmp_path / "run" / "checkpoints").glob("[0-9]*"), tmp_path / "run" / "stages" / "stage2"]:
@@ -313,17 +313,17 @@ def test_where_all_running_checkpoints_are_damaged_a_stage_is_used(whole, tmp_pa
 
 
 def test_a_read_error_while_restoring_that_heals_is_no_damage(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints_lib, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(resuming, "RETRY_SECONDS", (0.0,))
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
-    right, failures = checkpoints_lib.restore, [OSError(errno.EIO, "Input/output error")]
+    right, failures = resuming.restore, [OSError(errno.EIO, "Input/output error")]
 
     def flaky(*arguments):
         if failures:
             raise failures.pop()
         return right(*arguments)
 
-    monkeypatch.setattr(checkpoints_lib, "restore", flaky)
+    monkeypatch.setattr(resuming, "restore", flaky)
     restored, said = restore(tmp_path / "run", config)
     assert restored.meta["step"] == 8 and not said and not failures
 
@@ -621,7 +621,7 @@ from pathlib import Path
 from experiments import cli
 from data_pipelines.feed import Feed
 from data_pipelines.schema import Dataset
-from omnihuman_jax.training import loop
+from omnihuman_jax.training import loop, resuming
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.curriculum import curriculum
 from tests.training.test_faults import Troubled
