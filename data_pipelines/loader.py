@@ -125,38 +125,37 @@ def _serve(given: Iterator[Any], asked: queue.SimpleQueue, got: queue.SimpleQueu
 
 
 def make_dataset(
+    read: Callable[[int], Any], start_step: int, num_steps: int, threads: int = 2, prefetch: int = 4
+) -> grain.IterDataset:
+    """The batches of `num_steps` steps from `start_step` on, as a Grain data set.
+
+    Args:
+      read: makes the batch of a step.
+      threads, prefetch: reading threads and batches made ahead; both only change the speed.
+    """
+    steps = grain.MapDataset.range(start_step, start_step + num_steps).map(read)
+    return steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+
+
+def make_loader(
     batches: Batches,
     *,
     start_step: int = 1,
     num_steps: int | None = None,
     rows: slice = slice(None),
-    threads: int = 2,
-    prefetch: int = 4,
-    make: Callable[[int], Any] | None = None,
-) -> grain.IterDataset:
-    """The steps from `start_step` on (by default to the end of the last stage) as a Grain data set of batches.
+    **reading: int,
+) -> Iterator[dict[str, Any]]:
+    """Iterator over the batches of the steps; its get_state() and set_state() hold one integer, the steps given.
 
     Args:
+      start_step, num_steps: from which step and how many, by default to the end of the last stage.
       rows: the global rows that this host reads.
-      threads, prefetch: reading threads and batches made ahead; both only change the speed.
-      make: makes the batch of a step; None: these rows of it.
-    """
-    if num_steps is None:
-        num_steps = max(batches.schedule.num_steps - start_step + 1, 0)
-    steps = grain.MapDataset.range(start_step, start_step + num_steps)
-    made = steps.map(make or (lambda step: batches.batch(int(step), rows)))
-    return made.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-
-
-def make_loader(batches: Batches, *, rows: slice = slice(None), **reading: int | None) -> Iterator[dict[str, Any]]:
-    """Iterator over `make_dataset`; its get_state() and set_state() hold one integer, the steps already given.
-
-    Args:
-      rows: the global rows that this host reads.
-      reading: `start_step`, `num_steps`, `threads` and `prefetch` of `make_dataset`.
+      reading: `threads` and `prefetch` of `make_dataset`.
 
     Raises (from `next`):
       UserError: a batch that cannot be made, or a reading thread that has died; the loader is at its end then.
     """
+    if num_steps is None:
+        num_steps = max(batches.schedule.num_steps - start_step + 1, 0)
     read = _Read(batches, rows)
-    return _Loader(iter(make_dataset(batches, make=read, **reading)), read)
+    return _Loader(iter(make_dataset(read, start_step, num_steps, **reading)), read)

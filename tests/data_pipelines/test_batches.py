@@ -199,7 +199,7 @@ def test_a_restart_at_a_step_continues_the_run(batches):
 
 
 def test_grain_restores_the_loader_at_every_state(batches):
-    grain.experimental.assert_equal_output_after_checkpoint(make_dataset(batches, start_step=5, num_steps=5))
+    grain.experimental.assert_equal_output_after_checkpoint(make_dataset(batches.batch, start_step=5, num_steps=5))
 
 
 def test_the_number_of_threads_changes_nothing(batches):
