@@ -67,7 +67,7 @@ MESHES += [mesh | {"sequence_attention": "all_gather"} for mesh in MESHES if "se
 QUICK = ({"sequence": 2, "tensor": 4}, {"sequence": 2, "tensor": 4, "sequence_attention": "all_gather"})
 
 
-def gradients_on(mesh_sizes):
+def gradients_on(mesh_sizes, parts=1):
     """Row losses and gradients of one batch, all conditions of some rows in use, on a mesh or on one device."""
     config = tiny_config("unused")
     config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128})
@@ -75,7 +75,7 @@ def gradients_on(mesh_sizes):
     network = state_lib.make_network(config)
     batch, params = random_batch(config), perturbed(network)
     t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
-    run = jax.jit(lambda *args: gradients(network, *args, 1))
+    run = jax.jit(lambda *args: gradients(network, *args, parts))
     if not mesh_sizes:
         return jax.device_get(run(params, batch, t, eps))
     mesh = make_mesh({"data": 1, "fsdp": 1} | mesh_sizes)
@@ -132,21 +132,17 @@ def test_the_mesh_does_not_change_the_training(reference, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), state.params, reference[1].params)
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_gradients_over_micro_batches_are_those_of_the_whole_batch(parts):
-    config = tiny_config("unused")
-    config.global_batch_size = 16
-    config.mesh.update({"data": 2, "fsdp": 2, "sequence": 2})
-    mesh, network = make_mesh(config.mesh), state_lib.make_network(config)
-    batch = random_batch(config)
-    t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
-    params = perturbed(network)
-    with jax.set_mesh(mesh):
-        batch, t, eps = jax.device_put((batch, t, eps), rules.batch_sharding(mesh))
-        run = jax.jit(lambda *a: gradients(network, *a, parts)), jax.jit(lambda *a: gradients(network, *a, 1))
-        (losses, grads), (expected_losses, expected) = (jax.device_get(f(params, batch, t, eps)) for f in run)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    assert_close_gradients(grads, expected)
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        ({"data": 2, "fsdp": 2, "sequence": 2}, 2),
+        pytest.param({"fsdp": 2, "sequence": 4}, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_over_micro_batches_are_those_of_the_whole_batch(single_device, mesh, parts):
+    losses, grads = gradients_on(mesh, parts)
+    np.testing.assert_allclose(losses, single_device[0], rtol=1e-5)
+    assert_close_gradients(grads, single_device[1])
 
 
 @pytest.mark.slow
