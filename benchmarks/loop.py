@@ -4,8 +4,9 @@ python -m benchmarks.loop --data=DIR [--config=experiments/configs/demo.py] [--c
     [--steps=40] [--output=FILE.json]
 
 The devices of the config are shared by `--processes`. Side by side in one run, each in processes of its own: the
-compiled step on batches that are already on the devices; the same step in the training loop (reading, placing, logging
-every step, no checkpoints); and the training command started again, now with the config's own checkpoint interval.
+compiled step on batches that are already on the devices, before and after the loop; the same step in the training
+loop (reading, placing, logging every step, no checkpoints); and the training command started again, now with the
+config's own checkpoint interval.
 """
 
 import json
@@ -50,31 +51,27 @@ def define_flags() -> None:
     flags.DEFINE_string("bare", None, "Only time the compiled step, into this file (what the benchmark starts itself).")
 
 
-def bare_step_seconds(config: ConfigDict, dataset: Dataset, steps: int) -> dict[str, float]:
-    """Median seconds of the compiled step alone, by bucket "TxHxW"."""
+def bare_step_seconds(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
+    """Median seconds of the compiled step alone, by bucket "TxHxW", over the config's steps in their order."""
     feed = Feed.from_config(config, curriculum(config), dataset)
     mesh, network = mesh_lib.training_mesh(config), make_network(config)
     rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
-    seconds = {}
     with jax.set_mesh(mesh):
         step = jit_train_step(config, network, mesh)
         state = init_state(config, mesh, network)
-        found: dict[str, Any] = {}
+        order, placed, compiled, times = [], {}, {}, {}
         for batch in feed.iterate(1, rows):
-            found.setdefault(bucket_name(batch), batch)
-            if len(found) == len(feed.buckets()):
-                break
-        for bucket, batch in found.items():
-            placed = place_batch(config, mesh, batch)
-            compiled = compile_together(step, state, placed, jnp.float32(1e-4))
-            times = []
-            for _ in range(steps + 2):
-                begin = time.perf_counter()
-                state, metrics = compiled(state, placed, jnp.float32(1e-4))
-                jax.block_until_ready(metrics)
-                times.append(time.perf_counter() - begin)
-            seconds[bucket] = statistics.median(times[2:])
-    return seconds
+            order.append(bucket := bucket_name(batch))
+            if bucket not in placed:
+                placed[bucket], times[bucket] = place_batch(config, mesh, batch), []
+                compiled[bucket] = compile_together(step, state, placed[bucket], jnp.float32(1e-4))
+        for bucket in order:
+            begin = time.perf_counter()
+            state, metrics = compiled[bucket](state, placed[bucket], jnp.float32(1e-4))
+            jax.block_until_ready(metrics)
+            times[bucket].append(time.perf_counter() - begin)
+    # The first one of a bucket is slower, as it is in the loop, where the first steps are not counted.
+    return {bucket: statistics.median(taken[1:] or taken) for bucket, taken in times.items()}
 
 
 def bucket_name(batch: Any) -> str:
@@ -128,15 +125,21 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
 
     with tempfile.TemporaryDirectory() as root:
         workdir, file = Path(root) / "run", Path(root) / "bare.json"
-        module = [sys.executable, "-m", "benchmarks.loop", f"--data={data}", f"--steps={steps}", f"--bare={file}"]
-        check(start([*module, *common], processes))
-        bare = json.loads(file.read_text())
-        never = [f"--config.stages.stage1.steps={steps + WARM}", f"--config.checkpoint.every={10**6}"]
+        module = [sys.executable, "-m", "benchmarks.loop", f"--data={data}", f"--bare={file}"]
+        never = [f"--config.stages.stage1.steps={WARM + steps}", f"--config.checkpoint.every={10**6}"]
+        # As many more as hold a whole save, or several frequent ones, with steps beside it, after the first few.
+        longer = WARM + steps + WARM + max(config.checkpoint.every, 20) + 3
+
+        def bare_run() -> dict[str, float]:
+            check(start([*module, *stage, f"--config.stages.stage1.steps={longer}"], processes))
+            return json.loads(file.read_text())
+
+        before = bare_run()
         lines, first = training_run([*stage, *never], workdir, processes)
+        after = bare_run()  # a machine's speed drifts
+        bare = {bucket: (before[bucket] + after[bucket]) / 2 for bucket in before}
         alone = [bare_of(line) for line in lines]
-        # As many more as hold a whole save, with steps beside it, after the first few.
-        longer = [f"--config.stages.stage1.steps={steps + WARM + WARM + config.checkpoint.every + 3}"]
-        again, restart = training_run([*stage, *longer], workdir, processes)
+        again, restart = training_run([*stage, f"--config.stages.stage1.steps={longer}"], workdir, processes)
     ratios = [line["step_seconds"] / seconds for line, seconds in zip(lines, alone, strict=True)][WARM:]
     shares = again[-1]["goodput"]
     saves = {c["seconds"]: c["blocked_seconds"] for c in (line["checkpoint"] for line in again) if c.get("seconds")}
@@ -151,6 +154,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         "simulated_devices": config.simulated_devices,
         "cores": len(os.sched_getaffinity(0)),
         "bare_step_seconds": bare,
+        "bare_after_over_before": statistics.mean(after[bucket] / before[bucket] for bucket in bare),
         "loop_over_bare": statistics.median(ratios),
         "loop_over_bare_mean": sum(line["step_seconds"] for line in lines[WARM:]) / sum(alone[WARM:]),
         "first_step_seconds": first,
@@ -169,7 +173,7 @@ def main(_: list[str]) -> None:
         raise UserError("give --config=PRESET.py and --data=DIR")
     if values.bare:
         cli.setup_platform(config, cli.join_processes())
-        seconds = bare_step_seconds(config, Dataset.open(data), values.steps)
+        seconds = bare_step_seconds(config, Dataset.open(data))
         if is_main():
             Path(values.bare).write_text(json.dumps(seconds))
         return
@@ -179,7 +183,8 @@ def main(_: list[str]) -> None:
     print(
         f"{report['processes']} process(es), {report['simulated_devices']} simulated devices\n"
         f"step in the loop / bare compiled step: {report['loop_over_bare']:.3f} (median), "
-        f"{report['loop_over_bare_mean']:.3f} (mean)\n"
+        f"{report['loop_over_bare_mean']:.3f} (mean); the bare step after the loop / before it: "
+        f"{report['bare_after_over_before']:.3f}\n"
         f"first step {report['first_step_seconds']:.1f} s after the start, "
         f"{report['restart_to_first_step_seconds']:.1f} s after a restart\n"
         f"saving every {report['checkpoint_every']} steps took {shares['save']:.1%} of the restarted run's wall time, "
