@@ -621,7 +621,7 @@ from pathlib import Path
 from experiments import cli
 from data_pipelines.feed import Feed
 from data_pipelines.schema import Dataset
-from omnihuman_jax.training import loop, resuming
+from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.curriculum import curriculum
 from tests.training.test_faults import Troubled
