@@ -18,12 +18,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import side_by_side
-from data_pipelines.feed import Feed
+from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
-from experiments import cli
+from experiments.common import cli
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
-from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import init_state, make_network, place_batch
 from omnihuman_jax.training.step import jit_train_step
 
@@ -63,7 +63,7 @@ def state_bytes(state: Any) -> int:
 def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
     """Trains all variants side by side; see the module."""
     stages = curriculum(config)
-    feed, mesh = Feed.from_config(config, stages, dataset), mesh_lib.training_mesh(config)
+    input_pipeline, mesh = InputPipeline.from_config(config, stages, dataset), mesh_lib.training_mesh(config)
     rate = jnp.float32(stages[0].learning_rate)
     runs: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
@@ -76,7 +76,7 @@ def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, 
             state = state._replace(params=params, ema=jax.tree.map(jnp.array, start.ema))
             step = jit_train_step(changed, network, mesh)
             runs[name] = {"state": state, "step": step, "bytes": state_bytes(state), "losses": [], "seconds": []}
-        batches = feed.iterate(1, slice(0, config.global_batch_size))
+        batches = input_pipeline.iterate(1, slice(0, config.global_batch_size))
         first = next(batches)
         same = (batch for batch in batches if batch["latents"].shape == first["latents"].shape)
         for batch in itertools.chain([first], itertools.islice(same, steps - 1)):

@@ -26,14 +26,14 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.feed import Feed
+from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
-from experiments import cli
+from experiments.common import cli
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.training.curriculum import curriculum
-from omnihuman_jax.training.processes import compile_together, is_main, process_rows
+from omnihuman_jax.sharding.processes import compile_together, is_main, process_rows
+from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import init_state, make_network, place_batch
 from omnihuman_jax.training.step import jit_train_step
 
@@ -53,14 +53,14 @@ def define_flags() -> None:
 
 def bare_step_seconds(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
     """Median seconds of the compiled step alone, by bucket "TxHxW", over the config's steps in their order."""
-    feed = Feed.from_config(config, curriculum(config), dataset)
+    input_pipeline = InputPipeline.from_config(config, curriculum(config), dataset)
     mesh, network = mesh_lib.training_mesh(config), make_network(config)
     rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
     with jax.set_mesh(mesh):
         step = jit_train_step(config, network, mesh)
         state = init_state(config, mesh, network)
         order, placed, compiled, times = [], {}, {}, {}
-        for batch in feed.iterate(1, rows):
+        for batch in input_pipeline.iterate(1, rows):
             order.append(bucket := bucket_name(batch))
             if bucket not in placed:
                 placed[bucket], times[bucket] = place_batch(config, mesh, batch), []
@@ -117,11 +117,11 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
     common = [*given, f"--config.data.dir={data}"]
     stage = [*common, "--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0", "--config.log_every=1"]
     stage += ["--config.sample.at_stage_end=false"]
-    feed = Feed.from_config(config, curriculum(config), Dataset.open(data))
+    input_pipeline = InputPipeline.from_config(config, curriculum(config), Dataset.open(data))
 
     def bare_of(line: dict) -> float:
         """Seconds of the bare step of the bucket that a metric line's step had."""
-        return bare[bucket_name(next(feed.iterate(line["step"], slice(0, 1))))]
+        return bare[bucket_name(next(input_pipeline.iterate(line["step"], slice(0, 1))))]
 
     with tempfile.TemporaryDirectory() as root:
         workdir, file = Path(root) / "run", Path(root) / "bare.json"

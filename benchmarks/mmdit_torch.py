@@ -27,9 +27,9 @@ from flax import nnx
 
 from benchmarks import side_by_side
 from omnihuman_jax import command
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.models.dit.mmdit import OmniHuman
 from omnihuman_jax.models.functional import Network
-from omnihuman_jax.models.mmdit import OmniHuman
 from omnihuman_jax.tokens import unpatchify
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.load import Source, load

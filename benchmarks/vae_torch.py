@@ -84,8 +84,8 @@ def ours(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.nd
     import jax.numpy as jnp
     from flax import nnx
 
-    from omnihuman_jax.models.vae import load_vae
-    from omnihuman_jax.models.vae_streaming import decode_clip, encode_clip
+    from omnihuman_jax.models.vae.streaming import decode_clip, encode_clip
+    from omnihuman_jax.models.vae.vae import load_vae
 
     vae = load_vae({"checkpoint": f"{folder}/ours.safetensors", "dtype": dtype})
     clip, latents = make_inputs(sizes)
@@ -112,7 +112,7 @@ def write_weights(sizes: Sizes, folder: str) -> None:
     import diffusers
     import torch
 
-    from omnihuman_jax.models.vae import save_vae
+    from omnihuman_jax.models.vae.vae import save_vae
     from omnihuman_jax.weights import wan_vae
 
     torch.manual_seed(0)

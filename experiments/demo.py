@@ -20,9 +20,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines import media
+from data_pipelines.raw import media
 from data_pipelines.schema import Dataset
-from experiments import cli
+from experiments.common import cli
 from omnihuman_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
@@ -83,7 +83,7 @@ def make_data(workdir: Path, vae: str, journal: Journal) -> None:
         missing = [line for line in lines if line.startswith("going on without")]
     with journal.phase("fetching real clips"):
         try:
-            lines = command("data_pipelines.real", f"--output={workdir / 'raw' / 'real'}")
+            lines = command("data_pipelines.raw.real", f"--output={workdir / 'raw' / 'real'}")
             missing += [line for line in lines if line.startswith("going on without")]
             raw.append(workdir / "raw" / "real")
         except UserError as error:
@@ -155,21 +155,21 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
 
 
 def write_report(workdir: Path, jobs: list[dict[str, str]], journal: Journal, *, config: Any) -> None:
-    """Evaluates the newest checkpoint on held-out rendered clips and writes report.html."""
-    from experiments import report  # after the flags are parsed: it brings in JAX and the model
+    """Evaluates the newest checkpoint on held-out rendered clips and writes write.html."""
+    from experiments.report import write  # after the flags are parsed: it brings in JAX and the model
 
     dataset = Dataset.open(workdir / "data")
     with journal.phase("evaluation"):
-        evaluation = report.evaluate_checkpoint(
+        evaluation = write.evaluate_checkpoint(
             workdir, dataset, clips=_EVALUATION_CLIPS.value, frames=21, steps=config.sample.steps
         )
-    videos = [report.Video(Path(job["path"]), job["title"], job["text"]) for job in jobs]
+    videos = [write.Video(Path(job["path"]), job["title"], job["text"]) for job in jobs]
     notes = [
         "Rendered people are synthetic. Captions of the real clips were written by hand.",
         "This is the smallest run that has every part of the method: minutes of training, not days. The table says how "
         "far it got, and how far it did not.",
     ]
-    path = report.write_report(
+    path = write.write_report(
         workdir,
         dataset,
         evaluation=evaluation,
@@ -177,7 +177,7 @@ def write_report(workdir: Path, jobs: list[dict[str, str]], journal: Journal, *,
         phases=journal.phases,
         missing=journal.missing,
         notes=notes,
-        device=f"{report.describe_device()}; trained on {config.simulated_devices or 'no'} simulated devices",
+        device=f"{write.describe_device()}; trained on {config.simulated_devices or 'no'} simulated devices",
     )
     print(f"report: {path}")
 

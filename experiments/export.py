@@ -3,26 +3,68 @@
 python -m experiments.export --checkpoint=DIR --output=DIR [--format=safetensors] [--noema] [--naming=motif]
 """
 
+from collections.abc import Sequence
+
 from absl import flags
 
-from experiments import cli
-from experiments.exporting import export_checkpoint
-from omnihuman_jax.inference.export import FORMATS
+from experiments.common import cli
+from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.export import FORMATS
+from omnihuman_jax.errors import UserError
 from omnihuman_jax.weights.formats import FORMATS as NAMINGS
+from omnihuman_jax.weights.formats import check_format
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a training run.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to make; must not exist, or be empty.")
-_FORMAT = flags.DEFINE_list("format", ["safetensors"], f"What to write, comma-separated: {', '.join(FORMATS)}.")
-_NAMING = flags.DEFINE_string(
-    "naming", "", f"Whose names the base part of the network has: {', '.join(NAMINGS)}; empty = our own."
-)
-_EMA = flags.DEFINE_bool("ema", True, "Export the EMA of the parameters; --noema exports the raw ones.")
+
+def export_checkpoint(
+    checkpoint: str, output: str, formats: Sequence[str] = ("safetensors",), *, ema: bool = True, naming: str = ""
+) -> None:
+    """Writes an exported directory and says what is in it.
+
+    Args:
+      checkpoint: workdir, checkpoints/STEP or stages/NAME.
+      output: directory to make.
+      formats: names out of `export.FORMATS`.
+      ema: the EMA of the parameters, or the raw ones.
+      naming: whose names the base part has, out of `weights.formats.FORMATS`; "" = our own.
+
+    Raises:
+      UserError: an argument is missing or wrong; nothing is written then.
+    """
+    for name, value in (("checkpoint", checkpoint), ("output", output)):
+        if not value:
+            raise UserError(f"--{name} is missing; see --help")
+    for name in formats or [""]:
+        export.check_format(name)
+    if naming:
+        check_format(naming, "--naming")
+    folder = export.check_output(output)
+    if export.is_exported(checkpoint):
+        raise UserError(f"--checkpoint={checkpoint}: is an exported directory already; give a training checkpoint")
+    config = export.load_config(checkpoint)
+    config.simulated_devices = min(config.simulated_devices, 1)  # the devices of the training are not needed
+    cli.setup_platform(config)
+    config, params, info = export.load(checkpoint, use_ema=ema)
+    print(f"{info['path']}: step {info['step']} ({info['stage']}), {'EMA' if ema else 'raw'} parameters")
+    export.save(folder, config, params, info, ema=ema, naming=naming)
+    cli.list_files(folder)
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    flags.DEFINE_string("checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a training run.")
+    flags.DEFINE_string("output", None, "Directory to make; must not exist, or be empty.")
+    flags.DEFINE_list("format", ["safetensors"], f"What to write, comma-separated: {', '.join(FORMATS)}.")
+    namings = ", ".join(NAMINGS)
+    flags.DEFINE_string("naming", "", f"Whose names the base part of the network has: {namings}; empty = our own.")
+    flags.DEFINE_bool("ema", True, "Export the EMA of the parameters; --noema exports the raw ones.")
 
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    export_checkpoint(_CHECKPOINT.value, _OUTPUT.value, _FORMAT.value, ema=_EMA.value, naming=_NAMING.value)
+    f = flags.FLAGS
+    export_checkpoint(f.checkpoint, f.output, f.format, ema=f.ema, naming=f.naming)
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run_main(main)

@@ -6,42 +6,341 @@ python -m experiments.generate --checkpoint=DIR --reference=IMAGE [--audio=FILE]
 Audio alone drives the speech, pose alone the movement, both together both; neither leaves it to text and reference.
 """
 
+import dataclasses
+import math
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
-from experiments import cli
-from experiments.generation import Options, run
+from data_pipelines.encoders import pose as pose_encoder
+from data_pipelines.encoders import speech, text
+from data_pipelines.raw import media
+from experiments.common import cli
+from omnihuman_jax import conditions
+from omnihuman_jax.checkpoints import export
 from omnihuman_jax.diffusion import guidance, sampler
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import images, segments
+from omnihuman_jax.inference.generate import Request, check_request, generate, pixel_multiple
+from omnihuman_jax.inference.sampling import Settings
+from omnihuman_jax.models.vae.streaming import Tiling
+from omnihuman_jax.models.vae.vae import load_vae
+from omnihuman_jax.training.state import make_network
 
-_FLAGS = (
+OUTPUT_RATE = 48_000  # of the output's sound, in Hz; the encoder's 16 kHz would dull it
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `experiments.generate` is told; the flags of the same names describe them. None means the default."""
+
+    checkpoint: str | None = None
+    reference: str | None = None
+    output: str | None = None
+    audio: str | None = None
+    pose: str | None = None
+    text: str | None = None
+    seconds: float | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    solver: str = "euler"
+    guidance_scale: float | None = None
+    final_guidance_scale: float | None = None
+    guidance_mode: str | None = None
+    text_guidance_scale: float | None = None
+    ema: bool | None = None
+    vae_tile: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the files hold, read before anything is loaded or compiled.
+
+    Attributes:
+      image: uint8 (h, w, 3).
+      wave: mono sound (N,) at 16 kHz for the speech encoder, or None.
+      sound: the same at `OUTPUT_RATE` for the output.
+      keypoints: (F, K, 3) of an .npz, or None.
+      pose_size: (height, width) of the pose video, or None.
+    """
+
+    image: np.ndarray
+    wave: np.ndarray | None = None
+    sound: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+    pose_size: tuple[int, int] | None = None
+
+
+def read_image(path: str) -> np.ndarray:
+    """A picture as uint8 RGB (h, w, 3), upright, on white where it is transparent.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "no such file" if not Path(path).exists() else f"not a readable image ({type(error).__name__})"
+        raise UserError(f"--reference={path}: {reason}; give a PNG, JPEG or WebP picture") from error
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def read_keypoints(path: str) -> np.ndarray:
+    """`keypoints` of an .npz file, float32 (F, K, 3).
+
+    Raises:
+      UserError: it cannot be read, has no such array, or one of another form.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            points = np.asarray(file["keypoints"], np.float32)
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(
+            f"--pose={path}: no keypoints can be read ({error}); give an .npz with `keypoints` (F,K,3)"
+        ) from error
+    if points.ndim != 3 or points.shape[-1] != 3 or not len(points) or not np.isfinite(points).all():
+        raise UserError(f"--pose={path}: keypoints have shape {points.shape}; give finite (F,K,3) with F of at least 1")
+    return points
+
+
+def check_options(options: Options) -> None:
+    """Raises UserError for a flag that is missing or cannot be."""
+    for name in ("checkpoint", "reference", "output"):
+        if not getattr(options, name):
+            raise UserError(f"--{name} is missing; see --help")
+    output = Path(options.output).absolute()
+    if output.suffix.lower() != ".mp4":
+        raise UserError(f"--output={output}: the name must end in .mp4")
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: the directory {output.parent} does not exist; make it first")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output={output}: cannot be written; name another file")
+    if options.seconds is not None and not (math.isfinite(options.seconds) and options.seconds > 0):
+        raise UserError(f"--seconds={options.seconds}: must be a positive number")
+
+
+def read_inputs(options: Options) -> Inputs:
+    """Reads the input files.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    image = read_image(options.reference)
+    inputs = Inputs(image)
+    if options.audio:
+        wave, sound = (media.read_audio(options.audio, rate=rate) for rate in (media.AUDIO_RATE, OUTPUT_RATE))
+        inputs = dataclasses.replace(inputs, wave=wave, sound=sound)
+    if not options.pose:
+        return inputs
+    if Path(options.pose).suffix.lower() == ".npz":
+        return dataclasses.replace(inputs, keypoints=read_keypoints(options.pose))
+    first = next(media.iter_video(options.pose))  # one frame shows that it can be read
+    pose_encoder.interpreter()
+    return dataclasses.replace(inputs, pose_size=first.shape[:2])
+
+
+def trained_sizes(config: ConfigDict, multiple: int) -> list[tuple[int, int]]:
+    """(height, width) in pixels of the sizes trained on: the data set's, or where unknown the preset's buckets."""
+    shapes = config.get("dataset", {}).get("shapes") or config.plan.buckets
+    factor = multiple // config.model.patch_size[1]
+    return sorted({(rows * factor, columns * factor) for _, rows, columns in shapes})
+
+
+def default_text(active: np.ndarray) -> str:
+    """A caption for when none is given: turning a condition on turns on the weaker ones, text among them."""
+    if active[conditions.AUDIO]:
+        return "a person is talking to the camera"
+    return "a person is moving" if active[conditions.POSE] else "a person"
+
+
+def encoder_name(options: Options, config: ConfigDict, key: str) -> str:
+    """The encoder a checkpoint's data was made with; features of another one mean nothing to its model."""
+    name = config.get("dataset", {}).get(key)
+    if not name:
+        raise UserError(
+            f"--checkpoint={options.checkpoint}: does not say its {key}; use a checkpoint of experiments.train"
+        )
+    return name
+
+
+def pose_track(options: Options, inputs: Inputs, frames: int | None, height: int, width: int) -> np.ndarray | None:
+    """Keypoints (F, K, 3) in the output frame, at most `frames` of them; a video is cropped as the reference is.
+
+    Raises:
+      UserError: no person is found in the video.
+    """
+    if inputs.pose_size is None:
+        return inputs.keypoints
+    print(f"pose: detecting keypoints in {options.pose}")
+    points = pose_encoder.detect(options.pose, frames)
+    if not len(points):
+        raise UserError(f"--pose={options.pose}: no person is found in most of its frames; give a video of one person")
+    return images.cover_points(points, inputs.pose_size, height, width)
+
+
+def build_request(options: Options, inputs: Inputs, config: ConfigDict, height: int, width: int) -> Request:
+    """Encodes the inputs with the encoders of the checkpoint's data."""
+    frames = None
+    if options.seconds is not None:
+        frames = max(1, round(options.seconds * media.FPS))
+    elif inputs.wave is not None:
+        frames = max(1, round(len(inputs.wave) / media.AUDIO_RATE * media.FPS))
+    keypoints, audio = pose_track(options, inputs, frames, height, width), None
+    if keypoints is not None:
+        frames = frames or len(keypoints)
+        if len(keypoints) < frames:
+            print(f"pose: ends after {len(keypoints) / media.FPS:.2f} s; its last frame is held")
+    frames = frames or segments.pixel_frames(config.data.latent_frames)
+    if inputs.wave is not None:
+        audio = speech.load(encoder_name(options, config, "audio_encoder")).encode(inputs.wave, frames)
+    given = {"audio": audio is not None, "pose": keypoints is not None}
+    prompt = options.text or default_text(conditions.for_inference(text=True, reference=True, **given))
+    print(f"text: {prompt!r}{'' if options.text else ' (no --text given)'}")
+    encoder = text.load(encoder_name(options, config, "text_encoder"))
+    return Request(inputs.image, height, width, frames, encoder.encode(prompt), audio, keypoints, options.seed)
+
+
+class Progress:
+    """A progress bar over the steps of all segments, and the time of a step once compiled."""
+
+    def __init__(self, total: int):
+        self.seconds, self.clock = [], time.perf_counter()
+        self.bar = tqdm(total=total, unit="step", desc="compiling", dynamic_ncols=True)
+
+    def __call__(self, segment: int, count: int, step: int, steps: int) -> None:
+        """Called after every step; see `generate`."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.clock)
+        self.clock = now
+        self.bar.set_description_str(f"segment {segment}/{count}", refresh=False)
+        self.bar.update(1)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median, which leaves out the first step's compilation."""
+        return float(np.median(self.seconds))
+
+
+def untrained(config: ConfigDict, stage: str, active: np.ndarray) -> list[str]:
+    """Active conditions that no stage of the run up to `stage` trained; they have no effect or a random one."""
+    order = list(config.stage_order)
+    done = [config.stages[name] for name in order[: order.index(stage) + 1] if config.stages[name].steps]
+    return [name for name in conditions.names(active) if not any(row.ratios[name] > 0 for row in done)]
+
+
+def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, settings: Settings) -> int:
+    """Prints what is about to be done; returns the number of segments."""
+    kind = "EMA" if info["ema"] else "raw"
+    print(f"checkpoint: {info['path']}, step {info['step']} ({info['stage']}), {kind} parameters")
+    print(f"conditions: {', '.join(conditions.names(request.active))}")
+    missing = untrained(config, info["stage"], request.active)
+    if missing:
+        print(
+            f"note: the run has not trained {', '.join(missing)} up to {info['stage']}; do not expect it to be followed"
+        )
+    count = len(segments.plan(request.frames, settings.window))
+    print(
+        f"clip: {request.frames} frames ({request.frames / media.FPS:.2f} s), {request.height}x{request.width}, "
+        f"{count} segment{'s' * (count > 1)} of {settings.steps} steps"
+    )
+    return count
+
+
+def run(options: Options, *, setup: bool = True) -> Path:
+    """Generates a clip; everything cheap is checked before the model is loaded and compiled.
+
+    Args:
+      options: what to generate, from what.
+      setup: choose devices and compilation cache; not in a process that has used JAX already.
+
+    Returns:
+      The mp4 written.
+
+    Raises:
+      UserError: an option or an input file is wrong; nothing is written then.
+    """
+    check_options(options)
+    inputs = read_inputs(options)
+    config = export.load_config(options.checkpoint)
+    if setup:
+        config.simulated_devices = min(config.simulated_devices, 1)  # the devices of the training are not needed
+        cli.setup_platform(config)
+    settings = Settings.from_config(
+        config,
+        steps=options.steps,
+        solver=options.solver,
+        scale=options.guidance_scale,
+        final_scale=options.final_guidance_scale,
+        mode=options.guidance_mode,
+        text_scale=options.text_guidance_scale,
+    )
+    made_with = config.get("dataset", {}).get("vae_sha256")
+    if made_with:
+        cli.check_vae(config.vae.checkpoint, made_with)
+    network, vae = make_network(config), load_vae(config.vae.to_dict())
+    tiling = Tiling.of_side(options.vae_tile, vae.config.spatial_stride)
+    multiple = pixel_multiple(network.config, vae)
+    shape = inputs.image.shape[:2]
+    size = images.complete_size(options.height, options.width, shape, trained_sizes(config, multiple), multiple)
+    request = build_request(options, inputs, config, *size)
+    check_request(network.config, request, multiple)
+
+    _, params, info = export.load(options.checkpoint, use_ema=options.ema)
+    count = describe(config, info, request, settings)
+    progress = Progress(count * settings.steps)
+    try:
+        frames = generate(network, params, vae, request, settings, progress, tiling)
+    finally:
+        progress.bar.close()
+    media.write_mp4(options.output, images.to_pixels(frames), audio=inputs.sound, audio_rate=OUTPUT_RATE)
+    print(f"{progress.seconds_per_step:.3f} s per step; wrote {options.output}")
+    return Path(options.output)
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
     flags.DEFINE_string(
         "checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a run, or a directory of experiments.export."
-    ),
-    flags.DEFINE_string("reference", None, "Portrait image of any size."),
-    flags.DEFINE_string("audio", None, "Speech that drives the clip: any sound file, or a video with sound."),
-    flags.DEFINE_string("pose", None, "Video whose movement drives the clip, or an .npz with keypoints (F,K,3)."),
-    flags.DEFINE_string("text", None, "What happens; without it, a plain sentence that is printed."),
-    flags.DEFINE_float("seconds", None, "Length; default: the audio's, else the pose video's, else one segment."),
-    flags.DEFINE_integer("height", None, "Pixels; default: the trained size nearest to the portrait's shape."),
-    flags.DEFINE_integer("width", None, "Pixels; likewise."),
-    flags.DEFINE_integer("seed", 0, "Of the noise; the same seed gives the same clip.", lower_bound=0),
-    flags.DEFINE_string("output", None, "The .mp4 to write: H.264 and, with --audio, AAC."),
-    flags.DEFINE_integer("steps", None, "Sampling steps per segment; default: the checkpoint's sample.steps."),
-    flags.DEFINE_enum("solver", "euler", list(sampler.SOLVERS), "ODE solver."),
-    flags.DEFINE_float("guidance_scale", None, "Guidance on text and audio at the first step; 1 is none."),
-    flags.DEFINE_float("final_guidance_scale", None, "Guidance scale at the last step."),
-    flags.DEFINE_enum("guidance_mode", None, list(guidance.MODES), "Text and audio jointly, or each by its scale."),
-    flags.DEFINE_float("text_guidance_scale", None, "Text's own scale, in separate mode."),
+    )
+    flags.DEFINE_string("reference", None, "Portrait image of any size.")
+    flags.DEFINE_string("audio", None, "Speech that drives the clip: any sound file, or a video with sound.")
+    flags.DEFINE_string("pose", None, "Video whose movement drives the clip, or an .npz with keypoints (F,K,3).")
+    flags.DEFINE_string("text", None, "What happens; without it, a plain sentence that is printed.")
+    flags.DEFINE_float("seconds", None, "Length; default: the audio's, else the pose video's, else one segment.")
+    flags.DEFINE_integer("height", None, "Pixels; default: the trained size nearest to the portrait's shape.")
+    flags.DEFINE_integer("width", None, "Pixels; likewise.")
+    flags.DEFINE_integer("seed", 0, "Of the noise; the same seed gives the same clip.", lower_bound=0)
+    flags.DEFINE_string("output", None, "The .mp4 to write: H.264 and, with --audio, AAC.")
+    flags.DEFINE_integer("steps", None, "Sampling steps per segment; default: the checkpoint's sample.steps.")
+    flags.DEFINE_enum("solver", "euler", list(sampler.SOLVERS), "ODE solver.")
+    flags.DEFINE_float("guidance_scale", None, "Guidance on text and audio at the first step; 1 is none.")
+    flags.DEFINE_float("final_guidance_scale", None, "Guidance scale at the last step.")
+    flags.DEFINE_enum("guidance_mode", None, list(guidance.MODES), "Text and audio jointly, or each by its scale.")
+    flags.DEFINE_float("text_guidance_scale", None, "Text's own scale, in separate mode.")
     flags.DEFINE_integer(
         "vae_tile", 0, "Large frames: side in pixels of the VAE's tiles; 0 takes frames whole.", lower_bound=0
-    ),
-    flags.DEFINE_bool("ema", None, "The EMA of the parameters (default), or the raw ones with --noema."),
-)
+    )
+    flags.DEFINE_bool("ema", None, "The EMA of the parameters (default), or the raw ones with --noema.")
 
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    run(Options(**{flag.name: flag.value for flag in _FLAGS}))
+    run(Options(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}))
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run_main(main)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.vae import load_vae, save_vae
+from omnihuman_jax.models.vae.vae import load_vae, save_vae
 from omnihuman_jax.weights import wan_vae
 
 

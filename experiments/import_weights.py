@@ -3,12 +3,89 @@
 python -m experiments.import_weights --config=experiments/configs/motif_2b.py --input=DIR --format=motif --output=DIR
 """
 
-from absl import flags
+from collections import ChainMap, Counter
+from typing import Any
 
-from experiments import cli
-from experiments.importing import import_base
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments.common import cli
+from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import Network
+from omnihuman_jax.training.state import make_network
+from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.formats import FORMATS
+from omnihuman_jax.weights.load import Cast, Source
+from omnihuman_jax.weights.names import is_condition, path_name
+from omnihuman_jax.weights.read import open_files
+
+_TENCENT = (
+    "Tencent Hunyuan Community License: not for use in the EU, the UK and South Korea; works and outputs may not "
+    "improve other AI models"
+)
+NOTICES = {
+    "motif": "Motif-Video-2B: Apache License 2.0",
+    "hunyuan": f"HunyuanVideo: {_TENCENT}",
+    "hunyuan_diffusers": f"HunyuanVideo: {_TENCENT}",
+    "hunyuan15_diffusers": f"HunyuanVideo-1.5: {_TENCENT}",
+}
+
+
+def import_base(config: ConfigDict, source: str, naming: str, output: str) -> None:
+    """Writes an exported directory with a base's weights, and condition modules that change nothing yet.
+
+    Tensors go from file to file, so that memory holds one output file at a time (5 GB) and the condition modules,
+    whatever the base.
+
+    Args:
+      config: resolved config of a preset of this base.
+      source: safetensors file, index, or directory with either.
+      naming: one of `weights.formats.FORMATS`.
+      output: directory to make.
+
+    Raises:
+      UserError: an argument or the checkpoint is wrong; nothing is written then.
+    """
+    for name, value in (("input", source), ("format", naming), ("output", output)):
+        if not value:
+            raise UserError(f"--{name} is missing; see --help")
+    formats.check_format(naming)
+    folder = export.check_output(output)
+    network = make_network(config)
+    files = open_files(source)
+    entries = formats.base_entries(naming, network.config, network.abstract_params)
+    formats.check_files(naming, files, entries, network.config, network.abstract_params)
+    dtypes = Counter(str(stored.dtype) for stored in files.stored.values())
+    told = ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
+    print(f"{files.path}: {len(entries)} tensors ({told}), written as {network.config.param_dtype}")
+    print(f"licence: {NOTICES[naming]}")
+    base = Cast(Source(files, entries), jnp.dtype(network.config.param_dtype))
+    tensors = ChainMap(base, export.to_tensors(fresh_conditions(network, config.seed)))
+    export.save(folder, config, tensors, {"step": 0, "stage": "imported"}, ema=False)
+    cli.list_files(folder)
+
+
+def fresh_conditions(network: Network, seed: int) -> dict[str, Any]:
+    """The condition modules as initialised (nested, without the base's parameters, which are never made)."""
+
+    @jax.jit
+    def init(key: jax.Array) -> list[jax.Array]:
+        leaves = jax.tree_util.tree_flatten_with_path(network.init(key))[0]
+        return [leaf for path, leaf in leaves if is_condition(path_name(path))]
+
+    paths = jax.tree_util.tree_flatten_with_path(network.abstract_params)[0]
+    names = [path_name(path) for path, _ in paths if is_condition(path_name(path))]
+    tree: dict[str, Any] = {}
+    for name, leaf in zip(names, init(jax.random.key(seed)), strict=True):
+        *groups, last = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = leaf
+    return tree
 
 
 def define_flags() -> None:

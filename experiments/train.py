@@ -10,22 +10,78 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.feed import Feed
+from data_pipelines.input_pipeline.batches import read_record
+from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
-from experiments import cli
-from experiments.samples import SampleVideos
+from experiments.common import cli
+from omnihuman_jax import conditions
+from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.inference import export
-from omnihuman_jax.inference.sampling import Settings
-from omnihuman_jax.models.vae import load_vae
+from omnihuman_jax.inference.generate import decode_latents, pad_text
+from omnihuman_jax.inference.sampling import Inputs, Settings, sample_latents
+from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.curriculum import Stage, curriculum
-from omnihuman_jax.training.saved import check_same_model, running_steps
+from omnihuman_jax.training.metrics import write_gif
+from omnihuman_jax.training.stages import Stage, curriculum
 from omnihuman_jax.training.state import make_network
+
+
+class SampleVideos:
+    """Writes `samples/NAME.gif` at a stage's end: for each clip, the real one above the generated one.
+
+    Args:
+      config: resolved config.
+      dataset: its held-out clips are used, or training clips where none are held out.
+      vae: decodes both.
+      workdir: run directory.
+    """
+
+    def __init__(self, config: ConfigDict, dataset: Dataset, vae: VAE, workdir: Path):
+        self._config, self._dataset, self._vae = config, dataset, vae
+        self._folder = workdir / "samples"
+        held = [i for i, entry in enumerate(dataset.index) if entry["split"] == "heldout" and entry["audio"]]
+        shape = dataset.index[(held or [0])[0]]["shape"]
+        same = [i for i in held or range(len(dataset)) if dataset.index[i]["shape"] == shape]
+        self._records = [read_record(dataset, i) for i in same[: config.sample.count]]
+
+    def path(self, step: int, stage: Stage) -> Path:
+        """The GIF of a stage that ended with this step."""
+        return self._folder / f"{stage.name}-{step:06d}.gif"
+
+    def __call__(self, params: Any, step: int, stage: Stage) -> tuple[Path, tuple[int, int]]:
+        """Generates one window of each clip; returns the GIF and its (height, width)."""
+        config, records = self._config, self._records
+        network = make_network(config)
+        window = min(stage.latent_frames, *(len(r["latents"]) for r in records))
+        has_audio = stage.ratios["audio"] > 0 and all(len(r["audio"]) for r in records)
+        texts, masks = zip(*(pad_text(r["text"], network.config.text_len) for r in records), strict=True)
+        inputs = Inputs(
+            active=conditions.for_inference(text=True, reference=True, audio=has_audio, pose=False),
+            reference=np.stack([r["references"][0] for r in records]).astype(np.float32),
+            text=np.stack(texts),
+            text_mask=np.stack(masks),
+            audio=np.stack([r["audio"] for r in records]).astype(np.float32) if has_audio else None,
+        )
+        settings = Settings.from_config(config, window=window)
+        frames = 1 + 4 * (window - 1)
+        made = sample_latents(
+            network, params, inputs, settings, frames=frames, seeds=range(config.seed, config.seed + len(records))
+        )
+        real = np.stack([r["latents"][:window] for r in records]).astype(np.float32)
+        pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
+        video = np.clip(np.round((np.concatenate(pair, axis=1) + 1) * 127.5), 0, 255).astype(np.uint8)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(step, stage)
+        part = path.with_name(f".{path.name}")
+        write_gif(part, video)
+        part.replace(path)  # a sample that is there is a whole one
+        return path, video.shape[1:3]
 
 
 def define_flags() -> None:
@@ -92,11 +148,11 @@ def main(_: list[str]) -> None:
     dataset = Dataset.open(config.data.dir)
     check_sizes(config, dataset)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
-    feed = Feed.from_config(config, stages, dataset)
+    input_pipeline = InputPipeline.from_config(config, stages, dataset)
     num_processes = cli.join_processes()
     cli.setup_platform(config, num_processes)
     try:
-        _train(config, stages, dataset, feed)
+        _train(config, stages, dataset, input_pipeline)
     except BaseException as error:
         if num_processes == 1:
             raise
@@ -107,7 +163,7 @@ def main(_: list[str]) -> None:
             cli.end_process(2 if told else 1)
 
 
-def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, feed: Feed) -> None:
+def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, input_pipeline: InputPipeline) -> None:
     # What is wrong with these is told before the run directory is made.
     training_mesh(config)
     make_network(config)
@@ -115,7 +171,7 @@ def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, feed: 
     workdir = cli.make_workdir(flags.FLAGS.workdir)
     sample = SampleVideos(config, dataset, vae, workdir) if vae else None
     plain = cli.to_plain(config) | {"dataset": describe(dataset)}
-    loop.train(config, plain, workdir, feed, sample, started=cli.process_started())
+    loop.train(config, plain, workdir, input_pipeline, sample, started=cli.process_started())
 
 
 if __name__ == "__main__":

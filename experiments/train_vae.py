@@ -25,10 +25,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.video_windows import Bucket, VideoFolder
-from experiments import cli
+from data_pipelines.input_pipeline.video_windows import Bucket, VideoFolder
+from experiments.common import cli
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.vae import VAEConfig, save_vae
+from omnihuman_jax.models.vae.vae import VAEConfig, save_vae
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import vae_train
 from omnihuman_jax.weights import lpips
@@ -175,14 +175,14 @@ def train(config: ConfigDict, workdir: Path) -> Path:
                 state = jax.device_put(evaluator.start_at_principal_components(state), whole)
         done = int(state.step)
         print(f"{folder.count('train')} training videos, {folder.count('heldout')} held out; {done} steps done")
-        feed = (jax.device_put(video, rows) for video in batches(folder, config, buckets, done + 1))
-        state = _steps(config, workdir, state, feed, evaluator, checkpoints)
+        input_pipeline = (jax.device_put(video, rows) for video in batches(folder, config, buckets, done + 1))
+        state = _steps(config, workdir, state, input_pipeline, evaluator, checkpoints)
     finally:
         checkpoints.close()  # an interrupted run, too, keeps the save under way
     return _finish(config, workdir, evaluator, state.ema)
 
 
-def _steps(config, workdir, state, feed: Iterator[jax.Array], evaluator: Evaluator, checkpoints: Checkpoints):
+def _steps(config, workdir, state, input_pipeline: Iterator[jax.Array], evaluator: Evaluator, checkpoints: Checkpoints):
     """Steps state.step + 1 … config.steps: next batch, step, log, save, evaluate. Returns the last state."""
     done, perceptual = int(state.step), None
     if config.loss.lpips:
@@ -190,7 +190,7 @@ def _steps(config, workdir, state, feed: Iterator[jax.Array], evaluator: Evaluat
     steps = {}  # with and without the adversarial term, built when first needed
     clock, logged = time.perf_counter(), done
     with open(workdir / "metrics.jsonl", "a", buffering=1) as log:
-        bar = tqdm(feed, total=config.steps, initial=done, unit="step")
+        bar = tqdm(input_pipeline, total=config.steps, initial=done, unit="step")
         for step, video in enumerate(bar, done + 1):
             adversarial = bool(config.adversarial.weight) and step > config.adversarial.start_step
             if adversarial not in steps:

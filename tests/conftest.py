@@ -6,7 +6,7 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu would ask a metadata server for its topology on a machine that has none.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Threads for 8 simulated devices that wait for each other; see experiments.cli.setup_platform.
+# Threads for 8 simulated devices that wait for each other; see experiments.common.cli.setup_platform.
 os.environ.setdefault("NPROC", "16")
 
 # Each worker of pytest-xdist has its own: JAX does not write a file of it at one stroke.

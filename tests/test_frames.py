@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_pipelines import windows
+from data_pipelines.input_pipeline import windows
 from omnihuman_jax.inference import segments
-from omnihuman_jax.models.audio import AudioAdapter
-from omnihuman_jax.models.pose import PoseGuider
-from omnihuman_jax.models.vae import VAE, VAEConfig, compiled
-from tests.models.tiny import tiny_config
+from omnihuman_jax.models.dit.audio import AudioAdapter
+from omnihuman_jax.models.dit.pose import PoseGuider
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig, compiled
+from tests.models.dit.tiny import tiny_config
 
 T, CONTEXT = 6, 2
 FRAMES = 1 + 4 * (T - 1)

@@ -22,14 +22,14 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import cli
+from experiments.common import cli
+from omnihuman_jax.checkpoints.manager import COPY_SIZE
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models import flops as flops_lib
+from omnihuman_jax.models.dit import flops as flops_lib
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.training.checkpoints import COPY_SIZE
-from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_batch, abstract_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 from tpu import hlo
@@ -100,7 +100,7 @@ def stage_buckets(config: ConfigDict) -> dict[str, list[Bucket]]:
     return table
 
 
-def plan(config: ConfigDict, topology: Topology, say: Callable[[str], None] = print) -> dict[str, Any]:
+def plan(config: ConfigDict, topology: Topology, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Compiles each distinct step of a resolved config for `topology`; the report as plain JSON types.
 
     Raises:
@@ -111,21 +111,21 @@ def plan(config: ConfigDict, topology: Topology, say: Callable[[str], None] = pr
     network = make_network(config)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract_params))
     header = _header(config, topology, mesh, parameters)
-    say(_describe_header(header))
+    log(_describe_header(header))
     plans: dict[Bucket, StepPlan] = {}
     first_stage: dict[Bucket, str] = {}
     rows = []
     for stage, buckets in table.items():
         for bucket in buckets:
             if bucket in plans:
-                say(f"{stage} {_size(bucket)}: the same step as {first_stage[bucket]}'s")
+                log(f"{stage} {_size(bucket)}: the same step as {first_stage[bucket]}'s")
             else:
                 first_stage[bucket] = stage
                 plans[bucket] = compile_step(config, network, mesh, bucket, topology)
-                say(f"{stage} {_describe(config, plans[bucket], topology)}")
+                log(f"{stage} {_describe(config, plans[bucket], topology)}")
             rows.append({"stage": stage, "same_as": first_stage[bucket], **dataclasses.asdict(plans[bucket])})
     fits = all(step.fits for step in plans.values())
-    say("plan: every step fits" if fits else "plan: does NOT fit")
+    log("plan: every step fits" if fits else "plan: does NOT fit")
     return {**header, "fits": fits, "steps": rows}
 
 

@@ -11,8 +11,8 @@ import tempfile
 
 import numpy as np
 
-from data_pipelines import media
 from data_pipelines.keypoints import KEYPOINTS, NUM_KEYPOINTS
+from data_pipelines.raw import media
 from omnihuman_jax.errors import UserError
 
 NAME = "mediapipe-holistic-0.10.21"

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines import fetch
 from data_pipelines.encoders import mel, speech_checkpoints
+from data_pipelines.raw import fetch
 from omnihuman_jax.errors import UserError, nearest
 
 RATE = mel.RATE

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.encoders import mel
-from data_pipelines.fetch import sha256_of
+from data_pipelines.raw.fetch import sha256_of
 from omnihuman_jax.errors import UserError, nearest
 
 KINDS = ("wav2vec2", "wav2vec2-all", "whisper", "whisper-all")
@@ -60,7 +60,7 @@ def _compiled(model, chosen: bool) -> Callable[[np.ndarray], list[np.ndarray]]:
 
 
 def _wav2vec2(directory: Path, every: bool) -> tuple[Rows, int]:
-    from omnihuman_jax.models.wav2vec2 import normalised
+    from omnihuman_jax.models.speech.wav2vec2 import normalised
     from omnihuman_jax.weights import wav2vec2
 
     model = wav2vec2.load(directory)

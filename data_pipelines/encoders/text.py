@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from scipy.special import erf
 from tokenizers import Tokenizer
 
-from data_pipelines import fetch
 from data_pipelines.encoders.text_states import PREFIX, StatesFile
+from data_pipelines.raw import fetch
 from omnihuman_jax.errors import UserError
 
 NAME = "minilm-l6-v2"

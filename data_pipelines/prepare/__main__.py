@@ -12,11 +12,11 @@ import time
 
 from absl import flags
 
-from data_pipelines import raw
 from data_pipelines.encoders import pose, speech, text
-from data_pipelines.fetch import sha256_of
 from data_pipelines.prepare import conditions, pipeline
 from data_pipelines.prepare.cut import parse_sizes
+from data_pipelines.raw import manifest
+from data_pipelines.raw.fetch import sha256_of
 from omnihuman_jax.command import run_main
 from omnihuman_jax.errors import UserError
 
@@ -50,11 +50,11 @@ _POSE = flags.DEFINE_enum(
 _CACHE = flags.DEFINE_string("cache", None, "Where fetched packages are kept; default $OMNIHUMAN_CACHE or cache/.")
 
 
-def _detector_needed(clips: list[raw.RawClip]) -> bool:
+def _detector_needed(clips: list[manifest.RawClip]) -> bool:
     return any(clip.pose and clip.annotations is None for clip in clips)
 
 
-def _detector(clips: list[raw.RawClip]) -> bool:
+def _detector(clips: list[manifest.RawClip]) -> bool:
     """Whether keypoints are detected in this run; says so where they are wanted and cannot be."""
     if _POSE.value == "none" or not _detector_needed(clips):
         return False
@@ -85,7 +85,7 @@ def _settings() -> pipeline.Settings:
 def main() -> None:
     """Checks everything that can be checked before the first compile, then runs the pipeline."""
     settings = _settings()
-    clips = [clip for directory in _INPUT.value for clip in raw.read(directory)]
+    clips = [clip for directory in _INPUT.value for clip in manifest.read(directory)]
     detects = _detector(clips)
     captions = text.load(_TEXT.value, cache=_CACHE.value)
     encoders = conditions.Encoders(captions, speech.load(_AUDIO.value, _CACHE.value), None)
@@ -95,12 +95,12 @@ def main() -> None:
     if dataset is not None:
         print(f"{output} is up to date: {len(dataset)} clips")
         return
-    from omnihuman_jax.models import vae as vaes  # JAX is only needed from here on
-    from omnihuman_jax.models import vae_streaming
+    from omnihuman_jax.models.vae import streaming  # JAX is only needed from here on
+    from omnihuman_jax.models.vae.vae import load_vae
 
-    vae = vaes.load_vae(_VAE.value)
-    tiling = vae_streaming.Tiling.of_side(_TILE.value, vae.config.spatial_stride)
-    encode = functools.partial(vae_streaming.encode_clip, vae, tiling=tiling)
+    vae = load_vae(_VAE.value)
+    tiling = streaming.Tiling.of_side(_TILE.value, vae.config.spatial_stride)
+    encode = functools.partial(streaming.encode_clip, vae, tiling=tiling)
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         if detects:

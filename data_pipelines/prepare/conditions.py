@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from data_pipelines import keypoints as kp
-from data_pipelines import media
 from data_pipelines.encoders.speech import SpeechEncoder
 from data_pipelines.encoders.text import TextEncoder
 from data_pipelines.encoders.text_states import StatesFile
 from data_pipelines.prepare.cut import Cut
-from data_pipelines.raw import RawClip
+from data_pipelines.raw import media
+from data_pipelines.raw.manifest import RawClip
 from omnihuman_jax.errors import UserError
 
 # Root mean square below which sound counts as silence (-70 dB of full scale).

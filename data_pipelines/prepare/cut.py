@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import cv2
 import numpy as np
 
-from data_pipelines import media
-from data_pipelines.raw import RawClip
+from data_pipelines.raw import media
+from data_pipelines.raw.manifest import RawClip
 from omnihuman_jax.errors import UserError
 
 # The frames left over at the end become one more clip if it shares at most this part with the clip before.

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines import media
-from data_pipelines.fetch import sha256_of
 from data_pipelines.keypoints import NUM_KEYPOINTS
 from data_pipelines.prepare import conditions
 from data_pipelines.prepare.cut import cuts
 from data_pipelines.prepare.latents import encode_clips, reference_frames
 from data_pipelines.prepare.summary import Summary
-from data_pipelines.raw import RawClip
+from data_pipelines.raw import media
+from data_pipelines.raw.fetch import sha256_of
+from data_pipelines.raw.manifest import RawClip
 from data_pipelines.schema import Dataset, DatasetWriter, Meta
 from omnihuman_jax.errors import UserError
 

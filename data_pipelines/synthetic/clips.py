@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import keypoints as kp
-from data_pipelines import media
-from data_pipelines.synthetic import backgrounds, looks, motion, people, plan, render, skeleton, speech
+from data_pipelines.raw import media
+from data_pipelines.synthetic import appearance, backgrounds, motion, people, plan, render, skeleton, speech
 from data_pipelines.synthetic.body import Body
 from data_pipelines.synthetic.plan import ClipPlan
 
@@ -60,7 +60,7 @@ def make(body: Body, engine: speech.Engine | None, clip: ClipPlan, seed: int, fr
     rng = plan.generator(seed, "clip", clip.index)
     rng.random(8)  # the plan drew its numbers from the same stream
     speaker = plan.generator(seed, clip.split, clip.speaker)
-    look = looks.draw(speaker)
+    look = appearance.draw(speaker)
     person = people.build(body, look, speaker)
     spoken = speech.speak(engine, clip.sentence, look.voice) if clip.speaks else None
     first = _first_frame(rng, spoken, frames)
@@ -169,7 +169,7 @@ def keypoints(person: people.Person, points: np.ndarray, joints: np.ndarray, cam
     return kp.hide_outside(np.concatenate([pixels, np.ones_like(pixels[..., :1])], -1))
 
 
-def caption(look: looks.Look, clip: ClipPlan, style: str, background: str) -> str:
+def caption(look: appearance.Appearance, clip: ClipPlan, style: str, background: str) -> str:
     """One sentence that says who does what, where, and how much of the person is seen."""
     hair = {"bald": "a bald head", "bun": f"{look.hair_name} hair in a bun", "afro": f"a {look.hair_name} afro"}.get(
         look.hair_style, f"{'long' if look.hair_style == 'long' else 'short'} {look.hair_name} hair"
@@ -191,7 +191,7 @@ def write(clip: Clip, directory: pathlib.Path) -> dict[str, Any]:
         "truth_keypoints": clip.keypoints,  # for evaluation only
         "mouth": clip.mouth,
         "attributes": clip.attributes,
-        "attribute_names": np.array(looks.ATTRIBUTE_NAMES),
+        "attribute_names": np.array(appearance.ATTRIBUTE_NAMES),
         "keypoint_names": np.array(kp.KEYPOINTS),
     }
     if p.has_pose:

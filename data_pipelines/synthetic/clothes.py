@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines.synthetic import seams
+from data_pipelines.synthetic import mesh_cut
+from data_pipelines.synthetic.appearance import Appearance
 from data_pipelines.synthetic.body import ZONE, Body
-from data_pipelines.synthetic.looks import Look
 
 WAIST = 1.05
 STRIPE = 0.42
@@ -28,7 +28,7 @@ PALETTE = {
 }
 
 
-def hair_field(points: np.ndarray, look: Look) -> np.ndarray:
+def hair_field(points: np.ndarray, look: Appearance) -> np.ndarray:
     """Height (N,) above the hairline, dm; for points of the head."""
     x, y, z = points.T
     fringe = 0.2 if look.hair_style == "bob" else 0.0
@@ -90,12 +90,12 @@ def _dominant(body: Body) -> Callable[..., np.ndarray]:
     return of
 
 
-def cut_seams(body: Body, look: Look) -> Body:
+def cut_seams(body: Body, look: Appearance) -> Body:
     """The template with quads split along the edges of this person's hair, beard and clothes."""
 
     def along(field: np.ndarray, *zones: str) -> None:
         nonlocal body
-        body = seams.cut(body, field, np.isin(body.zones, [ZONE[zone] for zone in zones]))
+        body = mesh_cut.cut(body, field, np.isin(body.zones, [ZONE[zone] for zone in zones]))
 
     if look.hair_style != "bald":
         along(hair_field(body.vertices, look), "head")
@@ -112,7 +112,7 @@ def cut_seams(body: Body, look: Look) -> Body:
     return body
 
 
-def paint(body: Body, look: Look, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def paint(body: Body, look: Appearance, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Colours (Q,3) of the quads of a cut body, and how far (V,) clothes and hair lift the surface, dm."""
     where, zones = body.vertices[body.quads].mean(1), body.zones
     skin = np.array(look.skin)
@@ -146,7 +146,7 @@ def paint(body: Body, look: Look, rng: np.random.Generator) -> tuple[np.ndarray,
     return albedo.astype(np.float32), lift.astype(np.float32)
 
 
-def _clothes(body: Body, look: Look, where: np.ndarray, albedo: np.ndarray) -> list[tuple[np.ndarray, float]]:
+def _clothes(body: Body, look: Appearance, where: np.ndarray, albedo: np.ndarray) -> list[tuple[np.ndarray, float]]:
     """Paints clothes into `albedo`; returns (mask of quads, thickness in dm) of each garment."""
     zones, y = body.zones, where[:, 1]
     cloth = np.isin(zones, [ZONE["skin"], ZONE["foot"]])

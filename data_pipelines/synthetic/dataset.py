@@ -22,8 +22,8 @@ import shutil
 import time
 from typing import Any
 
-from data_pipelines import fetch, raw
-from data_pipelines.synthetic import body, clips, looks, plan, speech
+from data_pipelines.raw import fetch, manifest
+from data_pipelines.synthetic import appearance, body, clips, plan, speech
 from omnihuman_jax.errors import UserError
 
 VERSION = 1
@@ -103,7 +103,7 @@ def _is_finished(output: pathlib.Path, arguments: dict[str, Any]) -> bool:
 def _manifest(output: pathlib.Path) -> dict[str, Any]:
     """The manifest of a directory, empty where there is none that can be read."""
     try:
-        found = json.loads((output / raw.MANIFEST).read_text())
+        found = json.loads((output / manifest.MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -120,7 +120,7 @@ def _engine(cache: str | None) -> speech.Engine | None:
 def _write_manifest(directory: pathlib.Path, entries: list[dict], arguments: dict, engine) -> None:
     name = engine.name if engine else None
     notes = {"arguments": {"version": VERSION, **arguments}, "note": NOTE, "speech_by": name}
-    raw.write_manifest(directory, "synthetic", entries, **notes, attributes=looks.ATTRIBUTE_NAMES)
+    manifest.write_manifest(directory, "synthetic", entries, **notes, attributes=appearance.ATTRIBUTE_NAMES)
 
 
 def _render(plans, directory, template, engine, seed, frames, workers, cache) -> list[dict[str, Any]]:

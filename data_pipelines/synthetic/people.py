@@ -9,8 +9,8 @@ import scipy.sparse
 
 from data_pipelines.synthetic import body as body_lib
 from data_pipelines.synthetic import clothes, extras
+from data_pipelines.synthetic.appearance import Appearance
 from data_pipelines.synthetic.body import FACE_UNITS, ZONE, Body
-from data_pipelines.synthetic.looks import Look
 
 UNITS = (*FACE_UNITS, "gazeRight", "gazeUp")
 # Vertices of the template (hm08): the nose tip, the inner edges of the lips, the corners of the mouth, the chin.
@@ -36,7 +36,7 @@ class Person:
     landmarks: keypoint name -> vertex indices whose mean it is; jaw_open: gap of the lips at jawOpen = 1, dm.
     """
 
-    look: Look
+    look: Appearance
     bones: tuple[str, ...]
     parents: np.ndarray
     rest: np.ndarray
@@ -78,7 +78,7 @@ def _levels(value: float) -> dict[str, float]:
     return {"min": low, "average": 1 - low - high, "max": high}
 
 
-def shape_weights(look: Look) -> dict[str, float]:
+def shape_weights(look: Appearance) -> dict[str, float]:
     """Target name -> weight, as MakeHuman mixes its body types (products of the traits)."""
     ages = {"young": 1 - look.age, "old": look.age}
     weights = {}
@@ -93,7 +93,7 @@ def shape_weights(look: Look) -> dict[str, float]:
     return weights
 
 
-def build(body: Body, look: Look, rng: np.random.Generator) -> Person:
+def build(body: Body, look: Appearance, rng: np.random.Generator) -> Person:
     """The mesh of a person; `rng` decides strands of hair and the like."""
     mixed = np.zeros(len(body.target_names), np.float32)
     for name, weight in shape_weights(look).items():

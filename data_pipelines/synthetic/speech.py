@@ -18,7 +18,7 @@ import sys
 import numpy as np
 import scipy.signal
 
-from data_pipelines import fetch
+from data_pipelines.raw import fetch
 from omnihuman_jax.errors import UserError
 
 PACKAGE = fetch.Package(

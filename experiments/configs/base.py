@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError, nearest
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 
 STAGES = ("pretrain_image", "pretrain_video", "stage1", "stage2", "stage3")
 

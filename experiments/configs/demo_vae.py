@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from omnihuman_jax.models.vae import VAEConfig
+from omnihuman_jax.models.vae.vae import VAEConfig
 
 
 def get_config() -> ConfigDict:

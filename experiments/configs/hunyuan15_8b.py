@@ -16,7 +16,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config = full_size(base.get_config(recipe))
     config.model.update({"hidden_size": 2048, "num_heads": 16, "head_dim": 128, "mlp_hidden": 8192})
     config.model.update({"num_dual_blocks": 54, "num_single_blocks": 0, "rope_axes": (16, 56, 56)})
-    config.model.update({"latent_channels": 32, "condition_channels": 33, "patch_size": (1, 1, 1)})
+    config.model.update({"latent_channels": 32, "first_frame_channels": 33, "patch_size": (1, 1, 1)})
     config.model.update({"text_dim": 3584, "text_len": 1000, "text_refiner_depth": 2, "text_embed": "linear"})
     config.model.update({"text2_dim": 1472, "image_embed_dim": 1152, "token_kinds": True})
     config.global_batch_size = 64

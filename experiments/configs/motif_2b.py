@@ -13,6 +13,6 @@ def get_config(recipe: str = "published") -> ConfigDict:
     """The Motif preset; the argument names the ratio recipe."""
     config = omni_2b.get_config(recipe)
     config.model.update({"num_single_blocks": 16, "num_decoder_blocks": 8, "text_cross_attention_single": True})
-    config.model.update({"condition_channels": 17, "image_embed_dim": 1152, "rope_axes": (16, 56, 56)})
+    config.model.update({"first_frame_channels": 17, "image_embed_dim": 1152, "rope_axes": (16, 56, 56)})
     config.model.update({"text_len": 512})
     return config

@@ -17,10 +17,10 @@ from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import images
 from omnihuman_jax.inference.sampling import Inputs, Progress, Settings, sample_latents
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
-from omnihuman_jax.models.vae import VAE
-from omnihuman_jax.models.vae_streaming import Tiling, decode_clip, encode_clip
+from omnihuman_jax.models.vae.streaming import Tiling, decode_clip, encode_clip
+from omnihuman_jax.models.vae.vae import VAE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from omnihuman_jax.diffusion import guidance as cfg
 from omnihuman_jax.diffusion import sampler, time
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import segments
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 
 # (segment, segments, step, steps), segment and step counted from 1.

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from omnihuman_jax.models.config import ModelConfig
-from omnihuman_jax.models.mmdit import OmniHuman
+from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.models.dit.mmdit import OmniHuman
 
 Params = dict[str, Any]
 

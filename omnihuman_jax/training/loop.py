@@ -18,32 +18,32 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.inference import export
-from omnihuman_jax.models import flops
+from omnihuman_jax.models.dit import flops
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.training import metrics as metrics_lib
-from omnihuman_jax.training.checkpoints import Checkpoints
-from omnihuman_jax.training.curriculum import Stage, continued, curriculum, last_steps, stage_at
-from omnihuman_jax.training.evaluation import HeldOutLoss
-from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
-from omnihuman_jax.training.goodput import Goodput
-from omnihuman_jax.training.metrics import MetricsWriter, RatioCounter
-from omnihuman_jax.training.processes import (
-    Ballot,
-    check_alike,
+from omnihuman_jax.sharding.processes import (
+    StopConsensus,
+    broadcast_from_main,
+    check_same_on_all,
     compile_together,
-    first_says,
     is_main,
+    log,
     process_rows,
-    say,
     wait_for_all,
 )
+from omnihuman_jax.training import metrics as metrics_lib
+from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
+from omnihuman_jax.training.goodput import Goodput
+from omnihuman_jax.training.held_out import HeldOutLoss
+from omnihuman_jax.training.metrics import MetricsWriter, RatioCounter
 from omnihuman_jax.training.profile import Profile
 from omnihuman_jax.training.run_config import config_digest, shared_digest, write_config
+from omnihuman_jax.training.stages import Stage, continued, curriculum, last_steps, stage_at
 from omnihuman_jax.training.state import (
     TrainState,
     abstract_state,
@@ -58,7 +58,7 @@ from omnihuman_jax.training.step import jit_train_step
 FPS = 25
 
 
-class Feed(Protocol):
+class InputPipeline(Protocol):
     """Where batches come from; a batch is a pure function of the step."""
 
     def iterate(self, first_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
@@ -94,7 +94,7 @@ def train(
     config: ConfigDict,
     plain_config: dict[str, Any],
     workdir: Path,
-    feed: Feed,
+    input_pipeline: InputPipeline,
     sample: SampleHook | None,
     *,
     started: float | None = None,
@@ -107,7 +107,7 @@ def train(
       config: resolved config.
       plain_config: the same as plain JSON types, stored in config.json and in every checkpoint.
       workdir: run directory.
-      feed: source of batches.
+      input_pipeline: source of batches.
       sample: writes a video at every stage's end; None for none.
       started: `time.time()` of the process's start, for the goodput.
 
@@ -118,7 +118,7 @@ def train(
     stages = curriculum(config)
     mesh = mesh_lib.training_mesh(config)
     with jax.set_mesh(mesh), StopSignal() as stop:
-        run = _Run(config, plain_config, stages, mesh, feed, workdir, sample, stop, started or time.time())
+        run = _Run(config, plain_config, stages, mesh, input_pipeline, workdir, sample, stop, started or time.time())
         try:
             run.start()
         except BaseException:
@@ -131,21 +131,21 @@ def train(
 class _Run:
     """The running loop and what it holds open."""
 
-    def __init__(self, config, plain_config, stages, mesh, feed, workdir, sample, stop, started: float):
+    def __init__(self, config, plain_config, stages, mesh, input_pipeline, workdir, sample, stop, started: float):
         self.config, self.plain_config, self.stages, self.mesh = config, plain_config, stages, mesh
-        self.feed, self.sample, self.stop, self.workdir = feed, sample, stop, workdir
+        self.input_pipeline, self.sample, self.stop, self.workdir = input_pipeline, sample, stop, workdir
         self.network: Network = make_network(config)
         self.goodput = Goodput(started)
         self.rows = process_rows(rules.batch_sharding(mesh), config.global_batch_size)
         every, count = config.evaluation.every, config.evaluation.batches
-        self.held_out_batches = feed.held_out(count, self.rows) if every else []
+        self.held_out_batches = input_pipeline.held_out(count, self.rows) if every else []
         if every and not self.held_out_batches:
             raise UserError(
                 f"evaluation.every={every}: the data set has no held-out clips as long as the training window; set it "
                 f"to 0, or prepare data with a held-out split"
             )
         self.held_out: HeldOutLoss | None = None
-        self.data = feed.fingerprint()
+        self.data = input_pipeline.fingerprint()
         c = config.checkpoint
         self.bar = tqdm(disable=True)
         self.checkpoints = Checkpoints(
@@ -155,20 +155,20 @@ class _Run:
             keep_every=c.keep_every,
             copy_on_device=c.copy_on_device,
             stages=last_steps(stages),
-            tell=self.tell,
+            log=self.log,
         )
         last_good = self.checkpoints.last_good
         self.watchdog = Watchdog(config.faults.watchdog_seconds, last_good)
         self.bad_steps = BadSteps(config.faults.max_bad_steps, last_good)
-        self.writer = MetricsWriter(workdir, log_records=config.data.log_records, enabled=is_main(), tell=self.tell)
-        self.ballot = Ballot(mesh)
+        self.writer = MetricsWriter(workdir, log_records=config.data.log_records, enabled=is_main(), log=self.log)
+        self.stop_consensus = StopConsensus(mesh)
         self.train_step = jit_train_step(config, self.network, mesh)
         self.profile = Profile(config.profile.steps, workdir)
         self.pending: dict[str, Any] | None = None
         self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
         self.repeated_until, self.claimed = 0, 0.0
 
-    def tell(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """A line above the progress bar, once for all processes."""
         if is_main():
             self.bar.write(message)
@@ -178,14 +178,14 @@ class _Run:
         last = self.stages[-1].last_step
         self.watchdog.start()
         with self.watchdog:
-            check_alike("data set", self.data)
-            check_alike("config", shared_digest(self.plain_config))
+            check_same_on_all("data set", self.data)
+            check_same_on_all("config", shared_digest(self.plain_config))
             restored = self.checkpoints.restore_latest(
                 abstract_state(self.config, self.mesh, self.network), self.config
             )
             if restored:
                 state, done = restored.state, restored.meta["step"]
-                counter = self.take_up(restored.path, restored.meta)
+                counter = self.restore_counters(restored.path, restored.meta)
             else:
                 state, done, counter = init_state(self.config, self.mesh, self.network), 0, RatioCounter()
         if is_main():
@@ -196,7 +196,7 @@ class _Run:
             self.after_save(state, done, stage_at(self.stages, done), resumed=True)
         if done >= last:
             self.finish(done)
-            say(f"{self.workdir}: all {done} steps are done; nothing to train")
+            log(f"{self.workdir}: all {done} steps are done; nothing to train")
             return
         self.bar = tqdm(
             total=last, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0, disable=not is_main()
@@ -218,11 +218,11 @@ class _Run:
                 f"the same command again: it continues from there"
             )
 
-    def take_up(self, path: Path, meta: dict[str, Any]) -> RatioCounter:
+    def restore_counters(self, path: Path, meta: dict[str, Any]) -> RatioCounter:
         """Takes up what a checkpoint says besides the arrays; one line tells what, others what changes from there."""
         done, last = meta["step"], self.stages[-1].last_step
         self.repeated_until = metrics_lib.last_logged_step(self.workdir)
-        self.tell(
+        self.log(
             f"continuing {self.workdir} after step {done} of {last}, in {meta['stage']}: parameters, optimizer, EMA, "
             f"data position and ratio counts from {path}; {max(0, self.repeated_until - done)} logged steps come "
             f"again; {jax.process_count()} process(es), mesh {dict(self.mesh.shape)}"
@@ -230,18 +230,18 @@ class _Run:
         self.bad_steps.total, self.bad_steps.in_a_row = meta.get("bad_steps", (0, 0))
         self.stages = continued(self.stages, done, meta["stage"])
         self.checkpoints.end_stages(last_steps(self.stages))
-        for line in self.feed.continue_from(meta.get("data_plan", []), done):
-            self.tell(line)
+        for line in self.input_pipeline.continue_from(meta.get("data_plan", []), done):
+            self.log(line)
         if meta.get("data") != self.data:
-            self.tell("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
+            self.log("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
         # Other ratios from here on are counted from here on.
-        changed = any(row["first_step"] == done + 1 for row in self.feed.plan())
+        changed = any(row["first_step"] == done + 1 for row in self.input_pipeline.plan())
         return RatioCounter() if changed else RatioCounter(**meta.get("counter", {}))
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
         """Runs steps done + 1 … last, or until told to stop."""
         last = self.stages[-1].last_step
-        batches = self.feed.iterate(done + 1, self.rows)
+        batches = self.input_pipeline.iterate(done + 1, self.rows)
         self.start_clock()
         for step in range(done + 1, last + 1):
             stage = stage_at(self.stages, step)
@@ -255,7 +255,7 @@ class _Run:
                 batch = next(batches)
             waited = time.perf_counter() - waited
             state, metrics = self.dispatch(state, batch, stage.learning_rate_at(step))
-            told = self.feed.describe(step)
+            told = self.input_pipeline.describe(step)
             counter.add(told)
             self.flush()  # reads the metrics of the step before, so the host never stalls the device
             self.pending = {
@@ -267,7 +267,7 @@ class _Run:
                 "data_seconds": waited,
                 "bucket": batch["latents"].shape[1:4],
             }
-            stop = self.ballot.cast(bool(self.stop.name))
+            stop = self.stop_consensus.reached(bool(self.stop.name))
             if step == stage.last_step or self.checkpoints.due(step) or stop:
                 self.save(state, step, stage, counter)
             if not stop:  # the time that is left before a kill is for saving; these are made up for
@@ -276,7 +276,7 @@ class _Run:
             if stop:
                 self.flush()
                 self.finish(step)
-                self.tell(
+                self.log(
                     f"stopped by {self.stop.name or 'another process'} after step {step} of {last}, saved in "
                     f"{self.checkpoints.last_good()}; start the same command again to continue"
                 )
@@ -295,12 +295,12 @@ class _Run:
 
     def enter_stage(self, state: TrainState, stage: Stage) -> TrainState:
         """The state that a stage starts from: the stage before, or the parameters of `init_from`."""
-        self.tell(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
+        self.log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
         if stage.init_from:
             raw = None if export.is_exported(stage.init_from) else False  # an exported directory holds one kind
             _, params, info = export.load(stage.init_from, use_ema=raw, shardings=shardings.params)
-            self.tell(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
+            self.log(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
             fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
             return fresh._replace(step=state.step)
         if stage.first_step > 1 and self.config.optimizer.reset_at_stage:
@@ -323,7 +323,7 @@ class _Run:
             "stage": stage.name,
             "seed": self.config.seed,
             "next_data_step": step + 1,
-            "data_plan": self.feed.plan(),
+            "data_plan": self.input_pipeline.plan(),
             "data": self.data,
             "bad_steps": [self.bad_steps.total, self.bad_steps.in_a_row],
             "config": self.plain_config,
@@ -334,9 +334,13 @@ class _Run:
     def after_save(self, state: TrainState, step: int, stage: Stage, *, resumed: bool = False) -> None:
         """A sample video at a stage's end, and the held-out loss; after a resume only what is not there yet."""
         sample, every = self.sample, self.config.evaluation.every
-        if sample and step == stage.last_step and not (resumed and first_says(sample.path(step, stage).exists())):
+        if (
+            sample
+            and step == stage.last_step
+            and not (resumed and broadcast_from_main(sample.path(step, stage).exists()))
+        ):
             self.sample_stage(state, step, stage)
-        evaluated = resumed and first_says(metrics_lib.last_evaluated_step(self.workdir) >= step)
+        evaluated = resumed and broadcast_from_main(metrics_lib.last_evaluated_step(self.workdir) >= step)
         if every and step % every == 0 and not evaluated:
             self.evaluate(state, step)
 
@@ -353,7 +357,7 @@ class _Run:
                         path, size = self.sample(ema, step, stage)
                         self.writer.video(f"sample/{stage.name}", path, size, step)
                     except OSError as error:  # a full disk; the training is worth more
-                        self.tell(f"{stage.name}: the sample video could not be written: {error}; training goes on")
+                        self.log(f"{stage.name}: the sample video could not be written: {error}; training goes on")
             wait_for_all("sampled")
         self.start_clock()
 
@@ -386,7 +390,7 @@ class _Run:
         self.writer.records(step, told["records"], told["active"])
         message = self.bad_steps.add(skipped, step, loss, grad_norm, told["records"])
         if message:
-            self.tell(message)
+            self.log(message)
         self.checkpoints.check()
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} {seconds:.2f} s/step", refresh=False)

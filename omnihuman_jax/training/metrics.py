@@ -19,7 +19,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from omnihuman_jax import conditions
 from omnihuman_jax.conditions import CONDITIONS
-from omnihuman_jax.training.processes import say
+from omnihuman_jax.sharding import processes
 
 
 class RatioCounter:
@@ -106,11 +106,11 @@ class LineFile:
 
     Args:
       path: appended to from the first write on, without the half line that a killed process may have left.
-      tell: called once with why nothing can be written, and once when it can again.
+      log: called once with why nothing can be written, and once when it can again.
     """
 
-    def __init__(self, path: Path, tell: Callable[[str], None]):
-        self._path, self._tell, self._left, self._told = path, tell, b"", False
+    def __init__(self, path: Path, log: Callable[[str], None]):
+        self._path, self._log, self._left, self._told = path, log, b"", False
         self._file = -1
 
     def _open(self) -> int:
@@ -127,11 +127,11 @@ class LineFile:
             self._flush()
         except OSError as error:
             if not self._told:
-                self._tell(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
+                self._log(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
             self._told = True
         else:
             if self._told:
-                self._tell(f"{self._path}: written again, nothing is missing")
+                self._log(f"{self._path}: written again, nothing is missing")
             self._told = False
 
     def _flush(self) -> None:
@@ -145,7 +145,7 @@ class LineFile:
             with contextlib.suppress(OSError):
                 self._flush()
         if self._left:
-            self._tell(f"{self._path}: the last {len(self._left)} bytes could not be written")
+            self._log(f"{self._path}: the last {len(self._left)} bytes could not be written")
         if self._file >= 0:
             os.close(self._file)
 
@@ -153,9 +153,9 @@ class LineFile:
 class _Board:
     """TensorBoard events; after a write that fails, no more of them. (A full queue of SummaryWriter would wait.)"""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None]):
+    def __init__(self, folder: Path, log: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
-        self._events, self._tell = EventsWriter(str(folder / "events")), tell
+        self._events, self._log = EventsWriter(str(folder / "events")), log
 
     def add(self, step: int, *values: Summary.Value) -> None:
         """Adds values of a step."""
@@ -165,7 +165,7 @@ class _Board:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._events.flush()
         except OSError as error:
-            self._tell(f"TensorBoard: {error.strerror}; this start writes no more to it (metrics.jsonl has all)")
+            self._log(f"TensorBoard: {error.strerror}; this start writes no more to it (metrics.jsonl has all)")
             self._events = None
 
     def close(self) -> None:
@@ -182,20 +182,25 @@ class MetricsWriter:
       workdir: run directory.
       log_records: whether to write data_log.jsonl.
       enabled: whether this process writes.
-      tell: called with what cannot be written; the run goes on.
+      log: called with what cannot be written; the run goes on.
     """
 
     def __init__(
-        self, workdir: str | Path, *, log_records: bool, enabled: bool = True, tell: Callable[[str], None] = say
+        self,
+        workdir: str | Path,
+        *,
+        log_records: bool,
+        enabled: bool = True,
+        log: Callable[[str], None] = processes.log,
     ):
         workdir = Path(workdir)
 
         def lines(name: str, wanted: bool = True) -> LineFile | None:
-            return LineFile(workdir / name, tell) if enabled and wanted else None
+            return LineFile(workdir / name, log) if enabled and wanted else None
 
         self._metrics, self._evaluation = lines("metrics.jsonl"), lines("evaluation.jsonl")
         self._records = lines("data_log.jsonl", log_records)
-        self._board = _Board(workdir / "tensorboard", tell) if enabled else None
+        self._board = _Board(workdir / "tensorboard", log) if enabled else None
 
     def step(self, line: Mapping[str, Any], targets: Mapping[str, float]) -> None:
         """Writes one logged step; `targets` are the stage's ratios, shown beside the realised ones."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omnihuman_jax.training.processes import say
+from omnihuman_jax.sharding.processes import log
 
 # Keys that do not change what is trained: where and how fast it runs, what is logged, kept and shown.
 SAFE = (
@@ -54,7 +54,7 @@ def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, 
         for heading, safe in (("changes what is trained", False), ("safe", True)):
             told = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
             if told:
-                say(f"config differs from the checkpoint's ({heading}): {'; '.join(told)}")
+                log(f"config differs from the checkpoint's ({heading}): {'; '.join(told)}")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
     temporary.replace(path)

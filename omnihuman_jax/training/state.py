@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import sequence_attention

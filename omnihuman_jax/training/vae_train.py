@@ -16,9 +16,9 @@ from flax import nnx
 from jax import lax
 from ml_collections import ConfigDict
 
-from omnihuman_jax.models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
-from omnihuman_jax.models.perceptual import LPIPS
-from omnihuman_jax.models.vae import VAE, VAEConfig
+from omnihuman_jax.models.vae.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
+from omnihuman_jax.models.vae.perceptual import LPIPS
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig
 from omnihuman_jax.sharding.rules import path_name
 
 Params = dict[str, Any]

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from omnihuman_jax.errors import UserError, nearest
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.weights import hunyuan, hunyuan15_diffusers, hunyuan_diffusers, motif
 from omnihuman_jax.weights.names import Entry, account, check_complete, expand, is_condition, our_shapes
 from omnihuman_jax.weights.read import Files

@@ -6,7 +6,7 @@ works or outputs to improve other models.
 
 from typing import Any
 
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.weights.names import NORM, PATCH, UNPATCH, Row, row
 
 _REFINER = "txt_in.individual_token_refiner.blocks.{}"
@@ -32,7 +32,7 @@ def rows(config: ModelConfig) -> list[Row]:
     del config
     refiner, single = "refiner.block{}", "single.blocks.{}"
     return [
-        row("img_in.proj", "x_embed", "condition_embed", layout=PATCH, axis=1),
+        row("img_in.proj", "x_embed", "first_frame_embed", layout=PATCH, axis=1),
         row("txt_in.input_embedder", "text_embed"),
         row("txt_in.t_embedder.mlp.0", "refiner.time_embed.fc1"),
         row("txt_in.t_embedder.mlp.2", "refiner.time_embed.fc2"),

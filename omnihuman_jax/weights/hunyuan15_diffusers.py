@@ -6,7 +6,7 @@ step-distilled, super-resolution) are another network and are refused.
 
 from typing import Any
 
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.weights.hunyuan_diffusers import dual_rows, outer_rows, shared_config, text_rows
 from omnihuman_jax.weights.motif import image_rows
 from omnihuman_jax.weights.names import NORM, TABLE, Row, row

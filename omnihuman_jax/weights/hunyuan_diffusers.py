@@ -5,7 +5,7 @@ Weights under the Tencent Hunyuan Community License; see `hunyuan`.
 
 from typing import Any
 
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.weights.names import NORM, PATCH, SWAPPED, UNPATCH, Row, row
 
 _DUAL, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
@@ -51,7 +51,7 @@ def single_rows(group: str = "single", offset: int = 0) -> list[Row]:
 def outer_rows(time: str = "time_text_embed") -> list[Row]:
     """Patch embedding, time embedding and final layer, the same in diffusers' Motif-Video and HunyuanVideo-1.5."""
     return [
-        row("x_embedder.proj", "x_embed", "condition_embed", layout=PATCH, axis=1),
+        row("x_embedder.proj", "x_embed", "first_frame_embed", layout=PATCH, axis=1),
         row(f"{time}.timestep_embedder.linear_1", "time_embed.fc1"),
         row(f"{time}.timestep_embedder.linear_2", "time_embed.fc2"),
         row("norm_out.linear", "final.mod", layout=SWAPPED),
@@ -95,7 +95,7 @@ def rows(config: ModelConfig) -> list[Row]:
 def shared_config(config: ModelConfig) -> dict[str, Any]:
     """What diffusers' config.json says of every class."""
     return {
-        "in_channels": config.latent_channels + config.condition_channels,
+        "in_channels": config.latent_channels + config.first_frame_channels,
         "out_channels": config.latent_channels,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_dim,
@@ -119,5 +119,5 @@ def class_config(config: ModelConfig) -> dict[str, Any]:
         "guidance_embeds": config.guidance_embed,
         "pooled_projection_dim": config.pooled_text_dim,
         "qk_norm": "rms_norm",
-        "image_condition_type": "latent_concat" if config.condition_channels else None,
+        "image_condition_type": "latent_concat" if config.first_frame_channels else None,
     }

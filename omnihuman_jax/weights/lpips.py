@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from omnihuman_jax.models.perceptual import CONVOLUTIONS, LPIPS, WIDTHS
+from omnihuman_jax.models.vae.perceptual import CONVOLUTIONS, LPIPS, WIDTHS
 from omnihuman_jax.weights import modules
 from omnihuman_jax.weights.names import PLAIN, Entry, expanded, one_to_one, permuted
 from omnihuman_jax.weights.read import open_files

@@ -6,7 +6,7 @@ Its query norm has a bias, so it is not this network, and it is refused.
 
 from typing import Any
 
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.weights.hunyuan_diffusers import dual_rows, outer_rows, shared_config, single_rows
 from omnihuman_jax.weights.names import NORM, Row, row
 

@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.vae import VAE, VAEConfig
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig
 from omnihuman_jax.weights import modules
 from omnihuman_jax.weights.names import PLAIN, Entry, expanded, one_to_one, permuted
 from omnihuman_jax.weights.read import Files, open_files

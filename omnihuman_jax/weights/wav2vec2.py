@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from omnihuman_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from omnihuman_jax.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from omnihuman_jax.weights import modules
 from omnihuman_jax.weights.names import LINEAR, Entry, expanded, one_to_one
 from omnihuman_jax.weights.read import open_files

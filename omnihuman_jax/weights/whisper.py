@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.whisper import WhisperConfig, WhisperEncoder
+from omnihuman_jax.models.speech.whisper import WhisperConfig, WhisperEncoder
 from omnihuman_jax.weights import modules
 from omnihuman_jax.weights.names import PLAIN, Entry, account, one_to_one
 from omnihuman_jax.weights.read import open_files

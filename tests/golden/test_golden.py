@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.schedule import Schedule
-from data_pipelines.stage_table import StagePlan
+from data_pipelines.input_pipeline.schedule import Schedule
+from data_pipelines.input_pipeline.stage_table import StagePlan
 from omnihuman_jax import conditions
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding.rules import path_name
 from omnihuman_jax.training.step import sample_losses
@@ -62,9 +62,7 @@ def make_schedule(name: str) -> Schedule:
             )
         )
         first += count
-    return Schedule(
-        stages, make_index(), global_batch_size=24, seed=11, guidance_dropout={"text": 0.1, "audio": 0.05}
-    )
+    return Schedule(stages, make_index(), global_batch_size=24, seed=11, guidance_dropout={"text": 0.1, "audio": 0.05})
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -11,7 +11,7 @@ from omnihuman_jax import conditions
 from omnihuman_jax.diffusion.guidance import Guidance
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference.sampling import Inputs, Settings, sample_latents
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from tests.inference import tiny
 
 WINDOW = 3

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines import windows
+from data_pipelines.input_pipeline import windows
 from omnihuman_jax.inference import segments
 
 

@@ -11,9 +11,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from experiments.configs import base
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
-from omnihuman_jax.models.vae import VAE, VAEConfig, save_vae
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig, save_vae
 
 MODEL = {
     "latent_channels": 4,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import torch
 
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.load import Source, load
@@ -59,7 +59,7 @@ def motif(*, dual=False, single=False, decoder=0, image=0, theta=256.0):
         **OURS,
         "num_single_blocks": 2,
         "num_decoder_blocks": decoder,
-        "condition_channels": CONDITION,
+        "first_frame_channels": CONDITION,
         "image_embed_dim": image,
         "rope_theta": theta,
         "text_embed": "mlp",
@@ -83,7 +83,7 @@ def hunyuan(*, guidance=True, refiner=2, condition=0):
     ours = {
         **OURS,
         "num_single_blocks": 2,
-        "condition_channels": condition,
+        "first_frame_channels": condition,
         "text_refiner_depth": refiner,
         "pooled_text_dim": 6,
         "guidance_embed": guidance,
@@ -104,7 +104,7 @@ def hunyuan15(*, refiner=2):
         **OURS,
         "patch_size": (1, 1, 1),
         "num_single_blocks": 0,
-        "condition_channels": CONDITION,
+        "first_frame_channels": CONDITION,
         "text_refiner_depth": refiner,
         "text2_dim": 9,
         "image_embed_dim": 10,
@@ -160,8 +160,8 @@ def inputs(
         "mask": np.arange(config.text_len)[None] < lengths[:, None],
         "cotangent": normal(batch, *size, C),
     }
-    if config.condition_channels:
-        values["condition"] = normal(batch, *size, config.condition_channels)
+    if config.first_frame_channels:
+        values["first_frame"] = normal(batch, *size, config.first_frame_channels)
     if images:
         values["image"] = normal(batch, images, config.image_embed_dim)
     if second:
@@ -181,7 +181,7 @@ def _channels_first(x: np.ndarray) -> torch.Tensor:
 def run_theirs(model: torch.nn.Module, given: dict, *, dtype=torch.float32, gradients: bool = False):
     """Output (B, T, H, W, C), and with `gradients` that of sum(output * cotangent) for x; parameters keep theirs."""
     hidden = _channels_first(given["x"]).requires_grad_(gradients)
-    stacked = [hidden, _channels_first(given["condition"])] if "condition" in given else [hidden]
+    stacked = [hidden, _channels_first(given["first_frame"])] if "first_frame" in given else [hidden]
     arguments = {
         "hidden_states": torch.cat(stacked, 1).to(dtype),
         "timestep": 1000 * torch.from_numpy(given["t"]),
@@ -220,7 +220,7 @@ def our_batch(config: ModelConfig, given: dict) -> tuple[dict, dict]:
         "text_mask": given["mask"],
         "active": np.tile(np.array([1, 0, 0, 0], bool), (b, 1)),
     }
-    batch |= {name: given[name] for name in ("condition", "image", "text2", "text2_mask") if name in given}
+    batch |= {name: given[name] for name in ("first_frame", "image", "text2", "text2_mask") if name in given}
     return batch, {name: given[name] for name in ("pooled", "guidance") if name in given}
 
 

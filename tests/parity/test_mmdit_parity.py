@@ -14,11 +14,11 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed 
 import safetensors.torch  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from experiments import cli  # noqa: E402
-from experiments.importing import fresh_conditions  # noqa: E402
+from experiments.common import cli  # noqa: E402
+from experiments.import_weights import fresh_conditions  # noqa: E402
+from omnihuman_jax.checkpoints.export import to_tensors  # noqa: E402
 from omnihuman_jax.errors import UserError  # noqa: E402
-from omnihuman_jax.inference.export import to_tensors  # noqa: E402
-from omnihuman_jax.models import text  # noqa: E402
+from omnihuman_jax.models.dit import text  # noqa: E402
 from omnihuman_jax.models.functional import Network  # noqa: E402
 from omnihuman_jax.training.state import make_network  # noqa: E402
 from omnihuman_jax.weights import formats  # noqa: E402

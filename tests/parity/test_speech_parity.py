@@ -15,8 +15,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from data_pipelines import fetch  # noqa: E402
 from data_pipelines.encoders import mel, speech  # noqa: E402
+from data_pipelines.raw import fetch  # noqa: E402
 from omnihuman_jax.weights import wav2vec2, whisper  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -170,7 +170,7 @@ def test_a_checkpoint_with_a_head_is_read_without_it(tmp_path):
 
 
 def test_the_sound_is_normalised_as_the_reference_does():
-    from omnihuman_jax.models.wav2vec2 import normalised
+    from omnihuman_jax.models.speech.wav2vec2 import normalised
 
     x = 3 * wave(1, 1000)[0] + 0.5
     expected = transformers.Wav2Vec2FeatureExtractor()(x, sampling_rate=16_000)["input_values"][0]

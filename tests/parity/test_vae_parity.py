@@ -19,8 +19,8 @@ import jax.numpy as jnp  # noqa: E402
 import safetensors.numpy  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from omnihuman_jax.models.vae import VAE, load_vae  # noqa: E402
-from omnihuman_jax.models.vae_streaming import decode_clip  # noqa: E402
+from omnihuman_jax.models.vae.streaming import decode_clip  # noqa: E402
+from omnihuman_jax.models.vae.vae import VAE, load_vae  # noqa: E402
 from omnihuman_jax.weights import wan_vae  # noqa: E402
 from omnihuman_jax.weights.read import open_files  # noqa: E402
 

@@ -47,7 +47,7 @@ def tiny_config(**changes) -> ConfigDict:
 
 def test_a_step_that_fits_reports_memory_flops_and_times():
     lines = []
-    report = plan.plan(tiny_config(), topologies.get_topology("v5e:2x4"), say=lines.append)
+    report = plan.plan(tiny_config(), topologies.get_topology("v5e:2x4"), log=lines.append)
     json.dumps(report)
     assert report["fits"] and report["chips"] == 8
     assert report["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
@@ -74,7 +74,7 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
 def test_a_step_that_does_not_fit_gives_the_compilers_numbers():
     config = tiny_config()
     config.plan.buckets = ((64, 512, 512),)
-    report = plan.plan(config, topologies.get_topology("v5e:2x4"), say=lambda line: None)
+    report = plan.plan(config, topologies.get_topology("v5e:2x4"), log=lambda line: None)
     step = report["steps"][0]
     assert not report["fits"] and not step["fits"]
     assert "Ran out of memory" in step["error"]
@@ -86,7 +86,7 @@ def test_a_step_that_does_not_fit_gives_the_compilers_numbers():
 def test_splash_attention_compiles_for_two_slices_with_data_between_them():
     config = tiny_config()
     config.model.attention = "splash"
-    report = plan.plan(config, topologies.get_topology("v5p:2x2x1", 2), say=lambda line: None)
+    report = plan.plan(config, topologies.get_topology("v5p:2x2x1", 2), log=lambda line: None)
     assert report["fits"] and report["num_slices"] == 2 and report["mesh"]["data"] == 2
     assert report["steps"][0]["pallas_calls"] >= 6  # forward, dq and dkv in each of two blocks
 
@@ -98,9 +98,9 @@ def test_splash_attention_compiles_with_keys_gathered_over_more_devices_than_hea
     config.model.attention = "splash"
     topology = topologies.get_topology("v5p:2x2x2")
     with pytest.raises(UserError, match="mesh.sequence_attention=all_gather"):
-        plan.plan(config, topology, say=lambda line: None)
+        plan.plan(config, topology, log=lambda line: None)
     config.mesh.sequence_attention = "all_gather"
-    report = plan.plan(config, topology, say=lambda line: None)
+    report = plan.plan(config, topology, log=lambda line: None)
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "sequence": 4, "tensor": 1}
 
 
@@ -111,7 +111,7 @@ def test_the_2b_preset_fits_at_480p_with_one_sample_a_chip(topology):
     config = omni_2b.get_config()
     config.mesh.sequence = 4  # fsdp has the other 16 of the 64 chips
     config.global_batch_size = 64
-    report = plan.plan(config, topologies.get_topology(topology), say=lambda line: None)
+    report = plan.plan(config, topologies.get_topology(topology), log=lambda line: None)
     assert report["chips"] == 64 and report["mesh"] == {"data": 1, "fsdp": 16, "sequence": 4, "tensor": 1}
     assert 1.8e9 < report["parameters"] < 2.5e9
     tokens = [math.prod(step["bucket"]) // 4 for step in report["steps"]]
@@ -166,12 +166,12 @@ def test_a_stages_own_window_length_wins_over_the_buckets():
 )
 def test_what_does_not_divide_is_refused_before_compiling(change, topology, words):
     with pytest.raises(UserError, match=words):
-        plan.plan(tiny_config(**change), topologies.get_topology(topology), say=lambda line: None)
+        plan.plan(tiny_config(**change), topologies.get_topology(topology), log=lambda line: None)
 
 
 def test_an_odd_number_of_data_shards_over_two_slices_is_refused():
     with pytest.raises(UserError, match="multiple of the 2 slices"):
-        plan.plan(tiny_config(mesh={"data": 1}), topologies.get_topology("v5e:2x2", 2), say=lambda line: None)
+        plan.plan(tiny_config(mesh={"data": 1}), topologies.get_topology("v5e:2x2", 2), log=lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,22 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines import batches as batches_lib
-from data_pipelines.feed import Feed
-from experiments import cli
+from data_pipelines.input_pipeline import batches as batches_lib
+from data_pipelines.input_pipeline.pipeline import InputPipeline
+from experiments.common import cli
+from omnihuman_jax.checkpoints import manager as checkpoints_lib
+from omnihuman_jax.checkpoints import restore as restore_lib
+from omnihuman_jax.checkpoints.fingerprint import fingerprint
+from omnihuman_jax.checkpoints.manager import Checkpoints
+from omnihuman_jax.checkpoints.read import load_for_inference, read_meta
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.mesh import make_mesh, training_mesh
-from omnihuman_jax.training import checkpoints as checkpoints_lib
-from omnihuman_jax.training import loop, resuming
+from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
-from omnihuman_jax.training.checkpoints import Checkpoints
-from omnihuman_jax.training.curriculum import curriculum
 from omnihuman_jax.training.faults import STALLED, Watchdog
-from omnihuman_jax.training.fingerprint import fingerprint
 from omnihuman_jax.training.goodput import Goodput
 from omnihuman_jax.training.metrics import LineFile
-from omnihuman_jax.training.saved import load_for_inference, read_meta
+from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state
 from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
@@ -48,10 +49,10 @@ def whole(tmp_path_factory):
 
 
 class Troubled:
-    """A feed that does something before it gives the batch of a step."""
+    """An input pipeline that does something before it gives the batch of a step."""
 
-    def __init__(self, feed, trouble):
-        self._feed, self._trouble = feed, trouble
+    def __init__(self, input_pipeline, trouble):
+        self._feed, self._trouble = input_pipeline, trouble
 
     def iterate(self, first_step, rows):
         for step, batch in enumerate(self._feed.iterate(first_step, rows), start=first_step):
@@ -65,8 +66,8 @@ def train(whole, name, trouble, config=None, sample=None):
     root, dataset, default = whole
     config = config or default
     (root / name).mkdir(exist_ok=True)
-    feed = Troubled(Feed.from_config(config, curriculum(config), dataset), trouble)
-    loop.train(config, cli.to_plain(config), root / name, feed, sample)
+    input_pipeline = Troubled(InputPipeline.from_config(config, curriculum(config), dataset), trouble)
+    loop.train(config, cli.to_plain(config), root / name, input_pipeline, sample)
     return root / name
 
 
@@ -277,7 +278,7 @@ def restore(workdir, config):
     """What a start restores, as (path, restored), and what it says."""
     said, mesh = [], training_mesh(config)
     with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(workdir, every=2, keep=2, stages={"stage1": 4, "stage2": 8}, tell=said.append)
+        checkpoints = Checkpoints(workdir, every=2, keep=2, stages={"stage1": 4, "stage2": 8}, log=said.append)
         try:
             return checkpoints.restore_latest(abstract_state(config, mesh), config), "\n".join(said)
         finally:
@@ -286,7 +287,7 @@ def restore(workdir, config):
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(resuming, "RETRY_SECONDS", ())
+    monkeypatch.setattr(restore_lib, "RETRY_SECONDS", ())
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     DAMAGES[kind](tmp_path / "run" / "checkpoints" / "8")
@@ -298,7 +299,7 @@ def test_every_kind_of_damage_is_recognised_and_the_one_before_is_used(whole, tm
 
 @pytest.mark.slow
 def test_where_all_running_checkpoints_are_damaged_a_stage_is_used(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming, "RETRY_SECONDS", ())
+    monkeypatch.setattr(restore_lib, "RETRY_SECONDS", ())
     root, dataset, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
     for folder in [*(tmp_path / "run" / "checkpoints").glob("[0-9]*"), tmp_path / "run" / "stages" / "stage2"]:
@@ -313,17 +314,17 @@ def test_where_all_running_checkpoints_are_damaged_a_stage_is_used(whole, tmp_pa
 
 
 def test_a_read_error_while_restoring_that_heals_is_no_damage(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(restore_lib, "RETRY_SECONDS", (0.0,))
     root, _, config = whole
     shutil.copytree(root / "whole", tmp_path / "run")
-    right, failures = resuming.restore, [OSError(errno.EIO, "Input/output error")]
+    right, failures = restore_lib.restore, [OSError(errno.EIO, "Input/output error")]
 
     def flaky(*arguments):
         if failures:
             raise failures.pop()
         return right(*arguments)
 
-    monkeypatch.setattr(resuming, "restore", flaky)
+    monkeypatch.setattr(restore_lib, "restore", flaky)
     restored, said = restore(tmp_path / "run", config)
     assert restored.meta["step"] == 8 and not said and not failures
 
@@ -619,11 +620,11 @@ STALL = """
 import sys, time
 from pathlib import Path
 from experiments import cli
-from data_pipelines.feed import Feed
+from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
-from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.stages import curriculum
 from tests.training.test_faults import Troubled
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config
@@ -637,8 +638,9 @@ def hang_in_the_feed(step, _):
     if step == 6:
         time.sleep(600)
 
-feed = Troubled(Feed.from_config(config, curriculum(config), Dataset.open(root / "data")), hang_in_the_feed)
-loop.train(config, cli.to_plain(config), root / "stalled", feed, None)
+source = InputPipeline.from_config(config, curriculum(config), Dataset.open(root / "data"))
+input_pipeline = Troubled(source, hang_in_the_feed)
+loop.train(config, cli.to_plain(config), root / "stalled", input_pipeline, None)
 """
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.manager import Checkpoints
+from omnihuman_jax.checkpoints.read import check_same_model, find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.inference import export
-from omnihuman_jax.models import flops
+from omnihuman_jax.models.dit import flops
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.metrics import loss_by_condition, loss_by_condition_set, loss_by_time
-from omnihuman_jax.training.saved import check_same_model, find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.training.state import abstract_state, make_network
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
@@ -112,10 +112,10 @@ def test_a_finished_run_has_nothing_to_train(run, capsys):
 
 def test_a_checkpoint_from_before_a_model_key_was_introduced_is_the_same_model():
     model = tiny_config(Path("data")).model.to_dict()
-    older = {key: value for key, value in model.items() if key not in ("num_decoder_blocks", "condition_channels")}
+    older = {key: value for key, value in model.items() if key not in ("num_decoder_blocks", "first_frame_channels")}
     check_same_model(older, model, "run")
-    with pytest.raises(UserError, match=r"model.condition_channels=0 there, 17 here"):
-        check_same_model(older, model | {"condition_channels": 17}, "run")
+    with pytest.raises(UserError, match=r"model.first_frame_channels=0 there, 17 here"):
+        check_same_model(older, model | {"first_frame_channels": 17}, "run")
 
 
 def test_a_checkpoint_of_another_model_shape_is_refused(run):

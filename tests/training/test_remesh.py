@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli
+from experiments.common import cli
+from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.checkpoints import Checkpoints
 from omnihuman_jax.training.state import abstract_state
 from tests.training import launch
 from tests.training.tiny import tiny_config, tiny_data, train_tiny

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from data_pipelines.feed import Feed
+from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
-from experiments import cli
+from experiments.common import cli
 from experiments.configs import demo
 from omnihuman_jax.training import loop
-from omnihuman_jax.training.curriculum import curriculum
+from omnihuman_jax.training.stages import curriculum
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 
 
@@ -40,5 +40,5 @@ def tiny_data(directory: Path) -> Dataset:
 def train_tiny(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
     """What `experiments.train` does, in this process."""
     workdir.mkdir(parents=True, exist_ok=True)
-    feed = Feed.from_config(config, curriculum(config), dataset)
-    loop.train(config, cli.to_plain(config), workdir, feed, None)
+    input_pipeline = InputPipeline.from_config(config, curriculum(config), dataset)
+    loop.train(config, cli.to_plain(config), workdir, input_pipeline, None)

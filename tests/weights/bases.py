@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from omnihuman_jax.inference.export import to_tensors
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.checkpoints.export import to_tensors
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.write import Renamed
@@ -18,7 +18,7 @@ from tests.inference import tiny
 MOTIF = {
     "num_decoder_blocks": 1,
     "text_cross_attention_single": True,
-    "condition_channels": 5,
+    "first_frame_channels": 5,
     "image_embed_dim": 6,
     "text_embed": "mlp",
 }
@@ -33,7 +33,7 @@ HUNYUAN15 = {
     "patch_size": (1, 1, 1),
     "num_single_blocks": 0,
     "text_refiner_depth": 1,
-    "condition_channels": 5,
+    "first_frame_channels": 5,
     "text2_dim": 9,
     "image_embed_dim": 6,
     "token_kinds": True,

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.whisper import WhisperConfig, WhisperEncoder
+from omnihuman_jax.models.speech.whisper import WhisperConfig, WhisperEncoder
 from omnihuman_jax.weights import whisper
 from omnihuman_jax.weights.modules import parameters
 from omnihuman_jax.weights.write import Renamed

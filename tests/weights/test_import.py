@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments.importing import fresh_conditions, import_base
+from experiments.import_weights import fresh_conditions, import_base
+from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.export import to_tensors
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.inference import export
-from omnihuman_jax.inference.export import to_tensors
 from omnihuman_jax.sharding.rules import tree_shardings
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats

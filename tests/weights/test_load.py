@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from omnihuman_jax.inference.export import to_tensors
+from omnihuman_jax.checkpoints.export import to_tensors
 from omnihuman_jax.sharding.rules import tree_shardings
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.load import Source, load

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import cli
+from experiments.common import cli
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.config import ModelConfig
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats, names

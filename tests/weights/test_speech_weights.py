@@ -8,8 +8,8 @@ import safetensors.numpy
 from flax import nnx
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from omnihuman_jax.models.whisper import WhisperConfig
+from omnihuman_jax.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from omnihuman_jax.models.speech.whisper import WhisperConfig
 from omnihuman_jax.weights import wav2vec2, whisper
 from omnihuman_jax.weights.modules import parameters
 from omnihuman_jax.weights.write import Renamed, write_files

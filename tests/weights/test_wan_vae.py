@@ -9,7 +9,7 @@ import safetensors.numpy
 from flax import nnx
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.vae import VAE, VAEConfig
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig
 from omnihuman_jax.weights import wan_vae
 from omnihuman_jax.weights.modules import parameters
 

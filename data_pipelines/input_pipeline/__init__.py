@@ -1,0 +1,1 @@
+"""From records to batches: schedule, mixture, windows, loader."""

@@ -1,0 +1,381 @@
+"""Which record, under which conditions, fills which row of which step: a pure function of (seed, step, row).
+
+Nothing is iterated from step 1: every count of earlier draws has a closed form, so step one million costs what step 1
+does, a resume is a step number, and hosts agree without talking. How it works, from the outside in:
+
+- Splits. A stream of draws numbered n = 0, 1, ... is dealt to several receivers by a balanced tree of two-way splits;
+  of the first n arrivals at a node, floor((n * left + phase) / total) went left. Counts are exact and low-discrepancy:
+  each split is off by less than one draw at any time, whatever the length. The phases come from the seed.
+- The steps of a stage are split over buckets (latent H,W): all rows of a step share one shape. The draws of a bucket
+  (its steps times the batch) are split by need (audio and pose, audio, pose, neither) and each need's draws over the
+  cells of `mixture.py`. A cell's position is its draws so far, those of earlier stages included, over all needs.
+- A cell's draws run through a new random permutation of its records every epoch, so that none repeats within an epoch.
+- A stage draws from the clips as long as its window. Where that leaves a cell fewer records, it is a cell of its own,
+  with its own epochs; with the same records it goes on where it was.
+- Text and reference select no records: their ratios are met by shuffled blocks of `WINDOW` rows, in which every prefix
+  is within two rows of its share.
+
+Window of the ratios: over any 1,000 consecutive samples of a stage a condition is scheduled within 1 % of its ratio,
+and over a stage within a few rows. One exception: where buckets differ in the share they can give (one has no eligible
+records, so others take over its quota), a span can hold a step too many of one and too few of another. Each two-way
+split of the buckets then adds less than one batch times the difference of its sides' shares. Both bounds are counted
+by tests/data_pipelines/input_pipeline/test_schedule.py.
+
+A stage's plan never depends on later stages or on its own length, and its streams are keyed by its name, so changing a
+later stage moves nothing earlier, and a change during a run is one more row in the table (`stage_table.continued`):
+every cell goes on where it was.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+
+from data_pipelines.input_pipeline import mixture
+from data_pipelines.input_pipeline.counter_random import hash64, make_key, permutation, uniform
+from data_pipelines.input_pipeline.stage_table import StagePlan, segments
+from omnihuman_jax import conditions
+from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax.errors import UserError
+
+WINDOW = 1000  # samples over which the ratios are held
+SHUFFLED = 16  # neighbouring rows among which a step's draws are shuffled; a window cuts two such groups at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The rows of one step, [B] each. Draws are uniform in [0,1) and independent of everything else."""
+
+    step: int
+    stage: int  # position in the stage table
+    bucket: tuple[int, int]  # latent (H,W) of every row
+    record: np.ndarray  # int64 [B], data set index
+    scheduled: np.ndarray  # bool [B,4], by the ratios
+    active: np.ndarray  # bool [B,4], scheduled and not dropped for guidance
+    start_draw: np.ndarray  # float64 [B,2], for the window's start
+    reference_draw: np.ndarray  # float64 [B], for the reference frame
+
+
+class _Split:
+    """Deals draws to receivers in proportion to integer weights; `counts` is the closed form."""
+
+    def __init__(self, weights: Sequence[int], *key: object):
+        self._weights = [int(w) for w in weights]
+        # One node per split, in the order in which `_counts` meets them.
+        self._phases = hash64(make_key("split", *key), np.arange(max(len(weights), 2))).tolist()
+
+    def counts(self, n: int | np.ndarray) -> np.ndarray:
+        """int64 [receivers, *n.shape]: how many of the first n draws each receiver got."""
+        n = np.asarray(n, np.int64)
+        return np.stack(self._counts(n, 0, len(self._weights)))
+
+    def _counts(self, n: np.ndarray, begin: int, end: int) -> list[np.ndarray]:
+        if end - begin == 1:
+            return [n]
+        middle = (begin + end) // 2
+        left, total = sum(self._weights[begin:middle]), sum(self._weights[begin:end])
+        # The node between begin and end is named by its middle, which no other node shares.
+        to_left = (n * left + self._phases[middle] % total) // total if total else n
+        return self._counts(to_left, begin, middle) + self._counts(n - to_left, middle, end)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+    """The draws of one bucket in one stage, dealt to (need, cell) pairs."""
+
+    needs: _Split
+    cells: tuple[_Split | None, ...]  # by need
+    leaves: tuple[tuple[int, int], ...]  # (need, cell) in the order of `counts`
+
+    def counts(self, n: np.ndarray) -> np.ndarray:
+        """int64 [leaves, *n.shape]."""
+        by_need = self.needs.counts(n)
+        return np.concatenate(
+            [split.counts(by_need[need]) for need, split in enumerate(self.cells) if split is not None]
+        )
+
+
+class Schedule:
+    """The staged selection map over the records of one data set. Immutable and picklable."""
+
+    def __init__(
+        self,
+        stages: Sequence[StagePlan],
+        index: Sequence[Mapping],
+        *,
+        global_batch_size: int,
+        seed: int,
+        guidance_dropout: Mapping[str, float] | None = None,
+        records: Sequence[int] | None = None,
+    ):
+        """Plans every stage.
+
+        Args:
+          stages: the table; stage n+1 starts at the step after stage n. Stages of zero steps are allowed.
+          global_batch_size: of the stages that give none.
+          index: data set index, entries with source, split, shape [Tclip,H,W], audio, pose.
+          guidance_dropout: condition name -> probability that a scheduled condition is withheld for classifier-free
+            guidance, apart from the ratios.
+          records: index positions to use; default all of split "train".
+
+        Raises:
+          UserError: no records, or a stage whose ratios, sizes or sources they cannot give.
+        """
+        if global_batch_size < 1:
+            raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
+        self.batch_size, self.seed = int(global_batch_size), int(seed)
+        self._dropout = np.array([float((guidance_dropout or {}).get(name, 0.0)) for name in CONDITIONS])
+        self._check_dropout(guidance_dropout or {})
+        if records is None:
+            records = [i for i, entry in enumerate(index) if entry["split"] == "train"]
+        if not records:
+            raise UserError("the data set has no training clips; prepare data with some, or change the held-out ones")
+        self._groups = mixture.make_cells(index, records)  # cells of all clips, however short
+        self._lengths = [np.array([index[i]["shape"][0] for i in group.records]) for group in self._groups]
+        self._plan(stages)
+
+    def with_stages(self, stages: Sequence[StagePlan]) -> Self:
+        """The schedule of another table over the same records.
+
+        Raises:
+          UserError: as at construction.
+        """
+        other = copy.copy(self)
+        other._plan(stages)
+        return other
+
+    def _plan(self, stages: Sequence[StagePlan]) -> None:
+        self.stages = tuple(
+            dataclasses.replace(stage, batch_size=int(stage.batch_size or self.batch_size)) for stage in stages
+        )
+        self._check_table()
+        self.cells: tuple[mixture.Cell, ...] = ()  # all that occur; those of a stage are `_usable`
+        self._usable = [self._usable_cells(stage) for stage in self.stages]
+        self._members = [np.array(cell.records, np.int64) for cell in self.cells]
+        # The number of records tells apart the cells of one name: they differ by a least length only.
+        self._cell_keys = [make_key("cell", self.seed, cell.name, len(cell.records)) for cell in self.cells]
+        self._mixtures, self._bucket_splits, self._streams = [], [], []
+        self._bases = [np.zeros(len(self.cells), np.int64)]  # draws of each cell before each stage
+        self._keys = [
+            (self.seed, stage.name, segment) for stage, segment in zip(self.stages, segments(self.stages), strict=True)
+        ]
+        for number, stage in enumerate(self.stages):
+            self._add_stage(number, stage)
+
+    def _usable_cells(self, stage: StagePlan) -> list[int]:
+        """Positions in `cells` (added there where new) of the records that are long enough for a stage."""
+        known = {(cell.name, len(cell.records)): i for i, cell in enumerate(self.cells)}
+        usable = []
+        for group, lengths in zip(self._groups, self._lengths, strict=True):
+            fits = lengths >= stage.window_frames
+            count = int(np.count_nonzero(fits))
+            if not count:
+                continue
+            if (group.name, count) not in known:
+                cell = group
+                if count < len(lengths):
+                    cell = dataclasses.replace(group, records=tuple(np.array(group.records)[fits].tolist()))
+                known[group.name, count] = len(self.cells)
+                self.cells += (cell,)
+            usable.append(known[group.name, count])
+        if not usable:
+            raise UserError(
+                f"stages.{stage.name}: no training clip is as long as its window of {stage.window_frames} latent "
+                f"frames; use longer clips or a shorter window"
+            )
+        return usable
+
+    def _check_table(self) -> None:
+        if not self.stages:
+            raise UserError("stages: the table is empty; give at least one stage")
+        expected = 1
+        for stage in self.stages:
+            if stage.first_step != expected or stage.num_steps < 0:
+                raise UserError(
+                    f"stages.{stage.name}: starts at step {stage.first_step} with {stage.num_steps} steps; "
+                    f"expected a start at step {expected} and steps of 0 or more"
+                )
+            if stage.batch_size < 1:
+                raise UserError(f"stages.{stage.name}: batch size {stage.batch_size} must be at least 1")
+            expected += stage.num_steps
+
+    def _check_dropout(self, given: Mapping[str, float]) -> None:
+        for name, value in given.items():
+            if name not in conditions.GUIDED or not 0 <= value <= 1:
+                raise UserError(
+                    f"guidance dropout {name}={value}: only {' and '.join(conditions.GUIDED)} can be dropped, with a "
+                    f"probability between 0 and 1"
+                )
+
+    def _add_stage(self, number: int, stage: StagePlan) -> None:
+        cells, key = [self.cells[i] for i in self._usable[number]], self._keys[number]
+        mix = mixture.plan_mixture(
+            stage.name, stage.ratios, cells, stage.bucket_weights, self._source_weights(stage, cells)
+        )
+        streams = []
+        for b, size in enumerate(mix.buckets):
+            splits = [
+                _Split([rate for _, rate in mix.cell_rates[b][need]], *key, size, need)
+                if mix.cell_rates[b][need]
+                else None
+                for need in range(len(mixture.NEEDS))
+            ]
+            leaves = [
+                (need, self._usable[number][cell])
+                for need in range(len(mixture.NEEDS))
+                for cell, _ in mix.cell_rates[b][need]
+            ]
+            streams.append(_Bucket(_Split(mix.need_rates[b], *key, size), tuple(splits), tuple(leaves)))
+        self._mixtures.append(mix)
+        self._bucket_splits.append(_Split(mix.bucket_rates, *key))
+        self._streams.append(streams)
+        self._bases.append(self._draws(number, stage.num_steps))
+
+    def _source_weights(self, stage: StagePlan, cells: Sequence[mixture.Cell]) -> dict[str, float] | None:
+        """The stage's source weights, without weights of 0 for sources whose clips are all too short for it."""
+        if stage.source_weights is None:
+            return None
+        missing = {group.source for group in self._groups} - {cell.source for cell in cells}
+        for source in sorted(missing):
+            if stage.source_weights.get(source, 0) > 0:
+                raise UserError(
+                    f"stages.{stage.name}: source {source!r} has a weight, but no clip as long as the window of "
+                    f"{stage.window_frames} latent frames; give it longer clips, shorten the window or set its weight "
+                    f"to 0"
+                )
+        return {source: weight for source, weight in stage.source_weights.items() if source not in missing}
+
+    def _draws(self, number: int, steps: int) -> np.ndarray:
+        """Draws of every cell before stage `number` and in its first `steps` steps, [cells]."""
+        draws, size = self._bases[number].copy(), self.stages[number].batch_size
+        for bucket, done in zip(self._streams[number], self._bucket_splits[number].counts(steps), strict=True):
+            for (_, cell), count in zip(bucket.leaves, bucket.counts(done * size), strict=True):
+                draws[cell] += count
+        return draws
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages together."""
+        return self.stages[-1].last_step
+
+    def stage_at(self, step: int) -> int:
+        """Position in the stage table of a step (from 1)."""
+        for number, stage in enumerate(self.stages):
+            if stage.first_step <= step <= stage.last_step:
+                return number
+        raise ValueError(f"step {step} is outside the stage table, 1..{self.num_steps}")
+
+    def bucket_at(self, step: int) -> tuple[int, int]:
+        """Latent (H,W) of a step."""
+        number, bucket, _ = self._bucket_of(step)
+        return self._mixtures[number].buckets[bucket]
+
+    def _bucket_of(self, step: int) -> tuple[int, int, int]:
+        """(stage, bucket, earlier steps of that bucket in the stage)."""
+        number = self.stage_at(step)
+        local = step - self.stages[number].first_step
+        counts = self._bucket_splits[number].counts(np.array([local, local + 1]))
+        bucket = int(np.argmax(counts[:, 1] - counts[:, 0]))
+        return number, bucket, int(counts[bucket, 0])
+
+    def buckets(self, number: int) -> tuple[tuple[int, int], ...]:
+        """Latent sizes (H,W) that occur in a stage."""
+        return self._mixtures[number].buckets
+
+    def positions(self, step: int) -> dict[tuple, int]:
+        """Draws of every cell of the step's stage before it: {(source, (H,W), audio, pose): count}."""
+        number = self.stage_at(step)
+        draws = self._draws(number, step - self.stages[number].first_step)
+        return {self.cells[i].name: int(draws[i]) for i in self._usable[number]}
+
+    def select(self, step: int, rows: slice = slice(None)) -> Selection:
+        """The selection of a step (from 1), for a slice of the global rows."""
+        number, bucket, before = self._bucket_of(step)
+        stream, size = self._streams[number][bucket], self.stages[number].batch_size
+        counts = stream.counts(before * size + np.arange(size + 1))
+        # The splits are regular and a row should not be: which row gets which draw is shuffled, among neighbours, so
+        # that a span which ends within a step still holds the ratios.
+        order = np.lexsort((hash64(make_key("order", self.seed), step, np.arange(size)), np.arange(size) // SHUFFLED))
+        leaf = np.argmax(np.diff(counts, axis=1), axis=0)[order]  # of each row
+        needs, cells = np.array(stream.leaves).T[:, leaf]
+        position = np.empty(size, np.int64)
+        draws = self._bases[number].copy()
+        np.add.at(draws, [cell for _, cell in stream.leaves], counts[:, 0])  # a cell lies in one bucket only
+        for cell in np.unique(cells):
+            mine = cells == cell
+            position[mine] = draws[cell] + np.arange(np.count_nonzero(mine))  # in row order, so epochs end cleanly
+        need = np.array(mixture.NEEDS)[needs[rows]]
+        row = np.arange(size)[rows]
+        scheduled = np.stack([*(self._flag(name, step, number, row) for name in CONDITIONS[:2]), *need.T], axis=1)
+        dropped = np.stack([self._uniform(f"drop {name}", step, row) for name in CONDITIONS], axis=1) < self._dropout
+        return Selection(
+            step=step,
+            stage=number,
+            bucket=self._mixtures[number].buckets[bucket],
+            record=self._records(cells[rows], position[rows]),
+            scheduled=scheduled,
+            active=scheduled & ~dropped,
+            start_draw=np.stack([self._uniform(f"start {i}", step, row) for i in range(2)], axis=1),
+            reference_draw=self._uniform("reference", step, row),
+        )
+
+    def _records(self, cells: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Data set indices of the n-th draws of cells, [B]."""
+        records = np.empty(len(cells), np.int64)
+        for cell in np.unique(cells):
+            members, mine = self._members[cell], (cells == cell).nonzero()[0]
+            epochs, places = np.divmod(positions[mine], len(members))
+            for epoch in np.unique(epochs):
+                order = permutation(self._cell_keys[cell], int(epoch), len(members))
+                records[mine[epochs == epoch]] = members[order[places[epochs == epoch]]]
+        return records
+
+    def _flag(self, name: str, step: int, number: int, rows: np.ndarray) -> np.ndarray:
+        """bool [rows]: text or reference scheduled."""
+        stage = self.stages[number]
+        draw = (step - stage.first_step) * stage.batch_size + rows
+        rate = round(mixture.UNIT * stage.ratios[name])
+        block = draw // WINDOW
+        result = np.empty(len(rows), bool)
+        for b in np.unique(block):
+            flags = _flag_block(make_key("flag", name, *self._keys[number]), int(b), rate)
+            result[block == b] = flags[draw[block == b] % WINDOW]
+        return result
+
+    def _uniform(self, purpose: str, step: int, rows: np.ndarray) -> np.ndarray:
+        return uniform(make_key(purpose, self.seed), step, rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _flag_block(key: int, block: int, rate: int) -> np.ndarray:
+    """bool [WINDOW] with a share rate/UNIT of True, randomly placed, every prefix within two of its share."""
+    total, phase = WINDOW * rate, int(hash64(key)[0] % np.uint64(mixture.UNIT))
+    ones = ((block + 1) * total + phase) // mixture.UNIT - (block * total + phase) // mixture.UNIT
+    # The k-th of n equals falls at random into the k-th n-th of the block; sorting gives both kinds whole places.
+    flags = np.arange(WINDOW) < ones
+    rank = np.where(flags, np.arange(WINDOW), np.arange(WINDOW) - ones)
+    size = np.where(flags, max(ones, 1), max(WINDOW - ones, 1))
+    return flags[np.argsort((rank + uniform(key, block, np.arange(WINDOW))) / size, kind="stable")]
+
+
+def ratio_report(schedule: Schedule, first_step: int, last_step: int) -> dict[str, dict[str, float]]:
+    """Counts the steps of a span (one stage's, or the targets are those of its first step).
+
+    Returns:
+      condition name -> {"target", "scheduled", "active"} shares; beside them "samples" -> {"count": rows counted}.
+    """
+    scheduled, active, rows = np.zeros(len(CONDITIONS)), np.zeros(len(CONDITIONS)), 0
+    for step in range(first_step, last_step + 1):
+        selection = schedule.select(step)
+        scheduled += selection.scheduled.sum(axis=0)
+        active += selection.active.sum(axis=0)
+        rows += len(selection.record)
+    target = schedule.stages[schedule.stage_at(first_step)].ratios
+    report = {
+        name: {"target": float(target[name]), "scheduled": float(s / rows), "active": float(a / rows)}
+        for name, s, a in zip(CONDITIONS, scheduled, active, strict=True)
+    }
+    return report | {"samples": {"count": float(rows)}}

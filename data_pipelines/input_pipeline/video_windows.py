@@ -1,0 +1,202 @@
+"""Random windows of directories of video files, as a pure function of (seed, step): the data of VAE training."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+from data_pipelines.raw import media
+from omnihuman_jax.errors import UserError
+
+_WHOLE_CLIP_BYTES = 256 << 20  # clips up to this size are decoded once and kept; longer ones are read by seeking
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One shape of batch: `frames` x `height` x `width` pixels, `batch` rows, drawn with a weight of `share`."""
+
+    frames: int
+    height: int
+    width: int
+    batch: int
+    share: float = 1.0
+
+
+class VideoFolder:
+    """Video files of one or more directories, split into "train" and "heldout"; directories are drawn equally often.
+
+    A directory's `manifest.json` (raw clips) or `dataset.json` (prepared ones) says which files are held out. Files
+    that it does not name are split by the digest of their name, so that adding files moves none to the other side.
+
+    Args:
+      directories: path, or several joined by commas; searched recursively for `media.VIDEO_SUFFIXES`.
+      exclude: regular expression; files whose path below their directory it finds are left out. "" leaves out none.
+      heldout: share of the unlisted files to hold out, 0..1; at least one file of each directory is.
+      cache_bytes: how much decoded video to keep.
+      short_side: larger frames are shrunk to this many pixels on their short side.
+
+    Raises:
+      UserError: no such directory, fewer than two videos in it, none left to train on, or a bad regular expression.
+    """
+
+    def __init__(
+        self,
+        directories: str | Path,
+        *,
+        exclude: str = "",
+        heldout: float = 0.05,
+        cache_bytes: int = 1 << 30,
+        short_side: int = 160,
+    ):
+        try:
+            pattern = re.compile(exclude) if exclude else None
+        except re.error as error:
+            raise UserError(f"data.exclude={exclude!r}: not a regular expression ({error})") from error
+        roots = [_split_files(Path(d.strip()), pattern, heldout) for d in str(directories).split(",")]
+        # Split -> for each directory its files.
+        self.splits = {"train": [train for train, _ in roots], "heldout": [held for _, held in roots]}
+        self._cache: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
+        self._cache_bytes, self._cached, self._short_side = cache_bytes, 0, short_side
+        self._sizes: dict[Path, _Size] = {}
+
+    def count(self, split: str) -> int:
+        """Number of files of a split."""
+        return sum(len(files) for files in self.splits[split])
+
+    def read(self, path: Path, start: int, count: int) -> np.ndarray:
+        """Frames start..start+count-1 at 25 fps, uint8 (count, height, width, 3); the last is repeated past the end.
+
+        Raises:
+          UserError: the file cannot be decoded.
+        """
+        if path not in self._cache and self._size(path).bytes <= _WHOLE_CLIP_BYTES:
+            self._cache[path] = _shrunk(media.iter_video(path), self._short_side)
+            self._cached += self._cache[path].nbytes
+            while self._cached > self._cache_bytes and len(self._cache) > 1:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            clip = self._cache[path]
+            frames = clip[min(start, len(clip) - 1) : start + count]
+        else:
+            times = {"start": start / media.FPS, "end": (start + count) / media.FPS}
+            frames = _shrunk(media.iter_video(path, **times), self._short_side)[:count]
+        return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
+
+    def _size(self, path: Path) -> "_Size":
+        if path not in self._sizes:
+            self._sizes[path] = _probe(path, self._short_side)
+        return self._sizes[path]
+
+    def window(self, split: str, bucket: Bucket, rng: np.random.Generator, min_scale: float) -> np.ndarray:
+        """One random window, cropped and resized to the bucket: float32 (frames, height, width, 3) in [-1, 1].
+
+        The crop has the bucket's aspect ratio and between `min_scale` and all of the largest such size in the frame;
+        half of the windows are mirrored.
+        """
+        files = self.splits[split][rng.integers(len(self.splits[split]))]
+        path = files[rng.integers(len(files))]
+        start = int(rng.integers(max(self._size(path).frames - bucket.frames, 0) + 1))
+        frames = self.read(path, start, bucket.frames)
+        height, width = frames.shape[1:3]
+        fit = min(height / bucket.height, width / bucket.width) * rng.uniform(min_scale, 1.0)
+        crop_h, crop_w = max(round(bucket.height * fit), 1), max(round(bucket.width * fit), 1)
+        top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
+        crop = frames[:, top : top + crop_h, left : left + crop_w]
+        if rng.random() < 0.5:
+            crop = crop[:, :, ::-1]
+        method = cv2.INTER_AREA if crop_h >= bucket.height else cv2.INTER_CUBIC
+        size = (bucket.width, bucket.height)
+        resized = np.stack([cv2.resize(np.ascontiguousarray(f), size, interpolation=method) for f in crop])
+        return resized.astype(np.float32) / 127.5 - 1.0
+
+    def batch(self, buckets: list[Bucket], seed: int, step: int, *, min_scale: float, split: str = "train"):
+        """The batch of a step: float32 (B, F, Hp, Wp, 3); a function of the files, the seed and the step alone."""
+        shares = np.array([bucket.share for bucket in buckets], np.float64)
+        choice = np.random.default_rng([seed, step]).choice(len(buckets), p=shares / shares.sum())
+        bucket = buckets[choice]
+        rows = (np.random.default_rng([seed, step, row]) for row in range(bucket.batch))
+        return np.stack([self.window(split, bucket, rng, min_scale) for rng in rows])
+
+
+def _split_files(root: Path, exclude: re.Pattern | None, heldout: float) -> tuple[list[Path], list[Path]]:
+    """(train, held-out) files below a directory."""
+    if not root.is_dir():
+        raise UserError(f"data.dir={str(root)!r}: no such directory; give one that holds video files")
+    names = sorted(
+        p.relative_to(root).as_posix()
+        for p in root.rglob("*")
+        if p.suffix.lower() in media.VIDEO_SUFFIXES and p.is_file()
+    )
+    names = [n for n in names if not (exclude and exclude.search(n))]
+    if len(names) < 2:
+        raise UserError(f"data.dir={root}: {len(names)} video files; at least 2 are needed")
+    listed = _listed_splits(root)
+    held = {n for n in names if (listed[n] == "heldout" if n in listed else _fraction(n) < heldout)}
+    held = held or {min(names, key=_fraction)}
+    train = [n for n in names if n not in held]
+    if not train:
+        raise UserError(
+            f"data.dir={root}: all {len(names)} videos are held out; lower data.heldout={heldout} or add more"
+        )
+    return [root / n for n in train], [root / n for n in sorted(held)]
+
+
+def _listed_splits(root: Path) -> dict[str, str]:
+    """File below `root` -> "train" or "heldout", as far as the directory's own list says."""
+    for name, key in (("manifest.json", "clips"), ("dataset.json", "index")):
+        try:
+            entries = json.loads((root / name).read_text())[key]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{root / name}: not a readable list of clips ({error}); write the directory again"
+            ) from error
+        # A prepared clip's file is named by its id.
+        file = "clips/{}.mp4"
+        files = (e["file"] if key == "clips" else file.format(e["id"].replace("/", "__")) for e in entries)
+        return {f: e["split"] for f, e in zip(files, entries, strict=True) if "split" in e}
+    return {}
+
+
+def _shrunk(frames: Iterable[np.ndarray], short_side: int) -> np.ndarray:
+    """Stacks frames, each shrunk to at most `short_side` pixels on its short side."""
+    shrunk = []
+    for frame in frames:
+        scale = short_side / min(frame.shape[:2])
+        if scale < 1:
+            size = (round(frame.shape[1] * scale), round(frame.shape[0] * scale))
+            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        shrunk.append(frame)
+    return np.stack(shrunk)
+
+
+def _fraction(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """Frames at 25 fps, and bytes of all of them decoded and shrunk."""
+
+    frames: int
+    bytes: int
+
+
+def _probe(path: Path, short_side: int) -> _Size:
+    """From the file's header, without decoding."""
+    if not media.has_video(path):
+        raise UserError(f"{path}: has no video stream; take it out or replace it")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = max(int((container.duration or 0) / av.time_base * media.FPS), 1)
+        scale = min(1.0, short_side / min(stream.height, stream.width))
+        return _Size(frames, round(frames * stream.height * stream.width * 3 * scale**2))

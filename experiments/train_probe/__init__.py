@@ -1,0 +1,1 @@
+"""Training of the probe that reads keypoints, mouth and appearance off rendered frames."""

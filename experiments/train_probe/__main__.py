@@ -1,0 +1,125 @@
+"""Trains the probe on rendered frames and measures it on held-out rendered people.
+
+    python -m experiments.train_probe --data=DIR --output=experiments/assets/probe.safetensors --steps=900
+
+DIR is what `python -m data_pipelines.synthetic` writes. Frames are degraded on purpose (blur, noise, blotches, and with
+--vae also reconstructions by the VAE), because the probe has to read frames that a generator made.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from data_pipelines.keypoints import KEYPOINTS
+from data_pipelines.raw import media
+from experiments.common import cli
+from experiments.train_probe.training import Clip
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.evaluation import probe as obs
+from omnihuman_jax.inference import images
+from omnihuman_jax.models.vae.vae import compiled, load_vae
+
+
+def define_flags() -> None:
+    """Defined when run as a program only, so that importing this module takes no flag names."""
+    flags.DEFINE_string("data", None, "Directory written by data_pipelines.synthetic.")
+    flags.DEFINE_string("output", "experiments/assets/probe.safetensors", "Weights to write.")
+    flags.DEFINE_integer("steps", 900, "Training steps.", lower_bound=1)
+    flags.DEFINE_integer("batch", 48, "Frames a step.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of weights, choices and degradations.")
+    flags.DEFINE_integer("every", 2, "Use every n-th frame of a training clip.", lower_bound=1)
+    flags.DEFINE_string("vae", "", "VAE weights: reconstructed training clips are used beside the rendered ones.")
+
+
+def main(_: list[str]) -> None:
+    f = flags.FLAGS
+    if not f.data:
+        raise UserError("--data is not given; make it with `python -m data_pipelines.synthetic --output=DIR`")
+    started = time.perf_counter()
+    manifest = read_manifest(Path(f.data))
+    training = read_clips(Path(f.data), manifest, "train")
+    heldout = read_clips(Path(f.data), manifest, "heldout")
+    print(f"{len(training)} training and {len(heldout)} held-out clips read in {time.perf_counter() - started:.0f} s")
+    attributes = np.stack([clip.attributes for clip in training])
+    config = obs.ProbeConfig(
+        keypoints=KEYPOINTS,
+        attributes=training[0].attribute_names,
+        attribute_mean=tuple(attributes.mean(0).tolist()),
+        attribute_std=tuple(np.maximum(attributes.std(0), 1e-2).tolist()),
+    )
+    used = [clip.every(f.every) for clip in training + (reconstruct(training, f.vae) if f.vae else [])]
+    network = training.train(config, used, steps=f.steps, batch=f.batch, seed=f.seed)
+    probe = obs.Probe(config, network)
+    accuracy = {"rendered": training.accuracy_on(probe, heldout)}
+    if f.vae:
+        accuracy["reconstructed"] = training.accuracy_on(probe, reconstruct(heldout, f.vae))
+    probe.header = {
+        "made_by": f"experiments.train_probe --steps={f.steps} --batch={f.batch} --seed={f.seed} --every={f.every}",
+        "data": {"training_clips": len(training), **manifest.get("arguments", {})},
+        "through_vae": bool(f.vae),
+        "accuracy": accuracy,
+    }
+    obs.save_probe(f.output, probe)
+    print(json.dumps(probe.header, indent=1))
+    print(f"wrote {f.output} in {time.perf_counter() - started:.0f} s")
+
+
+def read_manifest(directory: Path) -> dict:
+    """manifest.json of a rendered data set.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads((directory / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory} holds no readable manifest.json ({type(error).__name__}); make it with "
+            f"`python -m data_pipelines.synthetic --output={directory}`"
+        ) from error
+
+
+def read_clips(directory: Path, manifest: dict, split: str) -> list[Clip]:
+    """The clips of one split with their annotations.
+
+    Raises:
+      UserError: the split is empty.
+    """
+    clips = []
+    for entry in manifest["clips"]:
+        if entry["split"] != split:
+            continue
+        frames = media.read_video(directory / entry["file"])
+        with np.load(directory / entry["annotations"], allow_pickle=False) as arrays:
+            fields = {name: np.asarray(arrays[name], np.float32) for name in ("mouth", "attributes")}
+            # Also for clips whose keypoints are kept from the training of the generator.
+            fields["keypoints"] = np.asarray(arrays["truth_keypoints"], np.float32)
+            names = tuple(str(name) for name in arrays["attribute_names"])
+        count = min(len(frames), len(fields["mouth"]))
+        fields |= {name: fields[name][:count] for name in ("keypoints", "mouth")}
+        clips.append(Clip(frames[:count], **fields, attribute_names=names))
+    if not clips:
+        raise UserError(f"{directory} has no {split} clips; render more with `python -m data_pipelines.synthetic`")
+    return clips
+
+
+def reconstruct(clips: list[Clip], path: str) -> list[Clip]:
+    """The clips (cut to 1 + 4n frames, at most 49) after encoding and decoding by the VAE at `path`."""
+    encode, decode = compiled(load_vae(path))
+    made = []
+    for clip in clips:
+        count = min(49, 1 + 4 * ((len(clip.frames) - 1) // 4))
+        frames = images.to_pixels(np.asarray(decode(encode(images.to_model(clip.frames[:count])[None]))[0]))
+        made.append(
+            dataclasses.replace(clip, frames=frames, keypoints=clip.keypoints[:count], mouth=clip.mouth[:count])
+        )
+    return made
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run_main(main)

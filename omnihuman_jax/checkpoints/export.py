@@ -1,0 +1,272 @@
+"""Checkpoints as safetensors + config, the durable format for serving, and back.
+
+A directory of:
+
+    model.safetensors        parameters by dotted name, one tensor per block (`dual.blocks.3.img_q.kernel`),
+                             or model-00001-of-00004.safetensors … with model.safetensors.index.json
+    vae.safetensors          the VAE, as it is, where the config names one
+    config.json              the resolved config, conditions, step, stage and what the parameters are
+
+Kernels are (in, out). In memory the blocks of one kind are stacked along a leading layer axis, because
+they run under one scan; files hold them apart, because that is what other tools expect.
+
+With a naming of `weights.formats`, in the place of model.safetensors:
+
+    transformer/             the base part under the original's names, with diffusers' config.json where it has one
+    conditions.safetensors   what OmniHuman adds to the base (audio, pose, null text), by dotted name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import ChainMap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from omnihuman_jax.checkpoints.read import find_checkpoint, load_for_inference, read_meta
+from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.training.state import make_network
+from omnihuman_jax.weights import formats
+from omnihuman_jax.weights import load as weights_load
+from omnihuman_jax.weights.load import Source
+from omnihuman_jax.weights.names import STACKED, account, is_condition, our_shapes, same_names
+from omnihuman_jax.weights.read import open_files, read_json
+from omnihuman_jax.weights.write import Renamed, write_files
+
+FORMATS = ("safetensors",)
+CONFIG_FILE, WEIGHTS_FILE, VAE_FILE = "config.json", "model.safetensors", "vae.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+BASE_FOLDER, CONDITIONS_FILE = "transformer", "conditions.safetensors"
+KIND, VERSION = "omnihuman_jax.model", 1
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def to_tensors(params: Any) -> dict[str, np.ndarray]:
+    """Nested parameters as a flat dict of dotted names, the stacked blocks apart.
+
+    Args:
+      params: nested dict of arrays.
+
+    Returns:
+      name -> array; bit for bit the values of `params`.
+    """
+    tensors = {}
+    for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+        group, *rest = (str(key.key) for key in path)
+        value = np.asarray(value)
+        if group not in STACKED:
+            tensors[".".join((group, *rest))] = value
+            continue
+        for i, block in enumerate(value):
+            tensors[".".join((group, "blocks", str(i), *rest))] = block
+    return tensors
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> int:
+    return write_files(folder, tensors, "model", max_bytes=max_bytes, metadata={"format": KIND})
+
+
+def _write_renamed(folder: Path, config: ConfigDict, tensors: Mapping[str, np.ndarray], naming: str, size: int) -> int:
+    """The base part in another naming, and the condition modules beside it."""
+    network = make_network(config)
+    base = folder / BASE_FOLDER
+    base.mkdir()
+    entries = formats.base_entries(naming, network.config, network.abstract_params)
+    stem = "diffusion_pytorch_model" if formats.FORMATS[naming].class_config(network.config) else "model"
+    count = write_files(base, Renamed(tensors, entries), stem, max_bytes=size, metadata={"format": "pt"})
+    if described := formats.FORMATS[naming].class_config(network.config):
+        _write_json(base / CONFIG_FILE, described)
+    ours = {name: tensors[name] for name in tensors if is_condition(name)}
+    stem = CONDITIONS_FILE.removesuffix(".safetensors")
+    return count + write_files(folder, ours, stem, metadata={"format": KIND})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether `path` is a directory that `save` wrote."""
+    path = Path(path)
+    weights = (WEIGHTS_FILE, INDEX_FILE, CONDITIONS_FILE)
+    return (path / CONFIG_FILE).is_file() and any((path / name).is_file() for name in weights)
+
+
+def check_format(name: str) -> None:
+    """Raises UserError for a format that cannot be written, naming those that can."""
+    if name not in FORMATS:
+        raise UserError(f"--format={name}: unknown export format; there is {', '.join(FORMATS)}")
+
+
+def check_output(output: str | Path) -> Path:
+    """Raises UserError unless the directory `output` can be made: its parent exists and nothing is in the way."""
+    output = Path(output).absolute()
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: the directory {output.parent} does not exist; make it first")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output={output}: exists and is not an empty directory; name a new one")
+    return output
+
+
+def save(
+    output: str | Path,
+    config: ConfigDict,
+    params: Any,
+    info: Mapping[str, Any],
+    *,
+    ema: bool,
+    naming: str = "",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Writes an exported directory; it appears complete or not at all.
+
+    Args:
+      output: directory to make; its parent must exist.
+      config: resolved config of the checkpoint; `vae.checkpoint` is copied into the directory, unless it is empty.
+      params: nested dict of parameters, or a mapping from dotted names to arrays, each made when asked for.
+      info: `step` and `stage` of the checkpoint.
+      ema: whether `params` are the EMA (recorded).
+      naming: one of `weights.formats.FORMATS` for the base part; "" = our own names.
+      max_shard_bytes: largest weight file.
+
+    Returns:
+      The directory.
+
+    Raises:
+      UserError: the place is taken or cannot be written, or the VAE file is missing.
+    """
+    output = check_output(output)
+    vae = Path(config.vae.checkpoint) if config.vae.checkpoint else None
+    if vae and not vae.is_file():
+        raise UserError(f"vae.checkpoint={vae}: no such file; run the export where the training ran")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as made:
+            folder = Path(made) / output.name
+            folder.mkdir()
+            tensors = to_tensors(params) if isinstance(params, dict) else params
+            if naming:
+                count = _write_renamed(folder, config, tensors, naming, max_shard_bytes)
+            else:
+                count = _write_weights(folder, tensors, max_shard_bytes)
+            plain = json.loads(json.dumps(config.to_dict()))
+            head = {
+                "kind": KIND,
+                "version": VERSION,
+                "step": info["step"],
+                "stage": info["stage"],
+                "ema": ema,
+                "conditions": list(CONDITIONS),
+                "parameters": count,
+            }
+            if vae:
+                shutil.copyfile(vae, folder / VAE_FILE)
+                plain["vae"] |= {"checkpoint": VAE_FILE}
+                head["vae_sha256"] = hashlib.sha256(vae.read_bytes()).hexdigest()
+            if naming:
+                head["naming"] = naming
+            _write_json(folder / CONFIG_FILE, head | {"config": plain})
+            if output.is_dir():
+                output.rmdir()
+            folder.rename(output)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another directory") from error
+    return output
+
+
+def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """The resolved config and the head (`step`, `stage`, `ema`, …) of an exported directory, without its weights.
+
+    Raises:
+      UserError: another kind or version, or conditions in another order than this program's.
+    """
+    path = Path(path).absolute()
+    head = read_json(path / CONFIG_FILE)
+    found = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
+    if found != (KIND, VERSION):
+        raise UserError(f"{path / CONFIG_FILE}: kind and version are {found}, this program reads {(KIND, VERSION)}")
+    if tuple(head["conditions"]) != CONDITIONS:
+        raise UserError(
+            f"{path / CONFIG_FILE}: conditions are {head['conditions']}, this program has {list(CONDITIONS)}"
+        )
+    config = ConfigDict(head.pop("config"))
+    if config.vae.checkpoint:
+        config.vae.checkpoint = str(path / VAE_FILE)
+    return config, head
+
+
+def load_config(path: str | Path) -> ConfigDict:
+    """The resolved config of a training checkpoint or an exported directory, without its weights.
+
+    Raises:
+      UserError: nothing there, or it cannot be read.
+    """
+    if is_exported(path):
+        return read_config(path)[0]
+    return ConfigDict(read_meta(find_checkpoint(path))["config"])
+
+
+def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapping[str, np.ndarray]:
+    """The parameters of an exported directory by dotted name, each read when asked for.
+
+    Raises:
+      UserError: a file is damaged, or a tensor is missing, left over, or of another shape.
+    """
+    path, network = Path(path), make_network(config)
+    shapes = our_shapes(network.abstract_params)
+    if not naming:
+        index = path / INDEX_FILE
+        return _open_same(index if index.is_file() else path / WEIGHTS_FILE, shapes)
+    files = open_files(path / BASE_FOLDER)
+    entries = formats.base_entries(naming, network.config, network.abstract_params)
+    formats.check_files(naming, files, entries, network.config, network.abstract_params)
+    ours = {name: shape for name, shape in shapes.items() if is_condition(name)}
+    return ChainMap(Source(files, entries), _open_same(path / CONDITIONS_FILE, ours))
+
+
+def _open_same(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    """A file, or the files of an index, with tensors under our own names."""
+    files, entries = open_files(path), same_names(shapes)
+    account(entries, files.shapes, path, f"it does not fit {CONFIG_FILE}; export it again")
+    return Source(files, entries)
+
+
+def load(
+    path: str | Path, *, use_ema: bool | None = None, shardings: Any = None
+) -> tuple[ConfigDict, Any, dict[str, Any]]:
+    """Loads the parameters of a training checkpoint or of an exported directory.
+
+    Args:
+      path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
+      use_ema: the EMA or the raw parameters; None means the EMA of a checkpoint, and of an exported directory
+        whichever kind it holds.
+      shardings: nested dict of shardings to load into; None = one device.
+
+    Returns:
+      (resolved config, nested dict of parameters, info with `step`, `stage`, `path` and `ema`).
+
+    Raises:
+      UserError: nothing there, it cannot be read, or the kind of parameters asked for is not in it.
+    """
+    if not is_exported(path):
+        use_ema = use_ema is not False
+        config, params, info = load_for_inference(path, use_ema=use_ema, shardings=shardings)
+        return config, params, info | {"ema": use_ema}
+    config, head = read_config(path)
+    if use_ema is not None and head["ema"] != use_ema:
+        kinds = ("raw", "EMA")
+        raise UserError(
+            f"{path}: holds the {kinds[head['ema']]} parameters, the {kinds[use_ema]} ones were asked for; "
+            f"use --{'' if head['ema'] else 'no'}ema, or export the checkpoint the other way"
+        )
+    tensors, abstract = open_tensors(path, config, head.get("naming", "")), make_network(config).abstract_params
+    params = weights_load.load(tensors, abstract, shardings, dtypes="model" if shardings else "file")
+    return config, params, {name: head[name] for name in ("step", "stage", "ema")} | {"path": str(path)}

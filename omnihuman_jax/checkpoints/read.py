@@ -1,0 +1,140 @@
+"""Checkpoints on the disk, as anything may read them: where they are, what they say, their arrays."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.training.state import make_network
+
+# Model keys that change how the network is computed, not what its parameters are.
+_COMPUTE_KEYS = (
+    *("attention", "remat", "dtype", "scan_blocks", "reference_time_slot", "norm_eps", "rope_theta"),
+    *("guidance_default", "pooled_required", "sequence_attention"),
+)
+_META_KEYS = ("step", "stage", "config")
+
+
+def running_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that a run directory holds whole, in order."""
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir())
+
+
+def meta_or_none(path: Path) -> dict[str, Any] | None:
+    """`read_meta`, or None where it raises."""
+    try:
+        return read_meta(path)
+    except UserError:
+        return None
+
+
+def restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Restores the named parts of a state straight into the shardings of `abstract`, each process its own shards."""
+    args = ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    )
+    # The handler by itself: Orbax's Checkpointer ends with a barrier, where a process that cannot read never arrives.
+    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
+
+
+def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
+    """Raises UserError naming the model keys in which a checkpoint differs from the config."""
+    # A key that a checkpoint does not have yet was introduced after it, with a default that means what was before.
+    saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
+    differ = [
+        f"model.{key}={_plain(saved.get(key))} there, {_plain(wanted.get(key))} here"
+        for key in sorted(saved.keys() | wanted.keys())
+        if key not in _COMPUTE_KEYS and _plain(saved.get(key)) != _plain(wanted.get(key))
+    ]
+    if differ:
+        raise UserError(
+            f"{path}: checkpoint of another model shape ({'; '.join(differ)}); use the config it was trained with or "
+            f"another --workdir"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder meant by a workdir, `checkpoints/STEP`, `stages/NAME` or a folder of those.
+
+    A workdir means its newest running checkpoint, or the last stage when there is none.
+
+    Raises:
+      UserError: nothing there.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such checkpoint directory; give a run's --workdir, checkpoints/STEP or stages/NAME"
+        )
+    if (path / "state").is_dir() and (path / "meta").is_dir():
+        return path
+    for root in (path / "checkpoints", path):
+        steps = [p for p in root.iterdir() if p.name.isdigit() and (p / "meta").is_dir()] if root.is_dir() else []
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
+    for root in (path / "stages", path):
+        stages = [p for p in root.iterdir() if (p / "meta").is_dir()] if root.is_dir() else []
+        if stages:
+            return max(stages, key=lambda p: read_meta(p)["step"])
+    raise UserError(f"{path}: holds no checkpoint; expected checkpoints/STEP/ or stages/NAME/ in it")
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON item of a checkpoint folder.
+
+    Raises:
+      UserError: it cannot be read, or is not what was written.
+    """
+    try:
+        meta = json.loads((Path(path) / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:  # not JSON, or not text
+        raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
+    missing = [key for key in _META_KEYS if not isinstance(meta, dict) or key not in meta]
+    if missing or meta.get("sha256") not in (None, digest({k: v for k, v in meta.items() if k != "sha256"})):
+        why = f"no {missing[0]}" if missing else "another sha256 than was saved"
+        raise UserError(f"{path}: damaged meta/metadata ({why}); use another one of the run")
+    return meta
+
+
+def load_for_inference(
+    path: str | Path, *, use_ema: bool = True, shardings: Any = None
+) -> tuple[ConfigDict, Any, dict[str, Any]]:
+    """Loads only the parameters (or their EMA) of a checkpoint.
+
+    Args:
+      path: workdir, `checkpoints/STEP` or `stages/NAME`.
+      use_ema: the EMA instead of the raw parameters.
+      shardings: nested dict of shardings to load into; None = one device.
+
+    Returns:
+      (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
+    """
+    path = find_checkpoint(path)
+    meta = read_meta(path)
+    config = ConfigDict(meta["config"])
+    shapes = make_network(config).abstract_params
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    part = "ema" if use_ema else "params"
+    params = restore(path, {part: abstract})[part]
+    return config, params, {"step": meta["step"], "stage": meta["stage"], "path": str(path)}
+
+
+def digest(meta: Mapping[str, Any]) -> str:
+    """sha256 of a checkpoint's JSON."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,153 @@
+"""Where a run goes on: its newest checkpoint that is whole.
+
+What cannot be read, or does not have its fingerprint, is set aside in `damaged/` by name, and the one before is used;
+where no running one is whole, the newest stage.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from omnihuman_jax.checkpoints.fingerprint import fingerprint
+from omnihuman_jax.checkpoints.read import check_same_model, read_meta, restore
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding.processes import agreed_problem, agreed_steps, broadcast_from_main, is_main
+from omnihuman_jax.sharding.rules import path_name
+from omnihuman_jax.training.state import TrainState
+
+RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored train state with the JSON item saved beside it and the folder it came from."""
+
+    state: TrainState
+    meta: dict[str, Any]
+    path: Path
+
+
+def restore_newest(
+    workdir: Path, stages: list[Path], abstract: TrainState, config: ConfigDict, log: Callable[[str], None]
+) -> Restored | None:
+    """The newest running checkpoint that is whole, or None when the run has none at all.
+
+    Where all running ones are damaged, the stages' are tried. All processes decide together: one that a single process
+    cannot read is used by none.
+
+    Args:
+      workdir: run directory.
+      stages: folders of the stages' checkpoints, newest first.
+      abstract: shapes, dtypes and shardings of the state.
+      config: of the run that continues.
+      log: called with a line for every damaged checkpoint, which is moved to `damaged/`.
+
+    Raises:
+      UserError: the checkpoint holds a model of another shape, or there are checkpoints and none can be read.
+    """
+    folder = workdir / "checkpoints"
+    steps = agreed_steps([int(p.name) for p in folder.glob("*") if p.name.isdigit()])
+    if not steps:
+        return None
+    broken: list[tuple[Path, str]] = []
+    for path in [*(folder / str(step) for step in reversed(steps)), *stages]:
+        restored, problem = _try(path, abstract, config)
+        if restored:
+            _set_aside(workdir, broken, log)
+            return restored
+        if broadcast_from_main(path.is_dir()):
+            broken.append((path, problem))
+    told = "; ".join(f"{path}: {problem}" for path, problem in broken)
+    raise UserError(
+        f"{workdir}: no checkpoint can be read ({told}); repair one, or move the folder checkpoints/ "
+        f"away to train from the start"
+    )
+
+
+def _try(path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored | None, str]:
+    """The checkpoint, or why it cannot be used; the same in all processes."""
+    meta, problem = None, ""
+    try:
+        meta = read_meta(path)
+        if path.name.isdigit() and meta["step"] != int(path.name):
+            problem = f"damaged: it says that it holds step {meta['step']}"
+    except UserError as error:
+        problem = str(error)
+    if problem := agreed_problem(problem):
+        return None, problem
+    check_same_model(meta["config"]["model"], config.model.to_dict(), path)
+    # Restored as it was saved and cast afterwards: a config may change the moments' dtypes.
+    saved = _with_dtypes(abstract, meta.get("dtypes", {}))
+    state, problem = _read_state(path, saved)
+    if problem:
+        differ = _optimizer_differences(meta["config"], config)
+        problem += f"; the config differs from the checkpoint's in {differ}" if differ else ""
+    if problem := agreed_problem(problem):
+        return None, problem
+    wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
+    if wrong:
+        return None, f"damaged: other values than were saved in {wrong}"
+    state = jax.tree.map(
+        lambda x, wanted: (
+            x
+            if x.dtype == wanted.dtype
+            else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
+        ),
+        state,
+        abstract,
+    )
+    return Restored(state, meta, path), ""
+
+
+def _set_aside(workdir: Path, broken: list[tuple[Path, str]], log: Callable[[str], None]) -> None:
+    for path, problem in broken:
+        if is_main():
+            target = workdir / "damaged" / path.name
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            path.rename(target)
+        log(f"checkpoint {path} is skipped and moved to damaged/: {problem}")
+    if broken:
+        agreed_problem("")  # nobody goes on before they are moved
+
+
+def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
+    """The abstract arrays with the dtypes that a checkpoint names."""
+
+    def saved(path, x):
+        return jax.ShapeDtypeStruct(x.shape, dtypes.get(path_name(path), x.dtype), sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(saved, abstract)
+
+
+def _read_state(path: Path, abstract: TrainState) -> tuple[TrainState | None, str]:
+    """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return TrainState(**restore(path, abstract._asdict())), ""
+        # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
+        # from an older checkpoint, or ends.
+        except Exception as error:  # noqa: BLE001
+            if pause is None:
+                return None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            time.sleep(pause)  # a file system that fails for a moment is no damage
+    raise AssertionError
+
+
+def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
+    there, here = saved.get("optimizer", {}), config.optimizer.to_dict()
+    return "; ".join(
+        f"optimizer.{key}={there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
+    )
+
+
+def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
+    names = [name for name in found if name in saved and saved[name] != found[name]]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,109 @@
+"""Analytic FLOPs of the network: two per multiply-add of every matmul and convolution, nothing else.
+
+Forward, of one sample with N = (1 + M/pt + T/pt) * P visual tokens, V = T/pt * P video tokens, L text tokens, width d,
+heads' width a, MLP width m (times 3/2 for swiglu's gate), A audio tokens per latent frame:
+
+  dual block    2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + audio + 2 * 2 * 12 d^2
+  single block  2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + audio + 2 * 2 * 3 d^2
+  decoder block the same with N in the place of L
+  text cross    2 (2 N d a + 2 L d a) + 4 N L a in each block that has it
+  audio         2 (2 V d a + 2 T A d a) + 4 V pt A a
+
+The last term of a block is its modulation (two vectors a sample). Attention counts every pair of tokens, as if all
+conditions were there. Backward is twice the forward; recomputation under remat is not counted.
+"""
+
+import itertools
+import math
+
+from omnihuman_jax.models.dit.config import ModelConfig
+
+BACKWARD = 2
+
+# Dense bfloat16 FLOP/s of one device by `jax.Device.device_kind`, as published; half a chip on TPU7x.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def forward_breakdown(
+    config: ModelConfig, frames: int, rows: int, columns: int, text_len: int | None = None
+) -> dict[str, int]:
+    """Forward FLOPs of one sample by part.
+
+    Args:
+      config: model configuration.
+      frames: latent frames T of the noisy window.
+      rows: latent rows H.
+      columns: latent columns W.
+      text_len: text tokens L (default: the config's).
+    """
+    text = config.text_len if text_len is None else text_len
+    pt, ph, pw = config.patch_size
+    per_frame = (rows // ph) * (columns // pw)
+    video = frames // pt * per_frame
+    visual = video + (1 + config.motion_frames // pt) * per_frame
+    d, a, tokens = config.hidden_size, config.attention_dim, visual + text
+    mlp = config.mlp_hidden * (3 if config.mlp_activation == "swiglu" else 2)
+    audio_keys = frames * config.audio_tokens
+    decoder, depth = config.num_decoder_blocks, config.num_dual_blocks + config.num_single_blocks
+    crossed = config.text_cross_attention_dual * config.num_dual_blocks
+    crossed += config.text_cross_attention_single * config.num_single_blocks
+    patch = math.prod(config.patch_size)
+    return {
+        "projections": (depth * tokens + decoder * 2 * visual) * 2 * (4 * d * a + d * mlp),
+        "attention": (depth * tokens**2 + decoder * (2 * visual) ** 2) * 4 * a,
+        "text_attention": crossed * (4 * tokens * d * a + 4 * visual * text * a),
+        "audio_attention": (depth + decoder)
+        * (2 * (2 * video + 2 * audio_keys) * d * a + 4 * video * pt * config.audio_tokens * a),
+        "modulation": 4 * d**2 * (12 * config.num_dual_blocks + 3 * (config.num_single_blocks + decoder) + 2),
+        "embedding": 2 * d * patch * (visual * config.latent_channels + video * config.pose_channels),
+        "final": 2 * d * patch * video * config.latent_channels,
+        "vectors": 2 * 2 * (256 * d + d * d),
+        "text": _text(config, text),
+        "audio_adapter": _audio(config, frames),
+        "pose_guider": _pose(config, frames, rows, columns),
+    }
+
+
+def _text(config: ModelConfig, text: int) -> int:
+    d, a = config.hidden_size, config.attention_dim
+    total = 2 * text * (config.text_dim * d + (d * d if config.text_embed == "mlp" else 0))
+    block = 2 * text * (4 * d * a + 2 * d * config.mlp_hidden) + 4 * text**2 * a + 4 * d * d
+    return total + config.text_refiner_depth * block
+
+
+def _audio(config: ModelConfig, frames: int) -> int:
+    width = config.audio_hidden
+    per_feature = config.audio_dim * width + width**2
+    per_frame = config.audio_window * width**2 + width * config.audio_tokens * config.hidden_size
+    return 2 * ((4 * frames + 2 * config.audio_context) * per_feature + frames * per_frame)
+
+
+def _pose(config: ModelConfig, frames: int, rows: int, columns: int) -> int:
+    scale, total = config.pose_scale, 0
+    widths = (config.num_keypoints, *config.pose_widths, config.pose_channels)
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        if i < config.pose_scale.bit_length() - 1:
+            scale //= 2
+        total += 2 * 4 * frames * rows * columns * scale**2 * 9 * inputs * outputs
+    return total + 2 * frames * rows * columns * 4 * config.pose_channels**2
+
+
+def model_flops(
+    config: ModelConfig, frames: int, rows: int, columns: int, text_len: int | None = None, batch: int = 1
+) -> int:
+    """Forward FLOPs of a batch of (frames, rows, columns) latents; a train step takes three times as much."""
+    return batch * sum(forward_breakdown(config, frames, rows, columns, text_len).values())
+
+
+def train_step_flops(config: ModelConfig, batch: int, bucket: tuple[int, int, int]) -> int:
+    """FLOPs of forward and backward over a global batch of a bucket (T, H, W) in latent units."""
+    return (1 + BACKWARD) * model_flops(config, *bucket, batch=batch)

@@ -1,0 +1,304 @@
+"""OmniHuman: a multi-modal diffusion transformer that predicts the flow velocity of video latents under conditions.
+
+Letters: B batch, T latent frames, M motion frames, H W latent rows/columns, C latent channels, N visual tokens,
+L text tokens, K keypoints. Sources: OmniHuman-1 (arXiv 2502.01061, section 3); block form of HunyuanVideo and FLUX.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omnihuman_jax import tokens as tk
+from omnihuman_jax.conditions import AUDIO, POSE, REFERENCE, TEXT
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit import audio, blocks, pose, rope, text
+from omnihuman_jax.models.dit.attention import mesh_axis
+from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.models.dit.layers import TIME_FREQUENCIES, ZEROS, Embedder, linear, modulate, sinusoid
+from omnihuman_jax.sharding.rules import constrain
+
+
+class Inputs(NamedTuple):
+    """Embedded tokens of a batch, ready for the blocks. S samples are packed in a row (usually 1).
+
+    Attributes:
+      visual: [reference | motion | video] tokens, (B, N, hidden).
+      text: (B, L, hidden), and after them those of a second text.
+      audio: (B, T * audio_tokens, hidden), or None where no sample of the batch has audio.
+      vec: (B, S, 2, hidden) float32 modulation vectors: noisy, and clean (t = 0).
+      image: (B, I, hidden) tokens of an image encoder, which go where the text goes, or None.
+    """
+
+    visual: tk.Tokens
+    text: tk.Tokens
+    audio: tk.Tokens | None
+    vec: jax.Array
+    image: tk.Tokens | None = None
+
+
+def _pack_optional(samples: Sequence[Inputs], name: str) -> tk.Tokens | None:
+    parts = [getattr(sample, name) for sample in samples]
+    if any(part is None for part in parts) and any(part is not None for part in parts):
+        raise ValueError(f"pack_inputs: give {name} tokens (possibly absent by segment) to all samples or to none")
+    return None if parts[0] is None else tk.pack_row(parts)
+
+
+def pack_inputs(samples: Sequence[Inputs]) -> Inputs:
+    """Packs samples of any sizes into one row; they do not see each other (segments) and keep their own modulation."""
+    return Inputs(
+        tk.pack_row([sample.visual for sample in samples]),
+        tk.pack_row([sample.text for sample in samples]),
+        _pack_optional(samples, "audio"),
+        jnp.concatenate([sample.vec for sample in samples], 1),
+        _pack_optional(samples, "image"),
+    )
+
+
+class FinalLayer(nnx.Module):
+    """adaLN and the zero-initialised projection to latent patches."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        outputs = math.prod(config.patch_size) * config.latent_channels
+        self.mod = linear(config, config.hidden_size, 2 * config.hidden_size, rngs=rngs, init=ZEROS, dtype=jnp.float32)
+        self.proj = linear(config, config.hidden_size, outputs, rngs=rngs, init=ZEROS)
+
+    def __call__(self, x: jax.Array, vec: jax.Array, row: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.mod(vec), 2, -1)
+        return self.proj(modulate(x, shift, scale, row, self.config))
+
+
+class OmniHuman(nnx.Module):
+    """The network of all three stages; which conditions a sample has is its `active` row, nothing else.
+
+    Absent text becomes one learned null token; absent reference and motion tokens leave the attention; absent audio
+    adds nothing; absent pose channels are zero.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dim, patch = config.hidden_size, math.prod(config.patch_size)
+        self.x_embed = linear(config, patch * config.latent_channels, dim, rngs=rngs)
+        # Together with x_embed this is one patch embedding over [noisy latents, pose channels].
+        self.pose_embed = linear(config, patch * config.pose_channels, dim, rngs=rngs, bias=False)
+        if config.first_frame_channels:
+            self.first_frame_embed = linear(config, patch * config.first_frame_channels, dim, rngs=rngs, bias=False)
+        self.time_embed = Embedder(config, TIME_FREQUENCIES, rngs=rngs)
+        self.text_embed = text.make_text_embed(config, rngs=rngs)
+        self.null_text = nnx.Param(0.02 * jax.random.normal(rngs.params(), (dim,), jnp.dtype(config.param_dtype)))
+        if config.text_refiner_depth:
+            self.refiner = text.TokenRefiner(config, rngs=rngs)
+        if config.text2_dim:
+            self.text2_embed = text.Text2Embedder(config, rngs=rngs)
+        if config.image_embed_dim:
+            self.image_embed = text.ImageEmbedder(config, rngs=rngs)
+        if config.token_kinds:
+            dtypes = {"dtype": config.compute_dtype, "param_dtype": jnp.dtype(config.param_dtype)}
+            init = nnx.initializers.normal(0.02)
+            self.kind_embed = nnx.Embed(len(text.KINDS), dim, embedding_init=init, rngs=rngs, **dtypes)
+        if config.pooled_text_dim:
+            self.pooled_embed = Embedder(config, config.pooled_text_dim, rngs=rngs)
+        if config.guidance_embed:
+            self.guidance_embed = Embedder(config, TIME_FREQUENCIES, rngs=rngs)
+        self.audio = audio.AudioAdapter(config, rngs=rngs)
+        self.pose = pose.PoseGuider(config, rngs=rngs)
+        self.dual = blocks.stack(blocks.DualBlock, config, config.num_dual_blocks, rngs=rngs)
+        self.single = blocks.stack(blocks.SingleBlock, config, config.num_single_blocks, rngs=rngs)
+        decoder_block = functools.partial(blocks.SingleBlock, decoder=True)
+        self.decoder = blocks.stack(decoder_block, config, config.num_decoder_blocks, rngs=rngs)
+        self.final = FinalLayer(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        batch: Mapping[str, jax.Array],
+        *,
+        pooled: jax.Array | None = None,
+        guidance: jax.Array | None = None,
+    ) -> jax.Array:
+        """Velocity v = eps - x0 of noisy latents x_t = (1 - t) x0 + t eps.
+
+        Args:
+          x_t: (B, T, H, W, C) normalised latents.
+          t: (B,) in [0, 1]; 1 is pure noise.
+          batch: `motion` (B, M, H, W, C), `has_motion` (B,) bool, `reference` (B, H, W, C), `text` (B, L, text_dim),
+            `text_mask` (B, L) bool, `audio` (B, 4T + 2*audio_context, audio_dim) at 25 fps, `keypoints` (B, 4T, K, 3)
+            as fractions of the frame, `active` (B, 4) bool in the order of `conditions.CONDITIONS`. Leaving out
+            `audio` or `keypoints` says that no sample has it, gives the same values and saves the work. A base with
+            `first_frame_channels` also takes `first_frame` (B, T, H, W, first_frame_channels), one with
+            `image_embed_dim` also `image` (B, I, image_embed_dim), one with `text2_dim` also `text2`
+            (B, L2, text2_dim) with `text2_mask` (B, L2) bool,
+            all optional. The second text belongs to the text: a sample without text has neither.
+          pooled: (B, pooled_text_dim) pooled text vector, with `pooled_text_dim`.
+          guidance: (B,) guidance scale, with `guidance_embed`.
+
+        Returns:
+          (B, T, H, W, C) float32.
+
+        Raises:
+          UserError: latents that the patch size does not divide, or an input given or missing against the config.
+        """
+        inputs = self.embed(x_t, t, batch, pooled=pooled, guidance=guidance)
+        n = x_t.shape[1] * x_t.shape[2] * x_t.shape[3] // math.prod(self.config.patch_size)
+        velocity = self.trunk(inputs, clean_prefix=inputs.visual.value.shape[1] - n)[:, -n:]
+        return tk.unpatchify(velocity, x_t.shape[1:4], self.config.patch_size).astype(jnp.float32)
+
+    def embed(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        batch: Mapping[str, jax.Array],
+        *,
+        pooled: jax.Array | None = None,
+        guidance: jax.Array | None = None,
+    ) -> Inputs:
+        """Embeds a batch into tokens; arguments and errors of `__call__`."""
+        config, active = self.config, batch["active"]
+        has_text = active[:, TEXT] & batch["text_mask"].any(-1)
+        visual = tk.pack_visual(
+            x_t.astype(config.compute_dtype),
+            batch["reference"],
+            batch["motion"],
+            has_reference=active[:, REFERENCE],
+            has_motion=batch["has_motion"],
+            patch=config.patch_size,
+            reference_time_slot=config.reference_time_slot,
+        )
+        value = self.x_embed(visual.value)
+        if "keypoints" in batch:
+            features = self.pose(batch["keypoints"], active[:, POSE], x_t.shape[2], x_t.shape[3])
+            stacked = self.pose_embed(tk.patchify(features, config.patch_size))
+            value = value.at[:, -stacked.shape[1] :].add(stacked)
+        if self._given("first_frame", batch.get("first_frame"), "first_frame_channels"):
+            stacked = self.first_frame_embed(tk.patchify(batch["first_frame"], config.patch_size))
+            value = value.at[:, -stacked.shape[1] :].add(stacked)
+        return Inputs(
+            visual._replace(value=value),
+            self._text(batch, has_text, t),
+            self.audio(batch["audio"], active[:, AUDIO]) if "audio" in batch else None,
+            self._vectors(t, has_text, pooled, guidance)[:, None],
+            self._image(batch.get("image")),
+        )
+
+    def _given(self, name: str, value: jax.Array | None, key: str, *, required: bool = False) -> bool:
+        """Whether an input is given; UserError where the model has no use for it, or cannot do without."""
+        setting = getattr(self.config, key)
+        wrong = "given" if value is not None and not setting else "missing" if value is None and required else ""
+        if wrong:
+            raise UserError(f"{name} is {wrong}, but the model has model.{key}={setting}")
+        return value is not None
+
+    def _text(self, batch: Mapping[str, jax.Array], has_text: jax.Array, t: jax.Array) -> tk.Tokens:
+        mask = batch["text_mask"] & has_text[:, None]
+        states = jnp.where(mask[..., None], batch["text"], 0).astype(self.config.compute_dtype)
+        embedded = self.text_embed(states)
+        if self.config.text_refiner_depth:
+            embedded = self.refiner(embedded, states, mask, t)
+        # The null token is learned as a whole and gets no embedding of a kind.
+        words = text.text_tokens(self._of_kind(embedded, "text"), mask, self.null_text[...])
+        if not self._given("text2", batch.get("text2"), "text2_dim"):
+            return words
+        self._given("text2_mask", batch.get("text2_mask"), "text2_dim", required=True)
+        mask = batch["text2_mask"] & has_text[:, None]
+        embedded = self.text2_embed(jnp.where(mask[..., None], batch["text2"], 0))
+        return tk.concatenate(words, text.joining_tokens(self._of_kind(embedded, "text2"), mask))
+
+    def _image(self, states: jax.Array | None) -> tk.Tokens | None:
+        if not self._given("image", states, "image_embed_dim"):
+            return None
+        present = (states != 0).any((1, 2)) if self.config.token_kinds else jnp.ones(len(states), bool)
+        mask = jnp.broadcast_to(present[:, None], states.shape[:2])
+        return text.joining_tokens(self._of_kind(self.image_embed(states), "image"), mask)
+
+    def _of_kind(self, embedded: jax.Array, kind: str) -> jax.Array:
+        """Embedded tokens (B, n, hidden) with the embedding of their kind, where the model has them."""
+        if not self.config.token_kinds:
+            return embedded
+        return embedded + self.kind_embed(jnp.asarray(text.KINDS.index(kind)))
+
+    def _vectors(self, t: jax.Array, has_text: jax.Array, pooled, guidance) -> jax.Array:
+        """Modulation vectors (B, 2, hidden): of the noisy tokens at t, and of the clean ones at 0."""
+        config = self.config
+        has_pooled, distilled = bool(config.pooled_text_dim), config.guidance_embed
+        if not self._given("pooled", pooled, "pooled_text_dim", required=config.pooled_required and has_pooled):
+            pooled = jnp.zeros((t.shape[0], config.pooled_text_dim)) if has_pooled else None
+        if not self._given("guidance", guidance, "guidance_embed", required=distilled and not config.guidance_default):
+            guidance = jnp.full(t.shape, config.guidance_default) if distilled else None
+        vec = self.time_embed(sinusoid(1000 * jnp.stack([t, jnp.zeros_like(t)], 1)))
+        if pooled is not None:
+            vec += self.pooled_embed(jnp.where(has_text[:, None], pooled, 0))[:, None]
+        if guidance is not None:
+            vec += self.guidance_embed(sinusoid(1000 * guidance))[:, None]
+        return vec
+
+    def trunk(self, inputs: Inputs, *, clean_prefix: int = 0) -> jax.Array:
+        """All blocks and the final layer: velocity patches (B, N, pt*ph*pw*C) of every visual token.
+
+        Args:
+          inputs: of `embed`, or several of them packed by `pack_inputs`.
+          clean_prefix: number of leading visual tokens known to be clean in every row, which the audio attention can
+            skip (a saving; the values are the same).
+        """
+        config, n = self.config, inputs.visual.value.shape[1]
+        shards = mesh_axis("sequence")
+        visual, words = tk.pad(inputs.visual, shards), inputs.text
+        if inputs.image is not None:
+            words = tk.concatenate(inputs.image, words)
+        words = tk.pad(words, shards)
+        shared = self._shared(visual, words, inputs)
+        # A slice that does not fall on shard borders would move the whole sequence; then all tokens take part.
+        span = slice(clean_prefix if shards == 1 else 0, visual.value.shape[1])
+        streams = (constrain(visual.value, "batch", "tokens", None), words.value)
+        streams = blocks.run(self.dual, streams, config, shared, span)
+        x = constrain(jnp.concatenate(streams, 1), "batch", "tokens", None)
+        x = blocks.run(self.single, x, config, shared, span)
+        if self.decoder is not None:
+            # The tail knows the text through the encoded tokens only, which have no positions, as text has none.
+            x = jnp.concatenate([visual.value, x[:, : visual.value.shape[1]]], 1)
+            tail = shared._replace(
+                text_row=shared.visual_row,
+                text_rope=rope.rotation(jnp.zeros_like(visual.position), config.rope_axes, config.rope_theta),
+                text_segment=shared.visual_segment,
+            )
+            x = blocks.run(self.decoder, constrain(x, "batch", "tokens", None), config, tail, span)
+        return self.final(x[:, :n], shared.vec, shared.visual_row[:, :n])
+
+    def _shared(self, visual: tk.Tokens, words: tk.Tokens, inputs: Inputs) -> blocks.Shared:
+        config, b = self.config, inputs.vec.shape[0]
+
+        images = 0 if inputs.image is None else inputs.image.segment.shape[1]
+
+        def turn(positions):
+            return rope.rotation(positions, config.rope_axes, config.rope_theta)
+
+        def rows(tokens):
+            if inputs.vec.shape[1] == 1:
+                return tokens.clean.astype(jnp.int32)
+            return 2 * jnp.maximum(tokens.segment - 1, 0) + tokens.clean
+
+        shared = blocks.Shared(
+            vec=jax.nn.silu(inputs.vec.reshape(b, -1, config.hidden_size)),
+            visual_row=rows(visual),
+            text_row=rows(words),
+            visual_rope=turn(visual.position),
+            text_rope=turn(words.position if config.rope_on_text else jnp.zeros_like(words.position)),
+            visual_segment=visual.segment,
+            text_segment=words.segment,
+            cross_segment=words.segment.at[:, :images].set(0),
+        )
+        if inputs.audio is None:
+            return shared
+        query, key = audio.listening(visual, inputs.audio)
+        return shared._replace(audio=inputs.audio.value, audio_query=query, audio_key=key)
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of parameters, from shapes alone (nothing is allocated)."""
+    state = nnx.state(nnx.eval_shape(lambda: OmniHuman(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))

@@ -1,0 +1,1 @@
+"""Speech encoders: wav2vec 2.0 and Whisper."""

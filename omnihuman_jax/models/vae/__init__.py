@@ -1,0 +1,1 @@
+"""The causal 3D VAE and what trains it."""

@@ -1,0 +1,252 @@
+"""Encoding and decoding clips of any length, and frames of any size, in bounded memory.
+
+In time a clip goes through the VAE chunk by chunk; the causal layers' last input frames are carried along
+(`vae_layers.Stream`), so the result is that of one pass over the clip. The first chunk has 1 + n t frames, every later
+one m t, where t is the VAE's temporal stride; there is one compilation for each of the two shapes.
+
+In space a large frame can be cut into overlapping tiles of one size, each with a stream of its own, whose results are
+blended linearly over the overlap. That is an approximation: a tile does not see beyond its border, and the attention
+of the middle blocks sees one tile instead of the frame.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.vae.layers import Stream
+from omnihuman_jax.models.vae.vae import VAE
+
+# Pixels (frames x rows x columns x batch) of a chunk, chosen for memory: at Wan2.1's sizes one chunk's activations then
+# take a few GB. Small clips fit whole, and at 720p a chunk is one latent frame.
+CHUNK_PIXELS = 4 * 1280 * 720
+
+Cache = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How frames are cut.
+
+    Attributes:
+      size: side of a tile in pixels; a frame no larger along a side is not cut along it.
+      overlap: pixels that neighbouring tiles share at least, blended linearly.
+    """
+
+    size: int = 512
+    overlap: int = 128
+
+    @classmethod
+    def of_side(cls, side: int, stride: int) -> "Tiling | None":
+        """Tiles of `side` pixels that share a quarter, for a VAE of that spatial stride; None for side 0.
+
+        Raises:
+          UserError: a side that the stride does not divide, or that is too small to share anything.
+        """
+        if not side:
+            return None
+        if side % stride or side < 4 * stride:
+            raise UserError(f"--vae_tile={side}: must be a multiple of {stride} from {4 * stride} on, for example 512")
+        return cls(side, side // 4 // stride * stride)
+
+    def check(self, stride: int) -> None:
+        """Raises UserError unless tiles and overlap are multiples of the VAE's spatial stride (pixels)."""
+        if self.size % stride or self.overlap % stride or not 0 <= self.overlap < self.size:
+            raise UserError(
+                f"tiling of {self.size} pixels with overlap {self.overlap}: both must be multiples of {stride}, the "
+                f"overlap smaller than the tile; use for example size {64 * stride}, overlap {16 * stride}"
+            )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
+def _step(graph, method: str, state, chunk: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
+    stream = Stream(past)
+    out = getattr(nnx.merge(graph, state), method)(chunk, stream)
+    return out, tuple(stream.kept)
+
+
+def steady_memory(vae: VAE, method: str, first: tuple[int, ...], later: tuple[int, ...]) -> int:
+    """Bytes that a chunk after the first takes while it runs: arguments, result and temporaries.
+
+    Args:
+      vae: the VAE.
+      method: "encode" or "decode".
+      first: shape (B, F or T, rows, columns, channels) of the first chunk.
+      later: shape of a later one.
+    """
+    graph, state = nnx.split(vae)
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (first, later)]
+    _, past = jax.eval_shape(functools.partial(_step, graph, method), state, shapes[0], None)
+    memory = _step.lower(graph, method, state, shapes[1], past).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def tile_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Where tiles of `size` begin along a side of `length` so that neighbours share at least `overlap`.
+
+    The last one ends with the frame; a side of at most `size` has one tile.
+    """
+    if length <= size:
+        return [0]
+    return [*range(0, length - size, size - overlap), length - size]
+
+
+def _ramps(starts: list[int], size: int, length: int) -> list[np.ndarray]:
+    """For each tile along a side, its weight (size,) in the blend; over every pixel the weights add up to 1."""
+    weights = np.zeros((len(starts), length))
+    for row, start in zip(weights, starts, strict=True):
+        row[start : start + size] = 1
+    for i, (left, right) in enumerate(itertools.pairwise(starts)):
+        shared = left + size - right
+        ramp = (np.arange(shared) + 0.5) / max(shared, 1)
+        weights[i, right : right + shared] *= 1 - ramp
+        weights[i + 1, right : right + shared] *= ramp
+    weights /= weights.sum(0)
+    return [row[start : start + size].astype(np.float32) for row, start in zip(weights, starts, strict=True)]
+
+
+class _Pass:
+    """One stream through encode or decode: the caches of all its tiles."""
+
+    def __init__(self, vae: VAE, method: str, tiling: Tiling | None):
+        self.vae, self.method, self.tiling = vae, method, tiling
+        self._graph, self._state = nnx.split(vae)
+        self._caches: dict[tuple[int, int], Cache] = {}
+        if tiling is not None:
+            tiling.check(vae.config.spatial_stride)
+
+    def _run(self, tile: Any, key: tuple[int, int]) -> jax.Array:
+        out, self._caches[key] = _step(self._graph, self.method, self._state, tile, self._caches.pop(key, None))
+        return out
+
+    def __call__(self, chunk: Any) -> jax.Array | np.ndarray:
+        """(B, F or T, rows, columns, channels) -> the same of the other side."""
+        rows, columns = chunk.shape[2:4]
+        if self.tiling is None:
+            return self._run(chunk, (0, 0))
+        stride = self.vae.config.spatial_stride
+        divide = stride if self.method == "decode" else 1
+        size, overlap = self.tiling.size // divide, self.tiling.overlap // divide
+        tops, lefts = tile_starts(rows, size, overlap), tile_starts(columns, size, overlap)
+        if len(tops) == len(lefts) == 1:
+            return self._run(chunk, (0, 0))
+        height, width = min(size, rows), min(size, columns)
+
+        def scaled(n: int) -> int:
+            return n * stride if self.method == "decode" else n // stride
+
+        vertical = _ramps([scaled(t) for t in tops], scaled(height), scaled(rows))
+        horizontal = _ramps([scaled(t) for t in lefts], scaled(width), scaled(columns))
+        out = None
+        for (top, v), (left, h) in itertools.product(zip(tops, vertical), zip(lefts, horizontal)):
+            tile = np.asarray(self._run(chunk[:, :, top : top + height, left : left + width], (top, left)))
+            if out is None:
+                out = np.zeros((*tile.shape[:2], scaled(rows), scaled(columns), tile.shape[-1]), np.float32)
+            place = np.s_[:, :, scaled(top) : scaled(top + height), scaled(left) : scaled(left + width)]
+            out[place] += tile * v[:, None, None] * h[:, None]
+        return out
+
+
+def encode_stream(vae: VAE, chunks: Iterable[Any], tiling: Tiling | None = None) -> Iterator[jax.Array | np.ndarray]:
+    """Encodes a clip that comes in chunks.
+
+    Args:
+      vae: the VAE.
+      chunks: float32 (B, F, Hp, Wp, 3) in [-1, 1]; F = 1 + n t for the first, n t for the later ones, t the temporal
+        stride. Every new F of a later chunk is compiled for once.
+      tiling: how to cut frames, or None.
+
+    Yields:
+      normalised latents (B, T, H, W, C) of each chunk: 1 + n, then n frames.
+
+    Raises:
+      UserError: a chunk or a tile that the VAE does not divide.
+    """
+    run = _Pass(vae, "encode", tiling)
+    for chunk in chunks:
+        yield run(chunk)
+
+
+def decode_stream(vae: VAE, chunks: Iterable[Any], tiling: Tiling | None = None) -> Iterator[jax.Array | np.ndarray]:
+    """Decodes latents that come in chunks.
+
+    Args:
+      vae: the VAE.
+      chunks: normalised latents (B, T, H, W, C), any T >= 1. Every new T is compiled for once.
+      tiling: how to cut frames, or None.
+
+    Yields:
+      video (B, F, Hp, Wp, 3) in [-1, 1] of each chunk: 1 + t (T - 1) frames for the first, t T for the later ones.
+    """
+    run = _Pass(vae, "decode", tiling)
+    for chunk in chunks:
+        yield run(chunk)
+
+
+def balanced(vae: VAE, batch: int, frames: int, height: int, width: int) -> int:
+    """Latent frames of a chunk when `frames` of them are cut into equal chunks of at most `CHUNK_PIXELS` pixels."""
+    most = max(1, CHUNK_PIXELS // (vae.config.temporal_stride * batch * height * width))
+    return math.ceil(frames / math.ceil(frames / most))
+
+
+def _chunks(clip: Any, first: int, later: int) -> Iterator[Any]:
+    """`first` frames, then `later` at a time; the last is filled up with copies of the clip's last frame."""
+    if clip.shape[1] <= first:
+        yield clip
+        return
+    clip = np.asarray(clip)  # slices of a device array would be compiled one by one
+    yield clip[:, :first]
+    for start in range(first, clip.shape[1], later):
+        chunk = clip[:, start : start + later]
+        missing = later - chunk.shape[1]
+        yield np.concatenate([chunk, *[chunk[:, -1:]] * missing], axis=1) if missing else chunk
+
+
+def _joined(parts: Iterable[Any], frames: int) -> np.ndarray:
+    out, at = None, 0
+    for part in parts:
+        if out is None:
+            out = np.empty((part.shape[0], frames, *part.shape[2:]), np.float32)
+        part = np.asarray(part[:, : frames - at], np.float32)
+        out[:, at : at + part.shape[1]] = part
+        at += part.shape[1]
+    return out
+
+
+def encode_clip(vae: VAE, video: Any, *, latents: int | None = None, tiling: Tiling | None = None) -> np.ndarray:
+    """Normalised latents (B, T, H, W, C) of a whole clip (B, F, Hp, Wp, 3) in [-1, 1], in host memory.
+
+    Args:
+      vae: the VAE.
+      video: the clip; F = 1 + t (T - 1).
+      latents: latent frames of a chunk; None chooses by size, and a small clip is one call.
+      tiling: how to cut frames, or None.
+
+    Raises:
+      UserError: a size that the VAE does not divide.
+    """
+    batch, frames, height, width, _ = video.shape
+    vae.config.check_clip(frames, height, width)
+    stride = vae.config.temporal_stride
+    latents = latents or balanced(vae, batch, 1 + (frames - 1) // stride, height, width)
+    chunks = _chunks(video, 1 + stride * (latents - 1), stride * latents)
+    return _joined(encode_stream(vae, chunks, tiling), 1 + (frames - 1) // stride)
+
+
+def decode_clip(vae: VAE, z: Any, *, latents: int | None = None, tiling: Tiling | None = None) -> np.ndarray:
+    """Video (B, F, Hp, Wp, 3) float32 in [-1, 1] of normalised latents (B, T, H, W, C), in host memory.
+
+    Args: as those of `encode_clip`; F = 1 + t (T - 1).
+    """
+    batch, frames, rows, columns, _ = z.shape
+    stride = vae.config.spatial_stride
+    latents = latents or balanced(vae, batch, frames, rows * stride, columns * stride)
+    parts = decode_stream(vae, _chunks(z, latents, latents), tiling)
+    return _joined(parts, 1 + vae.config.temporal_stride * (frames - 1))

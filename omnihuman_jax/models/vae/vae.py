@@ -1,0 +1,371 @@
+"""Causal 3D VAE, in the form of Wan2.1's: 1+4n pixel frames become 1+n latent frames, 8 x 8 pixels one latent pixel.
+
+The first frame is on its own: an image is a clip of one frame, and a reference is encoded as a video's first frame is.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax import lax
+
+from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.models.vae.layers import (
+    CausalConv3d,
+    Downsample,
+    FrameAttention,
+    ResidualBlock,
+    RMSNorm,
+    Stream,
+    Upsample,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE; the defaults are Wan2.1's.
+
+    Attributes:
+      dim: channels of the first level.
+      dim_mult: channels of each level, in units of `dim`; each level but the last halves rows and columns.
+      num_res_blocks: residual blocks a level in the encoder (the decoder has one more).
+      z_dim: latent channels C.
+      temporal_downsample: for each level but the last, whether it also halves frames. Two of them give 1+4n -> 1+n.
+      patch_size: pixels folded into channels before the first level (1 in Wan2.1, 2 in Wan2.2); saves work.
+      linear_path: a linear map from each latent pixel's block of pixels to the latent, and one back, beside the
+        network, which then starts at zero. Begun at the data's principal components (experiments.train_vae does) a
+        small VAE is useful from the first step. Not in Wan2.1, whose checkpoints need False.
+      latent_mean: mean of each latent channel over the data, or None before it is known (then 0).
+      latent_std: standard deviation of each latent channel, or None (then 1).
+      dtype: computation type; parameters are float32.
+    """
+
+    dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_dim: int = 16
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 1
+    linear_path: bool = False
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("dim_mult", "temporal_downsample", "latent_mean", "latent_std"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise UserError(
+                f"vae.temporal_downsample has {len(self.temporal_downsample)} values for {len(self.dim_mult)} levels "
+                f"(vae.dim_mult); give one less than the levels"
+            )
+        for name in ("latent_mean", "latent_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.z_dim:
+                raise UserError(f"vae.{name} has {len(value)} values; vae.z_dim={self.z_dim} needs {self.z_dim}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VAEConfig":
+        """Builds the config from a mapping; raises UserError for an unknown key."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in names:
+                raise UserError(f"vae.{key}: unknown setting{nearest(key, names)}")
+        return cls(**values)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent pixel, along rows and along columns."""
+        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Pixel frames per latent frame after the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+    def check_clip(self, frames: int, height: int, width: int, *, first: bool = True) -> None:
+        """Raises UserError unless a clip of this size (frames, pixels), or a later chunk of one, can be encoded."""
+        s, t = self.spatial_stride, self.temporal_stride
+        if height < s or width < s or height % s or width % s:
+            low, high = max(s, height // s * s), max(s, width // s * s)
+            raise UserError(
+                f"size {height}x{width} pixels: the VAE needs multiples of {s}; use for example {low}x{high}"
+            )
+        if not first and (frames < 1 or frames % t):
+            raise UserError(f"a chunk of {frames} frames: after the first chunk the VAE needs a multiple of {t}")
+        if first and (frames < 1 or (frames - 1) % t):
+            raise UserError(
+                f"{frames} frames: the VAE needs 1 + a multiple of {t}; use {1 + max(frames - 1, 0) // t * t}"
+            )
+
+
+class Encoder(nnx.Module):
+    """(B, F, Hp, Wp, 3 * patch^2) -> (B, T, H, W, 2 * z_dim)."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        make = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        widths = [config.dim * m for m in (1, *config.dim_mult)]
+        self.conv1 = CausalConv3d(3 * config.patch_size**2, widths[0], (3, 3, 3), **make)
+        layers = []
+        for level, (cin, cout) in enumerate(itertools.pairwise(widths)):
+            for block in range(config.num_res_blocks):
+                layers.append(ResidualBlock(cin if block == 0 else cout, cout, **make))
+            if level < len(config.temporal_downsample):
+                layers.append(Downsample(cout, config.temporal_downsample[level], **make))
+        self.downsamples = nnx.List(layers)
+        self.middle = _middle(widths[-1], make)
+        self.head_norm = RMSNorm(widths[-1])
+        self.head = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3), zero=config.linear_path, **make)
+
+    def __call__(self, x: jax.Array, stream: Stream) -> jax.Array:
+        x = self.conv1(x, stream)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, stream)
+        return self.head(jax.nn.silu(self.head_norm(x)), stream)
+
+
+class Decoder(nnx.Module):
+    """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3 * patch^2)."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        make = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        mult = config.dim_mult[::-1]
+        widths = [config.dim * m for m in (mult[0], *mult)]
+        temporal = config.temporal_downsample[::-1]
+        self.conv1 = CausalConv3d(config.z_dim, widths[0], (3, 3, 3), **make)
+        self.middle = _middle(widths[0], make)
+        layers = []
+        for level, (cin, cout) in enumerate(itertools.pairwise(widths)):
+            cin = cin if level == 0 else cin // 2  # the upsampling before this level halved the channels
+            for block in range(config.num_res_blocks + 1):
+                layers.append(ResidualBlock(cin if block == 0 else cout, cout, **make))
+            if level < len(temporal):
+                layers.append(Upsample(cout, temporal[level], **make))
+        self.upsamples = nnx.List(layers)
+        self.head_norm = RMSNorm(widths[-1])
+        self.head = CausalConv3d(widths[-1], 3 * config.patch_size**2, (3, 3, 3), zero=config.linear_path, **make)
+
+    def __call__(self, z: jax.Array, stream: Stream) -> jax.Array:
+        x = self.conv1(z, stream)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, stream)
+        return self.head(jax.nn.silu(self.head_norm(x)), stream)
+
+
+class LinearPath(nnx.Module):
+    """Blocks of pixels <-> latents, linearly; fixed while the network around it trains.
+
+    A block is temporal_stride frames of spatial_stride^2 pixels.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        size = 3 * config.temporal_stride * config.spatial_stride**2
+        init = nnx.initializers.orthogonal()
+        self.encode_matrix = nnx.Param(init(rngs.params(), (size, config.z_dim), jnp.float32))
+        self.encode_bias = nnx.Param(jnp.zeros((config.z_dim,), jnp.float32))
+        self.decode_matrix = nnx.Param(init(rngs.params(), (config.z_dim, size), jnp.float32))
+        self.decode_bias = nnx.Param(jnp.zeros((size,), jnp.float32))
+
+    def blocks(self, video: jax.Array, first: bool = True) -> jax.Array:
+        """(B, F, Hp, Wp, 3) -> (B, T, H, W, size); the clip's `first` frame stands for a whole block of itself."""
+        t, s = self.config.temporal_stride, self.config.spatial_stride
+        if first:
+            video = jnp.concatenate([video[:, :1]] * (t - 1) + [video], axis=1)
+        b, f, h, w, c = video.shape
+        video = video.reshape(b, f // t, t, h // s, s, w // s, s, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+        return video.reshape(b, f // t, h // s, w // s, t * s * s * c)
+
+    def encode(self, video: jax.Array, first: bool = True) -> jax.Array:
+        """(B, F, Hp, Wp, 3) -> (B, T, H, W, z_dim)."""
+        matrix, bias = lax.stop_gradient((self.encode_matrix[...], self.encode_bias[...]))
+        return self.blocks(video, first) @ matrix + bias
+
+    def decode(self, z: jax.Array, first: bool = True) -> jax.Array:
+        """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3); of the clip's `first` block only the last frame is kept."""
+        t, s = self.config.temporal_stride, self.config.spatial_stride
+        b, frames, h, w, _ = z.shape
+        matrix, bias = lax.stop_gradient((self.decode_matrix[...], self.decode_bias[...]))
+        video = (z @ matrix + bias).reshape(b, frames, h, w, t, s, s, 3)
+        video = video.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, frames * t, h * s, w * s, 3)
+        return video[:, t - 1 :] if first else video
+
+    def principal_components(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
+        """Parameters that code blocks (n, size) by their first principal components, each with unit variance."""
+        mean = blocks.mean(0)
+        variance, axes = np.linalg.eigh(np.cov(blocks.T.astype(np.float64)))
+        variance, axes = variance[::-1][: self.config.z_dim], axes[:, ::-1][:, : self.config.z_dim]
+        scale = np.sqrt(np.maximum(variance, 1e-8))
+        kernel = axes / scale
+        values = {
+            "encode_matrix": kernel,
+            "encode_bias": -mean @ kernel,
+            "decode_matrix": (axes * scale).T,
+            "decode_bias": mean,
+        }
+        return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def _middle(width: int, make: dict[str, Any]) -> nnx.List:
+    return nnx.List(
+        [ResidualBlock(width, width, **make), FrameAttention(width, **make), ResidualBlock(width, width, **make)]
+    )
+
+
+class VAE(nnx.Module):
+    """The causal 3D VAE: 194 tensors at the default sizes, one to one those of Wan2.1's checkpoint.
+
+    Letters: F = 1 + 4 (T - 1) pixel frames, Hp = 8 H and Wp = 8 W pixels, C latent channels. The methods are pure and
+    traceable; `compiled` wraps them for callers with arrays in hand. With a `Stream` they take a chunk of a clip
+    instead of a whole one; see `vae_streaming`.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        make = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        self.encoder = Encoder(config, rngs=rngs)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **make)
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), **make)
+        self.decoder = Decoder(config, rngs=rngs)
+        if config.linear_path:
+            self.linear = LinearPath(config, rngs=rngs)
+            # Unit variance of the latents is where this path starts: the posterior's noise should be well below it.
+            self.conv1.bias[...] = self.conv1.bias[...].at[config.z_dim :].set(-6.0)
+
+    def encode_moments(self, video: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, jax.Array]:
+        """(B, F, Hp, Wp, 3) in [-1, 1] -> mean and log variance of the posterior, both (B, T, H, W, C), float32.
+
+        Raises:
+          UserError: a size the VAE does not divide.
+        """
+        stream = stream or Stream()
+        self.config.check_clip(*video.shape[1:4], first=stream.first)
+        moments = self.conv1(self.encoder(_fold(video, self.config.patch_size), stream)).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        if self.config.linear_path:
+            mean = mean + self.linear.encode(video, stream.first)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def normalise(self, mean: jax.Array) -> jax.Array:
+        """(x - latent_mean) / latent_std, per channel."""
+        shift, scale = self._statistics()
+        return (mean - shift) / scale
+
+    def encode(self, video: jax.Array, stream: Stream | None = None) -> jax.Array:
+        """(B, F, Hp, Wp, 3) in [-1, 1] -> normalised latents (B, T, H, W, C): the posterior's mean, not a sample."""
+        return self.normalise(self.encode_moments(video, stream)[0])
+
+    def decode_raw(self, z: jax.Array, stream: Stream | None = None) -> jax.Array:
+        """Latents in the posterior's own units (B, T, H, W, C) -> video (B, F, Hp, Wp, 3), float32, not clipped."""
+        stream = stream or Stream()
+        video = _unfold(self.decoder(self.conv2(z), stream).astype(jnp.float32), self.config.patch_size)
+        return video + self.linear.decode(z, stream.first) if self.config.linear_path else video
+
+    def decode(self, latents: jax.Array, stream: Stream | None = None) -> jax.Array:
+        """Normalised latents (B, T, H, W, C) -> video (B, F, Hp, Wp, 3) in [-1, 1]."""
+        shift, scale = self._statistics()
+        return jnp.clip(self.decode_raw(latents * scale + shift, stream), -1.0, 1.0)
+
+    def _statistics(self) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        mean = jnp.zeros((c.z_dim,)) if c.latent_mean is None else jnp.asarray(c.latent_mean, jnp.float32)
+        return mean, jnp.ones((c.z_dim,)) if c.latent_std is None else jnp.asarray(c.latent_std, jnp.float32)
+
+
+def _fold(x: jax.Array, p: int) -> jax.Array:
+    """(B, F, H, W, 3) -> (B, F, H/p, W/p, 3 p p), channels ordered (colour, column, row) as in Wan2.2."""
+    if p == 1:
+        return x
+    b, f, h, w, c = x.shape
+    return (
+        x.reshape(b, f, h // p, p, w // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3).reshape(b, f, h // p, w // p, c * p * p)
+    )
+
+
+def _unfold(x: jax.Array, p: int) -> jax.Array:
+    """The inverse of `_fold`."""
+    if p == 1:
+        return x
+    b, f, h, w, c = x.shape
+    x = x.reshape(b, f, h, w, c // (p * p), p, p).transpose(0, 1, 2, 6, 3, 5, 4)
+    return x.reshape(b, f, h * p, w * p, c // (p * p))
+
+
+def compiled(vae: VAE) -> tuple[Callable[[Any], jax.Array], Callable[[Any], jax.Array]]:
+    """(encode, decode) of `vae` under jit, for repeated calls on arrays; compiles once per shape."""
+    graph, state = nnx.split(vae)
+    encode = jax.jit(lambda state, video: nnx.merge(graph, state).encode(video))
+    decode = jax.jit(lambda state, latents: nnx.merge(graph, state).decode(latents))
+    return (lambda video: encode(state, video)), (lambda latents: decode(state, latents))
+
+
+def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file: parameters by dotted path, the config with latent statistics as JSON in the header.
+
+    Args:
+      path: the file; written beside itself first, then renamed.
+      vae: the module.
+      dtype: storage type of the parameters, "float32" or "float16".
+      notes: further header entries (how it was trained).
+    """
+    path = Path(path)
+    tensors = {}
+    for keys, value in nnx.to_flat_state(nnx.state(vae, nnx.Param)):
+        tensors[".".join(map(str, keys))] = np.ascontiguousarray(np.asarray(value[...]).astype(dtype))
+    config = {**dataclasses.asdict(vae.config), "dtype": "float32"}
+    metadata = {**(notes or {}), "format": "omnihuman_jax.vae", "config": json.dumps(config)}
+    partial = path.with_name(path.name + ".partial")
+    safetensors.numpy.save_file(tensors, partial, metadata=metadata)
+    partial.rename(path)
+
+
+def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
+    """Reads a VAE from a file of `save_vae`.
+
+    Args:
+      source: the file, or a mapping with its path under "checkpoint" and, if wanted, "dtype" (the `vae` config).
+
+    Raises:
+      UserError: no such file, not such a file, or tensors that do not fit its config.
+    """
+    settings = source if isinstance(source, Mapping) else {"checkpoint": source}
+    path = Path(settings.get("checkpoint") or "")
+    if not path.is_file():
+        raise UserError(f"vae.checkpoint={str(path)!r}: no such file; train one with python -m experiments.train_vae")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"vae.checkpoint={path}: not a readable safetensors file ({error}); give a VAE file") from error
+    if metadata.get("format") != "omnihuman_jax.vae" or "config" not in metadata:
+        raise UserError(f"vae.checkpoint={path}: no VAE config in its header; give a file of experiments.train_vae")
+    config = json.loads(metadata["config"])
+    if settings.get("dtype"):
+        config["dtype"] = settings["dtype"]
+    return _from_tensors(VAEConfig.from_dict(config), tensors, path)
+
+
+def _from_tensors(config: VAEConfig, tensors: Mapping[str, np.ndarray], path: Path) -> VAE:
+    vae = nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(vae)
+    flat = nnx.to_flat_state(state)
+    for keys, value in flat:
+        name = ".".join(map(str, keys))
+        if name not in tensors:
+            raise UserError(f"vae.checkpoint={path}: tensor {name} is missing; the file does not fit its own config")
+        if tensors[name].shape != value.shape:
+            raise UserError(f"vae.checkpoint={path}: tensor {name} is {tensors[name].shape}, should be {value.shape}")
+        value.set_value(jnp.asarray(tensors[name], jnp.float32))
+    return nnx.merge(graph, state)

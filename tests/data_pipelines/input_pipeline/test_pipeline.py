@@ -1,0 +1,150 @@
+"""What the loop pulls from: continues through changes of the config, reads patiently, knows its data set."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from data_pipelines.input_pipeline import batches as batches_lib
+from data_pipelines.input_pipeline.pipeline import InputPipeline
+from data_pipelines.schema import Dataset
+from experiments.configs import demo
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.training.stages import curriculum
+from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_fake_dataset(tmp_path_factory.mktemp("data") / "fake", 24, sources={"a": 1, "b": 2}, heldout=4)
+
+
+def _config(**changes):
+    """The demo preset on fake data: three stages of 6 steps of 4."""
+    config = demo.get_config()
+    config.global_batch_size = 4
+    config.data.latent_frames = 4
+    for name in ("stage1", "stage2", "stage3"):
+        config.stages[name].steps = 6
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _feed(dataset, **changes):
+    config = _config(**changes)
+    return InputPipeline.from_config(config, curriculum(config), dataset)
+
+
+def _equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def _saved(input_pipeline):
+    return json.loads(json.dumps(input_pipeline.plan()))
+
+
+def test_an_unchanged_config_continues_bit_for_bit_from_any_step(dataset):
+    whole = list(_feed(dataset).iterate(1, slice(None)))
+    for done in (0, 3, 6, 17, 18):
+        input_pipeline = _feed(dataset)
+        assert input_pipeline.continue_from(_saved(_feed(dataset)), done) == []
+        assert input_pipeline.plan() == _feed(dataset).plan()
+        for a, b in zip(whole[done:], input_pipeline.iterate(done + 1, slice(None)), strict=True):
+            _equal(a, b)
+
+
+def test_changed_ratios_continue_every_source(dataset):
+    """Counted over records: across the change no clip comes twice before all of its kind have come."""
+    before, ratio = _feed(dataset), {"stages.stage3.ratios.audio": 0.3}
+    after = _feed(dataset, **ratio)
+    lines = after.continue_from(_saved(before), 14)
+    assert lines == ["stage3: audio ratio 0.5 until step 14, 0.3 from there; every source goes on where it was"]
+    for step in range(1, 15):
+        assert after.describe(step) == before.describe(step)
+    schedule = after._batches.schedule
+    drawn = {cell.name: [] for cell in schedule.cells}
+    for step in range(1, 19):
+        assert {name: len(records) for name, records in drawn.items()} == schedule.positions(step)
+        for i in schedule.select(step).record:
+            entry = dataset.index[i]
+            drawn[entry["source"], tuple(entry["shape"][1:]), entry["audio"], entry["pose"]].append(int(i))
+    for cell in schedule.cells:
+        for start in range(0, len(drawn[cell.name]), len(cell.records)):
+            epoch = drawn[cell.name][start : start + len(cell.records)]
+            assert len(set(epoch)) == len(epoch)
+    again = _feed(dataset, **ratio)
+    assert again.continue_from(_saved(after), 16) == [], "continuing twice is continuing once"
+    assert again.plan() == after.plan()
+
+
+def test_a_changed_batch_size_and_window_hold_from_the_step_on(dataset):
+    input_pipeline = _feed(dataset, **{"global_batch_size": 6, "stages.stage1.latent_frames": 7})
+    lines = input_pipeline.continue_from(_saved(_feed(dataset)), 2)
+    assert [line.split(":")[0] for line in lines] == ["stage1", "stage2", "stage3"]
+    assert "latent frames of a window 4 until step 2, 7 from there; global batch size 4 until step 2, 6" in lines[0]
+    assert len(input_pipeline.describe(2)["records"]) == 4 and len(input_pipeline.describe(3)["records"]) == 6
+    batch = next(input_pipeline.iterate(3, slice(3, 6)))
+    assert batch["latents"].shape[:2] == (3, 7)
+    assert len(input_pipeline.held_out(1, slice(None))[0]["latents"]) == 6
+    assert {frames for frames, *_ in input_pipeline.buckets()} == {4, 7}
+
+
+def test_a_run_beyond_the_configs_end_has_no_more_steps(dataset):
+    input_pipeline = _feed(dataset, **{"stages.stage3.steps": 0})
+    assert input_pipeline.continue_from(_saved(_feed(dataset)), 15) == ["stage3: ends at step 15 instead of 18"]
+    assert input_pipeline.plan()[-1]["num_steps"] == 3
+    assert not list(input_pipeline.iterate(16, slice(None)))
+    assert input_pipeline.buckets() == []
+
+
+def test_a_plan_that_the_data_cannot_give_is_told_and_the_config_counts(dataset):
+    plan = _saved(_feed(dataset))
+    plan[0]["source_weights"] = {"a": 1.0, "gone": 1.0}
+    input_pipeline = _feed(dataset)
+    (line,) = input_pipeline.continue_from(plan, 3)
+    assert "cannot give what steps 1 to 3 drew" in line and "gone" in line
+    assert input_pipeline.plan() == _feed(dataset).plan()
+
+
+def test_held_out_clips_are_read_again_after_a_failure(dataset, monkeypatch):
+    monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
+    flaky = Flaky(dataset, failures=2)
+    for a, b in zip(_feed(flaky).held_out(2, slice(None)), _feed(dataset).held_out(2, slice(None)), strict=True):
+        _equal(a, b)
+    assert flaky.left == 0
+
+
+def test_a_held_out_clip_that_cannot_be_read_is_named(dataset, monkeypatch):
+    monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
+    with pytest.raises(UserError, match=r"record ./\d+ \(row \d+ of .*\) cannot be read, 3 times tried .*Input/output"):
+        _feed(Flaky(dataset, failures=10**6)).held_out(1, slice(None))
+
+
+def test_the_fingerprint_is_that_of_the_data_not_of_its_place(dataset, tmp_path):
+    found = _feed(dataset).fingerprint()
+    assert len(found) == 64 and int(found, 16) >= 0
+    moved = shutil.copytree(dataset.directory, tmp_path / "moved")
+    assert _feed(Dataset.open(moved), seed=7).fingerprint() == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.index[3].update(id="other"),
+        lambda data: data.index[3].update(split="heldout"),
+        lambda data: data.index[3].update(shape=[9, 4, 4]),
+        lambda data: data.index[3].update(audio=not data.index[3]["audio"]),
+        lambda data: data.index[3].update(source="a" if data.index[3]["source"] == "b" else "b"),
+        lambda data: data.index.reverse(),
+        lambda data: data.index.pop(),
+        lambda data: data.extra.update(inputs_sha256="0"),
+    ],
+)
+def test_the_fingerprint_changes_with_whatever_decides_the_batches(dataset, change):
+    other = copy.deepcopy(dataset)
+    change(other)
+    assert other.fingerprint() != dataset.fingerprint()

@@ -1,0 +1,284 @@
+"""Raw clips become records whose picture, sound, keypoints and truth belong to the same moments."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipelines.encoders import speech
+from data_pipelines.prepare import conditions, pipeline
+from data_pipelines.prepare.cut import Box, centre_box, choose_size, cuts, parse_sizes
+from data_pipelines.prepare.latents import encode_clips, reference_frames
+from data_pipelines.raw import fetch, manifest, media
+from data_pipelines.schema import Dataset
+from omnihuman_jax.errors import UserError
+
+SIZES = ((32, 32), (48, 32), (32, 48))
+SETTINGS = pipeline.Settings(SIZES, 9, "0" * 64)
+
+
+class FakeText:
+    name, dim = "letters", 3
+
+    def encode(self, caption):
+        return np.full((len(caption), 3), len(caption), np.float32)
+
+
+class CountingEncoder:
+    """Stands in for the VAE: a latent is the mean brightness of its pixels; remembers the shapes it was called with."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, video):
+        self.shapes.append(video.shape)
+        b, f, h, w, _ = video.shape
+        frames = np.concatenate([video[:, :1].repeat(3, 1), video], 1).reshape(b, -1, 4, h // 8, 8, w // 8, 8, 3)
+        return frames.mean((2, 4, 6, 7))[..., None].repeat(2, -1)
+
+
+def brightness(start, count, size):
+    """Frame i has brightness 2 (start + i)."""
+    values = (2 * np.arange(start, start + count)).astype(np.uint8)
+    return np.broadcast_to(values[:, None, None, None], (count, *size, 3)).copy()
+
+
+def encoders(detect=None):
+    return conditions.Encoders(FakeText(), speech.load(speech.LOG_MEL), detect)
+
+
+def run(clips, output, detect=None, **kwargs):
+    encode = CountingEncoder()
+    options = {"latent_channels": 2, "extra": {"inputs_sha256": "d"}, "batch": 2} | kwargs
+    summary = pipeline.run(clips, output, SETTINGS, encoders(detect), encode, **options)
+    return summary, encode
+
+
+def tone(frames):
+    return (0.3 * np.sin(np.arange(frames * 640) * 0.3)).astype(np.float32)
+
+
+@pytest.fixture
+def talker(tmp_path):
+    media.write_mp4(tmp_path / "in/talker.mp4", brightness(0, 20, (40, 40)), audio=tone(20))
+    return manifest.RawClip("talker", tmp_path / "in/talker.mp4", "real", "hello", speaker="s", sentence="t")
+
+
+def test_a_clip_is_cut_and_every_part_belongs_to_its_frames(tmp_path, talker):
+    points = np.zeros((20, 28, 3), np.float32)
+    points[:, :, 0] = np.arange(20)[:, None] / 40
+    points[:, :, 1:] = 0.5
+    np.savez(tmp_path / "notes.npz", keypoints=points, mouth=np.arange(20.0), attributes=np.ones(2))
+    clip = dataclasses.replace(talker, annotations=tmp_path / "notes.npz")
+    summary, _ = run([clip], tmp_path / "out")
+    data = Dataset.open(tmp_path / "out")
+    assert [entry["id"] for entry in data.index] == ["real/talker-0", "real/talker-1"]
+    assert data.meta.audio_encoder == "log-mel" and data.meta.text_encoder == "letters" and data.extra["inputs_sha256"]
+    whole = speech.load(speech.LOG_MEL).encode(media.read_audio(clip.path, end=18 / 25), 18)
+    for number in range(2):
+        record = data.read(number)
+        first = 9 * number
+        assert (record["frames"], record["height"], record["width"]) == (9, 32, 32)
+        assert record["latents"].shape == (3, 4, 4, 2) and record["references"].shape == (4, 4, 4, 2)
+        # Latent frame 0 is pixel frame 0; latent frame k is the mean of pixel frames 4k-3 .. 4k.
+        expected = (2 * (first + np.array([0, 2.5, 6.5]))) / 127.5 - 1
+        np.testing.assert_allclose(record["latents"].mean((1, 2, 3)), expected, atol=0.02)
+        chosen = first + record["reference_frames"]
+        np.testing.assert_allclose(record["references"].mean((1, 2, 3)), 2 * chosen / 127.5 - 1, atol=0.02)
+        np.testing.assert_array_equal(record["mouth"], first + np.arange(9))
+        np.testing.assert_allclose(record["keypoints"][:, 0, 0], (first + np.arange(9)) / 40, atol=1e-6)
+        np.testing.assert_allclose(record["audio"], whole[first : first + 9], atol=2e-3)
+        assert record["text"].shape == (5, 3) and record["speaker"] == "s" and record["sentence"] == "t"
+        shown = media.read_video(data.clip_path(number))
+        np.testing.assert_allclose(shown.mean((1, 2, 3)), 2 * (first + np.arange(9)), atol=2.5)
+        assert media.read_audio(data.clip_path(number), end=9 / 25).std() > 0.1
+    table = summary.table()
+    assert "real" in table and "2 of 32x32" in table and not summary.rejected
+
+
+def test_conditions_are_left_out_where_the_clip_lacks_them(tmp_path, talker):
+    media.write_mp4(tmp_path / "in/silent.mp4", brightness(0, 9, (40, 40)))
+    media.write_mp4(tmp_path / "in/zeros.mp4", brightness(0, 9, (40, 40)), audio=np.zeros(6000))
+    silent = manifest.RawClip("silent", tmp_path / "in/silent.mp4", "real")
+    seen = []
+
+    def detect(frames):
+        seen.append(frames.shape)
+        return np.full((9, 28, 3), 0.5, np.float32)
+
+    clips = [
+        dataclasses.replace(talker, id="music", speech=False, pose=False, end=0.36),
+        silent,
+        dataclasses.replace(silent, id="zeros", path=tmp_path / "in/zeros.mp4"),
+        dataclasses.replace(talker, id="both", end=0.36),
+    ]
+    run(clips, tmp_path / "out", detect)
+    data = Dataset.open(tmp_path / "out")
+    assert {entry["id"]: (entry["audio"], entry["pose"]) for entry in data.index} == {
+        "real/music": (False, False),
+        "real/silent": (False, True),
+        "real/zeros": (False, True),
+        "real/both": (True, True),
+    }
+    assert seen == [(9, 40, 40, 3)] * 3  # the detector sees the picture before it is made small
+
+
+def test_a_clip_of_training_size_is_copied_not_coded_again(tmp_path):
+    media.write_mp4(tmp_path / "in/a.mp4", brightness(5, 9, (32, 32)))
+    run([manifest.RawClip("000001", tmp_path / "in/a.mp4", "synthetic")], tmp_path / "out")
+    data = Dataset.open(tmp_path / "out")
+    assert data.index[0]["id"] == "synthetic/000001"
+    assert data.clip_path(0).read_bytes() == (tmp_path / "in/a.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["longer", "slower", "later"])
+def test_a_part_of_a_file_or_another_rate_is_not_copied_whole(tmp_path, how):
+    """Copied, the clip would show other frames than the record's latents."""
+    frames = {"longer": 11, "slower": 9, "later": 11}[how]
+    path = tmp_path / "in/a.mp4"
+    media.write_mp4(path, brightness(5, frames, (32, 32)), fps=20 if how == "slower" else 25)
+    run([manifest.RawClip("a", path, "synthetic", start=0.08 if how == "later" else 0.0)], tmp_path / "out")
+    data = Dataset.open(tmp_path / "out")
+    made = media.read_video(data.clip_path(0))
+    assert len(made) == 9
+    wanted = media.read_video(path, start=0.08 if how == "later" else 0.0)[:9]
+    assert np.abs(made.astype(int) - wanted.astype(int)).mean() < 4
+
+
+def test_manifest_crop_moves_keypoints_and_picks_the_size(tmp_path):
+    frames = np.zeros((9, 64, 96, 3), np.uint8)
+    frames[:, :, 60:90] = 200
+    media.write_mp4(tmp_path / "a.mp4", frames)
+    points = np.full((9, 28, 3), 0.5, np.float32)
+    points[:, 0] = (75 / 96, 32 / 64, 1)  # the middle of the crop
+    np.savez(tmp_path / "a.npz", keypoints=points)
+    clip = manifest.RawClip("a", tmp_path / "a.mp4", "x", annotations=tmp_path / "a.npz", crop=(54, 0, 42, 64))
+    run([clip], tmp_path / "out")
+    record = Dataset.open(tmp_path / "out").read(0)
+    assert (record["height"], record["width"]) == (48, 32)
+    np.testing.assert_allclose(record["keypoints"][:, 0], [[0.5, 0.5, 1]] * 9, atol=0.02)
+    assert not record["keypoints"][:, 1].any()  # left of the crop
+
+
+def test_bad_clips_are_named_and_the_others_are_used(tmp_path, talker):
+    (tmp_path / "in/bad.mp4").write_text("no video")
+    media.write_mp4(tmp_path / "in/short.mp4", brightness(0, 5, (32, 32)))
+    clips = [
+        manifest.RawClip("bad", tmp_path / "in/bad.mp4", "real"),
+        talker,
+        manifest.RawClip("short", tmp_path / "in/short.mp4", "real"),
+    ]
+    summary, _ = run(clips, tmp_path / "out")
+    assert len(Dataset.open(tmp_path / "out")) == 2
+    assert "rejected real/bad: cannot read" in summary.table() and "shorter than 9 frames" in summary.table()
+    with pytest.raises(UserError, match="no clip could be used.*real/bad"):
+        run(clips[:1], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_vae_only_sees_full_batches_of_one_shape():
+    items = [(np.full((9, *size, 3), i, np.uint8), i) for i, size in enumerate([(32, 32), (48, 32)] * 3)]
+    encode = CountingEncoder()
+    results = {item: (latents, refs) for item, latents, refs in encode_clips(items, encode, 2)}
+    assert sorted(results) == list(range(6))
+    assert {shape[0] for shape in encode.shapes if shape[1] > 1} == {2} and len(set(encode.shapes)) == 4
+    for item, (latents, references) in results.items():
+        np.testing.assert_allclose(latents, item / 127.5 - 1, atol=1e-3)
+        np.testing.assert_allclose(references, item / 127.5 - 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("frames", "firsts"), [(8, []), (9, [0]), (15, [0]), (16, [0, 7]), (18, [0, 9]), (26, [0, 9, 17])]
+)
+def test_cuts_use_the_end_if_it_overlaps_little(tmp_path, frames, firsts):
+    media.write_mp4(tmp_path / "a.mp4", brightness(0, frames, (32, 32)))
+    pieces = list(cuts(manifest.RawClip("a", tmp_path / "a.mp4", "x"), SIZES, 9))
+    assert [piece.first for piece in pieces] == firsts
+    for piece in pieces:
+        np.testing.assert_allclose(piece.resized().mean((1, 2, 3)), 2 * (piece.first + np.arange(9)), atol=2.5)
+
+
+def test_size_and_crop_follow_the_aspect_ratio():
+    sizes = [(96, 96), (128, 80), (80, 112)]
+    assert choose_size(480, 640, sizes) == (80, 112)
+    assert choose_size(288, 300, sizes) == (96, 96)
+    assert choose_size(1920, 1080, sizes) == (128, 80)
+    box = centre_box(Box(10, 0, 640, 480), (96, 96))
+    assert box == Box(90, 0, 480, 480)
+    box = centre_box(Box(0, 0, 640, 480), (80, 112))
+    assert box.width / box.height == pytest.approx(1.4, rel=0.01) and box.width == 640
+
+
+def test_references_are_spread_over_the_clip():
+    np.testing.assert_array_equal(reference_frames(49), [0, 16, 32, 48])
+
+
+@pytest.mark.parametrize("text", ["96", "96x", "96x90", "0x96", "a x b"])
+def test_bad_sizes_are_refused(text):
+    with pytest.raises(UserError, match="--sizes"):
+        parse_sizes(text)
+
+
+def test_the_same_inputs_are_recognised(tmp_path, talker):
+    parts = ([talker], SETTINGS, encoders(), "")
+    digest = pipeline.inputs_digest(*parts)
+    assert pipeline.finished(tmp_path / "out", digest) is None
+    run([talker], tmp_path / "out", extra={"inputs_sha256": digest})
+    assert len(pipeline.finished(tmp_path / "out", digest)) == 2
+    other = dataclasses.replace(SETTINGS, clip_frames=13)
+    changed = pipeline.inputs_digest([talker], other, *parts[2:])
+    assert changed != digest
+    assert pipeline.inputs_digest([dataclasses.replace(talker, caption="x")], *parts[1:]) != digest
+    with pytest.raises(UserError, match="delete it"):
+        pipeline.finished(tmp_path / "out", changed)
+
+
+def command(*args):
+    root = pathlib.Path(__file__).resolve().parents[3]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "data_pipelines.prepare", *args],
+        cwd=root, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_command_writes_a_data_set_and_knows_it_again(tmp_path, talker):
+    from flax import nnx
+
+    from omnihuman_jax.models.vae.vae import VAE, VAEConfig, save_vae
+
+    save_vae(
+        tmp_path / "vae.safetensors", VAE(VAEConfig(dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1), rngs=nnx.Rngs(0))
+    )
+    args = [
+        f"--input={talker.path.parent}", f"--output={tmp_path}/out", f"--vae={tmp_path}/vae.safetensors",
+        "--vae_batch=2", "--vae_tile=32", "--sizes=32x32", "--clip_frames=9", "--audio_encoder=log-mel", "--pose=none",
+    ]  # fmt: skip
+    first = command(*args)
+    if first.returncode == 2 and "cannot fetch" in first.stderr:
+        pytest.skip(first.stderr.strip())
+    assert first.returncode == 0, first.stderr
+    assert "2 of 32x32" in first.stdout and "log-mel" in first.stdout
+    data = Dataset.open(tmp_path / "out")
+    assert data.read(0)["latents"].shape == (3, 4, 4, 16)
+    assert data.meta.vae_sha256 == fetch.sha256_of(tmp_path / "vae.safetensors")
+    second = command(*args)
+    assert second.returncode == 0 and "up to date" in second.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--input=none", "--output=o", f"--vae={__file__}"], "does not exist"),
+        (["--input=x", "--output=o", f"--vae={__file__}", "--clip_frames=10"], "1 + 4n"),
+        (["--input=x", "--output=o", f"--vae={__file__}", "--size=96x96"], "did you mean 'sizes'"),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(args, message):
+    result = command(*args)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

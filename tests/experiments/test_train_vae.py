@@ -1,0 +1,231 @@
+"""experiments.train_vae on a few moving shapes: it learns, continues, writes a usable file, and refuses bad input."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from data_pipelines.input_pipeline.video_windows import Bucket, VideoFolder
+from data_pipelines.raw import media
+from experiments import train_vae
+from experiments.configs import demo_vae
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.vae.perceptual import LPIPS
+from omnihuman_jax.models.vae.vae import load_vae
+from omnihuman_jax.training import vae_train
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Four clips of a disc that moves over a gradient."""
+    directory = tmp_path_factory.mktemp("clips")
+    rows, columns = np.mgrid[:48, :64]
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        colour, start, speed = rng.uniform(0, 255, 3), rng.uniform(10, 38, 2), rng.uniform(-1, 1, 2)
+        frames = np.zeros((20, 48, 64, 3))
+        for t in range(20):
+            inside = np.hypot(rows - start[0] - speed[0] * t, columns - start[1] - speed[1] * t) < 9
+            frames[t] = np.where(inside[..., None], colour, (rows * 4)[..., None])
+        media.write_mp4(directory / f"{seed}.mp4", frames.astype(np.uint8))
+    return directory
+
+
+def tiny_config(clips, steps: int):
+    config = demo_vae.get_config()
+    config.steps = steps
+    # From scratch: the principal components would leave 30 steps little to learn.
+    config.vae.update({"dim": 8, "z_dim": 4, "dim_mult": (1, 1, 1), "linear_path": False})
+    config.data.update({"dir": str(clips), "buckets": ((5, 16, 16, 8, 1.0),)})
+    config.evaluation.update({"every": 1000, "frames": 5, "height": 16, "width": 16, "clips": 2})
+    config.optimizer.update({"learning_rate": 5e-3, "warmup_steps": 5})
+    config.checkpoint.every = 15
+    config.log_every = 1
+    config.output.statistics_clips = 4
+    return config
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(clips, tmp_path_factory):
+    """A run of 30 steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    train_vae.train(tiny_config(clips, 30), workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_linear_path_starts_the_run_at_the_principal_components(trained, clips, tmp_path):
+    config = tiny_config(clips, 1)
+    config.vae.linear_path = True
+    train_vae.train(config, tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["loss"] < 0.8 * metrics(trained)[0]["loss"]
+
+
+def test_training_lowers_the_loss_and_reports_held_out_psnr(trained):
+    lines = metrics(trained)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert lines[-1]["heldout_clips"] == 2 and lines[-1]["heldout_psnr"] > 8
+    assert json.loads((trained / "config.json").read_text())["steps"] == 30
+
+
+def test_the_written_file_has_the_statistics_of_its_latents(trained, clips):
+    vae = load_vae(trained / "vae.safetensors")
+    assert len(vae.config.latent_mean) == 4 and min(vae.config.latent_std) > 0
+    folder = VideoFolder(clips)
+    bucket = Bucket(5, 16, 16, 1)
+    windows = np.concatenate([folder.batch([bucket], 1, i, min_scale=1.0) for i in range(4)])
+    latents = np.asarray(jax.jit(vae.encode)(windows)).reshape(-1, 4)
+    np.testing.assert_allclose(latents.mean(0), 0, atol=0.05)
+    np.testing.assert_allclose(latents.std(0), 1, atol=0.05)
+
+
+def test_a_run_started_again_continues_as_if_never_stopped(trained, clips, tmp_path):
+    first = tiny_config(clips, 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vae, "_check_finite", _stop_at(18))
+        with pytest.raises(KeyboardInterrupt):
+            train_vae.train(first, tmp_path)
+    train_vae.train(first, tmp_path)
+    steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
+    assert steps == [*range(1, 18), *range(16, 31)]
+    again, straight = ({x["step"]: x["loss"] for x in metrics(d) if "loss" in x} for d in (tmp_path, trained))
+    assert again[30] == pytest.approx(straight[30], rel=1e-4)
+
+
+def _stop_at(stop: int):
+    def check(_, step: int) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    return check
+
+
+def test_a_finished_run_of_another_vae_is_refused(trained, clips):
+    config = tiny_config(clips, 30)
+    config.vae.dim = 16
+    with pytest.raises(UserError, match="checkpoint of another VAE"):
+        train_vae.train(config, trained)
+
+
+def test_batches_depend_on_seed_and_step_alone(clips):
+    buckets = [Bucket(5, 32, 32, 2, 0.5), Bucket(1, 48, 32, 3, 0.5)]
+    one, other = VideoFolder(clips), VideoFolder(clips, cache_bytes=0)
+    shapes = set()
+    for step in range(6):
+        batch = one.batch(buckets, 3, step, min_scale=0.5)
+        np.testing.assert_array_equal(batch, other.batch(buckets, 3, step, min_scale=0.5))
+        assert batch.dtype == np.float32 and np.abs(batch).max() <= 1
+        shapes.add(batch.shape)
+    assert shapes == {(2, 5, 32, 32, 3), (3, 1, 48, 32, 3)}
+
+
+def test_long_files_are_read_by_seeking_to_the_same_frames(clips, monkeypatch):
+    whole, parts = VideoFolder(clips), VideoFolder(clips)
+    path = whole.splits["train"][0][0]
+    expected = whole.read(path, 7, 5)
+    monkeypatch.setattr("data_pipelines.input_pipeline.video_windows._WHOLE_CLIP_BYTES", 0)
+    np.testing.assert_array_equal(parts.read(path, 7, 5), expected)
+    assert len(parts.read(path, 18, 5)) == 5
+
+
+def test_a_directory_s_own_list_says_what_is_held_out(clips, tmp_path):
+    (tmp_path / "clips").mkdir()
+    for path in clips.iterdir():
+        (tmp_path / "clips" / path.name).write_bytes(path.read_bytes())
+    rows = [{"file": "clips/2.mp4", "split": "heldout"}, {"file": "clips/0.mp4", "split": "train"}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"clips": rows}))
+    folder = VideoFolder(f"{tmp_path}, {clips}", heldout=0.0)
+    assert [p.name for p in folder.splits["heldout"][0]] == ["2.mp4"]
+    assert len(folder.splits["heldout"][1]) == 1 and folder.count("train") == 3 + 3
+
+
+def test_large_frames_are_shrunk_for_the_cache(clips):
+    folder = VideoFolder(clips, short_side=24)
+    assert folder.read(folder.splits["train"][0][0], 0, 3).shape == (3, 24, 32, 3)
+
+
+def test_the_edge_term_weighs_structure_that_pixels_hardly_see():
+    target = jnp.zeros((1, 1, 16, 16, 3))
+    flat, line = target + 1 / 16, target.at[:, :, 8].set(1.0)
+    flat_terms, line_terms = (vae_train.reconstruction_losses(target, x, 1) for x in (flat, line))
+    assert float(flat_terms["l1"]) == pytest.approx(float(line_terms["l1"]))
+    assert float(flat_terms["edge"]) == pytest.approx(0, abs=1e-6) and float(line_terms["edge"]) > 0.05
+
+
+def test_kl_and_psnr_against_their_formulas():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.normal(size=(2, 3)), rng.normal(size=(2, 3))
+    expected = np.mean(0.5 * (mean**2 + np.exp(logvar) - 1 - logvar))
+    assert float(vae_train.kl_divergence(jnp.asarray(mean), jnp.asarray(logvar))) == pytest.approx(expected, rel=1e-5)
+    video = jnp.zeros((1, 1, 4, 4, 3))
+    assert float(vae_train.psnr(video, video + 0.2)[0]) == pytest.approx(20.0, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_adversarial_term_trains_both_networks(clips, tmp_path):
+    config = tiny_config(clips, 6)
+    config.adversarial.update({"weight": 0.1, "start_step": 3, "width": 8})
+    train_vae.train(config, tmp_path)
+    lines = [line for line in metrics(tmp_path) if "loss" in line]
+    assert ["critic" in line for line in lines] == [False] * 3 + [True] * 3
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.buckets": ((4, 16, 16, 8, 1.0),)}, "4 frames"),
+        ({"data.buckets": ((5, 20, 16, 8, 1.0),)}, "20x16 pixels"),
+        ({"data.buckets": ((5, 16, 16, 3, 1.0),)}, "not divisible by the 8 devices"),
+        ({"data.buckets": ((5, 16, 16, 8),)}, "is not"),
+        ({"data.dir": "nowhere"}, "no such directory"),
+        ({"data.exclude": r"[0-2]\.mp4"}, "at least 2 are needed"),
+        ({"data.exclude": "["}, "not a regular expression"),
+        ({"data.heldout": 1.0}, "all 4 videos are held out"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(clips, tmp_path, change, message):
+    config = tiny_config(clips, 2)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        train_vae.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_video_is_named(clips, tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"no video")
+    folder = VideoFolder(tmp_path)
+    with pytest.raises(UserError, match=r"[ab]\.mp4"):
+        folder.batch([Bucket(1, 16, 16, 1)], 0, 0, min_scale=1.0)
+
+
+def test_the_command_reports_a_mistake_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.train_vae", "--config=experiments/configs/demo_vae.py"]
+    result = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert (
+        result.stderr.strip() == "error: data.dir is empty; set --config.data.dir=DIR to a directory with video files"
+    )
+
+
+@pytest.mark.slow
+def test_lpips_joins_the_loss_where_its_weights_are_given(clips):
+    config, video = tiny_config(clips, 1), np.random.default_rng(0).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
+    state = nnx.state(LPIPS((2, 2, 2, 2, 2), rngs=nnx.Rngs(0)))
+    assert float(vae_train.perceptual_distance(state, video, video)) == 0
+    assert float(vae_train.perceptual_distance(state, video, -video)) > 0
+    step, train_state = vae_train.make_train_step(config), jax.eval_shape(lambda: vae_train.create_state(config))
+    assert "lpips" in jax.eval_shape(step, train_state, video, state)[1]
+    assert "lpips" not in jax.eval_shape(step, train_state, video)[1]
