@@ -21,10 +21,11 @@ from benchmarks import side_by_side
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from experiments.common import cli
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import init_state, make_network, place_batch
+from omnihuman_jax.training.state import init_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 
 BF16 = "bfloat16"
@@ -80,7 +81,7 @@ def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, 
         first = next(batches)
         same = (batch for batch in batches if batch["latents"].shape == first["latents"].shape)
         for batch in itertools.chain([first], itertools.islice(same, steps - 1)):
-            placed = place_batch(config, mesh, batch)
+            placed = batch_lib.place(config, mesh, batch)
             for run in runs.values():
                 begin = time.perf_counter()
                 run["state"], metrics = run["step"](run["state"], placed, rate)

@@ -29,12 +29,13 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from experiments.common import cli
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import compile_together, is_main, process_rows
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import init_state, make_network, place_batch
+from omnihuman_jax.training.state import init_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 
 WARM = 5  # first steps of a run that are not counted: they compile
@@ -63,7 +64,7 @@ def bare_step_seconds(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
         for batch in input_pipeline.iterate(1, rows):
             order.append(bucket := bucket_name(batch))
             if bucket not in placed:
-                placed[bucket], times[bucket] = place_batch(config, mesh, batch), []
+                placed[bucket], times[bucket] = batch_lib.place(config, mesh, batch), []
                 compiled[bucket] = compile_together(step, state, placed[bucket], jnp.float32(1e-4))
         for bucket in order:
             begin = time.perf_counter()

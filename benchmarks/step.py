@@ -18,10 +18,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.common import cli
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.training.state import batch_shapes, init_state, make_network
+from omnihuman_jax.training.state import init_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 
 
@@ -36,8 +37,9 @@ def random_batch(config: ConfigDict, bucket: tuple[int, int, int], seed: int = 0
     """A global batch of the shapes that training sees for a bucket (T, H, W), with every condition active."""
     rng = np.random.default_rng(seed)
     batch = {}
-    for name, (shape, dtype) in batch_shapes(config, *bucket).items():
-        values = np.ones(shape) if dtype == jnp.bool_ else rng.uniform(-1, 1, shape)
+    for name, (row, dtype) in batch_lib.fields(config.model, bucket).items():
+        shape = (config.global_batch_size, *row)
+        values = np.ones(shape) if dtype == np.bool_ else rng.uniform(-1, 1, shape)
         batch[name] = values.astype(dtype)
     return batch
 

@@ -6,8 +6,9 @@ A data set is a directory:
     records/*.array_record        serialised TFDS `FeaturesDict` records (no TensorFlow needed)
     clips/ID.mp4                  the curated clips at training size (the "/" of an id becomes "__")
 
-Everything is at 25 frames per second. A record is a dict with the keys of `FIELDS`; arrays that a clip does not have
-are present with zero rows, so "has audio" is `record["audio"].shape[0] > 0`.
+Everything is at 25 frames per second. A record is a dict; arrays that a clip lacks are present with zero rows, so
+"has audio" is `record["audio"].shape[0] > 0`. Which arrays a record has follows from the table of conditions when it is
+written (`array_fields`) and is kept in dataset.json: a data set describes itself.
 """
 
 from __future__ import annotations
@@ -16,94 +17,124 @@ import dataclasses
 import functools
 import hashlib
 import json
-import operator
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from omnihuman_jax import conditions
+from omnihuman_jax.conditions import Kind
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import FPS, latent_frames, pixel_frames
 
-SCHEMA_VERSION = 1
-FPS = 25
+SCHEMA_VERSION = 2
 SPLITS = ("train", "heldout")
 RECORDS_PER_FILE = 64
 
 TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence")
 NUMBER_FIELDS = ("frames", "height", "width")
-# name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
+# Name -> (rank, dtype) of arrays. Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
 # R references, K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
-ARRAY_FIELDS: Mapping[str, tuple[int, type]] = {
-    "latents": (4, np.float16),  # (T,H,W,C) normalised latents of the whole clip, posterior mean
-    "references": (4, np.float16),  # (R,H,W,C) normalised single-image latents
-    "reference_frames": (1, np.int32),  # (R,) pixel frame of each reference
-    "audio": (2, np.float16),  # (F,Da) speech features, one row a pixel frame; (0,Da) without audio
-    "keypoints": (3, np.float32),  # (F,K,3) x, y in [0,1] of width and height, confidence; (0,K,3) without
-    "text": (2, np.float16),  # (L,Dt) token states of the caption, not padded
-    "mouth": (1, np.float32),  # (F,) true mouth opening of rendered clips; else (0,)
-    "attributes": (1, np.float32),  # (A,) true appearance numbers of rendered clips; else (0,)
+ArrayFields = Mapping[str, tuple[int, str]]
+# Beside those of the conditions: references (R,H,W,C), audio (F,Da) speech features, keypoints (F,K,3), text (L,Dt)
+# token states of the caption, not padded.
+_OTHER_ARRAYS: ArrayFields = {
+    "latents": (4, "float16"),  # (T,H,W,C) normalised latents of the whole clip, posterior mean
+    "reference_frames": (1, "int32"),  # (R,) pixel frame of each reference
+    "mouth": (1, "float32"),  # (F,) true mouth opening of rendered clips; else (0,)
+    "attributes": (1, "float32"),  # (A,) true appearance numbers of rendered clips; else (0,)
 }
-FIELDS = TEXT_FIELDS + NUMBER_FIELDS + tuple(ARRAY_FIELDS)
+
+
+def array_fields() -> ArrayFields:
+    """The arrays of a record, with those that the table of conditions brings."""
+    of_conditions = {c.record: (c.rank, np.dtype(c.dtype).name) for c in conditions.table()}
+    return dict(_OTHER_ARRAYS) | of_conditions
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """Sizes and encoders shared by all records of one data set (the head of dataset.json)."""
+    """What all records of one data set share (the head of dataset.json).
+
+    Attributes:
+      latent_channels: channels C of the latents.
+      sizes: name -> size that the conditions' rows have (`Condition.sizes`): audio_dim, text_dim, num_keypoints.
+      encoders: condition -> name of the encoder that made it.
+      vae_sha256: digest of the VAE's file.
+      arrays: the arrays of every record.
+    """
 
     latent_channels: int
-    audio_dim: int
-    audio_encoder: str
-    text_dim: int
-    text_encoder: str
-    num_keypoints: int
+    sizes: Mapping[str, int]
+    encoders: Mapping[str, str]
     vae_sha256: str
+    arrays: ArrayFields = dataclasses.field(default_factory=array_fields)
     fps: int = FPS
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of all fields of a record."""
+        return TEXT_FIELDS + NUMBER_FIELDS + tuple(self.arrays)
+
 
 @functools.cache
-def _features():
+def _features(arrays: tuple[tuple[str, tuple[int, str]], ...]):
     # Imported here because it takes about a second, which `--help` and plain imports should not pay.
     from tensorflow_datasets import features as tf_features
 
     spec: dict[str, Any] = {name: tf_features.Text() for name in TEXT_FIELDS}
     spec |= {name: np.int32 for name in NUMBER_FIELDS}
-    for name, (rank, dtype) in ARRAY_FIELDS.items():
+    for name, (rank, dtype) in arrays:
         # zlib (or bytes) stores the shape with the values, which several unknown dimensions need.
-        spec[name] = tf_features.Tensor(shape=(None,) * rank, dtype=dtype, encoding="zlib" if rank > 1 else "none")
+        encoding = "zlib" if rank > 1 else "none"
+        spec[name] = tf_features.Tensor(shape=(None,) * rank, dtype=np.dtype(dtype), encoding=encoding)
     return tf_features.FeaturesDict(spec)
 
 
-def encode(record: Mapping[str, Any]) -> bytes:
-    """Serialises one record (all of `FIELDS`; arrays are cast to the schema's types).
+def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
+    """Serialises one record; arrays are cast to the schema's types.
 
     Raises:
       ValueError: a field is missing, unknown or of the wrong rank.
     """
-    if set(record) != set(FIELDS):
-        raise ValueError(f"record fields differ from the schema: {sorted(set(record) ^ set(FIELDS))}")
+    expected = {*TEXT_FIELDS, *NUMBER_FIELDS, *arrays}
+    if set(record) != expected:
+        raise ValueError(f"record fields differ from the schema: {sorted(set(record) ^ expected)}")
     raw: dict[str, Any] = {name: str(record[name]) for name in TEXT_FIELDS}
     raw |= {name: int(record[name]) for name in NUMBER_FIELDS}
-    for name, (rank, dtype) in ARRAY_FIELDS.items():
+    for name, (rank, dtype) in arrays.items():
         value = np.asarray(record[name], dtype)
         if value.ndim != rank:
             raise ValueError(f"record {record['id']}: {name} has shape {value.shape}, expected rank {rank}")
         raw[name] = np.ascontiguousarray(value)
-    return _features().serialize_example(raw)
+    return _features(tuple(arrays.items())).serialize_example(raw)
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:
     """The inverse of `encode`: text fields as str, number fields as int, arrays as NumPy."""
-    record = dict(_features().deserialize_example_np(data))
+    record = dict(_features(tuple(arrays.items())).deserialize_example_np(data))
     for name in TEXT_FIELDS:
         record[name] = record[name].decode("utf-8")
     for name in NUMBER_FIELDS:
         record[name] = int(record[name])
     return record
+
+
+def given(record: Mapping[str, Any], names: Iterable[str], reference: int = 0) -> dict[str, np.ndarray]:
+    """What a record holds of the named conditions, to drive a generated clip (`omnihuman_jax.inference.inputs`).
+
+    Args:
+      record: one record.
+      names: of conditions that it has.
+      reference: which of its single-image latents to take.
+    """
+    found = {name: record[conditions.get(name).record] for name in names}
+    return {name: x[reference] if conditions.get(name).kind is Kind.IMAGE else x for name, x in found.items()}
 
 
 def clip_filename(record_id: str) -> str:
@@ -113,23 +144,26 @@ def clip_filename(record_id: str) -> str:
 
 def _check(record: Mapping[str, Any], meta: Meta) -> None:
     """Raises ValueError where sizes disagree with `meta` or with each other, or values are not finite."""
-    frames, name = int(record["frames"]), record["id"]
-    latents, audio, keypoints = record["latents"], record["audio"], record["keypoints"]
+    frames, name, size = int(record["frames"]), record["id"], record["latents"].shape[1:3]
     expected = {
-        "latents": (1 + (frames - 1) // 4, *latents.shape[1:3], meta.latent_channels),
-        "references": (len(record["reference_frames"]), *latents.shape[1:3], meta.latent_channels),
-        "audio": (frames if len(audio) else 0, meta.audio_dim),
-        "keypoints": (frames if len(keypoints) else 0, meta.num_keypoints, 3),
-        "text": (len(record["text"]), meta.text_dim),
+        "latents": (latent_frames(frames), *size, meta.latent_channels),
         "mouth": (frames if len(record["mouth"]) else 0,),
     }
+    for condition in conditions.table():
+        count = len(record[condition.record])
+        if condition.kind is Kind.IMAGE:
+            expected[condition.record] = (len(record["reference_frames"]), *size, meta.latent_channels)
+        elif condition.kind is Kind.TOKENS:
+            expected[condition.record] = (count, *condition.row_shape(meta.sizes))
+        else:
+            expected[condition.record] = (frames if count else 0, *condition.row_shape(meta.sizes))
     for field, shape in expected.items():
         value = np.asarray(record[field])
         if value.shape != shape:
             raise ValueError(f"record {name}: {field} has shape {value.shape}, expected {shape}")
         if not np.isfinite(value).all():
             raise ValueError(f"record {name}: {field} holds values that are not finite")
-    if (frames - 1) % 4 or not len(record["references"]) or not len(record["text"]):
+    if pixel_frames(latent_frames(frames)) != frames or not len(record["references"]) or not len(record["text"]):
         raise ValueError(f"record {name}: needs 1+4n frames, a reference and text tokens; it has {frames} frames")
     if record["split"] not in SPLITS:
         raise ValueError(f"record {name}: split is {record['split']!r}, expected one of {SPLITS}")
@@ -173,7 +207,7 @@ class DatasetWriter:
             raise ValueError(f"record id {record['id']!r} is used twice")
         self._ids.add(record["id"])
         _check(record, self._meta)
-        data = encode(record)
+        data = encode(record, self._meta.arrays)
         file, row = divmod(len(self._index), RECORDS_PER_FILE)
         name = f"records/records-{file:05d}.array_record"
         if row == 0:
@@ -189,8 +223,7 @@ class DatasetWriter:
                 "file": name,
                 "row": row,
                 "shape": list(record["latents"].shape[:3]),
-                "audio": len(record["audio"]) > 0,
-                "pose": len(record["keypoints"]) > 0,
+                **{name: len(record[conditions.get(name).record]) > 0 for name in conditions.selecting()},
                 "frames": int(record["frames"]),
             }
         )
@@ -254,13 +287,15 @@ class Dataset:
         for name in sorted({entry["file"] for entry in index}):
             if not (directory / name).is_file():
                 raise UserError(f"data directory {directory} lacks {name}; prepare the data again")
-        return cls(directory, Meta(**{name: head.pop(name) for name in names}), index, head)
+        values = {name: head.pop(name) for name in names}
+        values["arrays"] = {name: (int(rank), str(dtype)) for name, (rank, dtype) in values["arrays"].items()}
+        return cls(directory, Meta(**values), index, head)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, i: int) -> dict[str, Any]:
-        """Record i (an index into `.index`) as a dict of `FIELDS`."""
+        """Record i (an index into `.index`) as a dict of `meta.fields`."""
         entry = self.index[i]
         with self._lock:
             reader = self._readers.get(entry["file"])
@@ -268,7 +303,7 @@ class Dataset:
                 reader = ArrayRecordReader(str(self.directory / entry["file"]), "readahead_buffer_size:0")
                 self._readers[entry["file"]] = reader
         try:
-            return decode(reader.read([entry["row"]])[0])
+            return decode(reader.read([entry["row"]])[0], self.meta.arrays)
         except Exception:
             with self._lock:
                 self._readers.pop(entry["file"], None)  # opened anew by the next try
@@ -280,9 +315,9 @@ class Dataset:
         Sizes and encoders, the digest of the inputs, and every record in order; the arrays themselves are not read.
         """
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.meta), self.extra], sort_keys=True).encode())
-        values = operator.itemgetter("id", "source", "split", "shape", "audio", "pose", "frames")
-        for start in range(0, len(self.index), 10_000):
-            digest.update(json.dumps([values(entry) for entry in self.index[start : start + 10_000]]).encode())
+        for entry in self.index:
+            decides = {key: value for key, value in entry.items() if key not in ("file", "row")}
+            digest.update(json.dumps(decides, sort_keys=True).encode())
         return digest.hexdigest()
 
     def clip_path(self, i: int) -> pathlib.Path:

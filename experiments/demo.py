@@ -192,7 +192,7 @@ def main(_: list[str]) -> None:
     with journal.phase("training"):
         data = workdir / "data"
         # Where the speech encoder could not be had, log-mel features of another width stand in for its own.
-        width = f"--config.model.audio_dim={Dataset.open(data).meta.audio_dim}"
+        width = f"--config.model.audio_dim={Dataset.open(data).meta.sizes['audio_dim']}"
         command(
             "experiments.train", f"--config={_CONFIG.value}", f"--workdir={workdir}", f"--config.data.dir={data}", width
         )

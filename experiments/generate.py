@@ -11,7 +11,7 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.diffusion import guidance, sampler
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import FPS, pixel_frames
 from omnihuman_jax.inference import images, segments
 from omnihuman_jax.inference.generate import Request, check_request, generate, pixel_multiple
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae.streaming import Tiling
 from omnihuman_jax.models.vae.vae import load_vae
+from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.training.state import make_network
 
 OUTPUT_RATE = 48_000  # of the output's sound, in Hz; the encoder's 16 kHz would dull it
@@ -49,6 +51,7 @@ class Options:
     audio: str | None = None
     pose: str | None = None
     text: str | None = None
+    tracks: list[str] = dataclasses.field(default_factory=list)
     seconds: float | None = None
     height: int | None = None
     width: int | None = None
@@ -71,14 +74,14 @@ class Inputs:
       image: uint8 (h, w, 3).
       wave: mono sound (N,) at 16 kHz for the speech encoder, or None.
       sound: the same at `OUTPUT_RATE` for the output.
-      keypoints: (F, K, 3) of an .npz, or None.
+      tracks: condition name -> rows (F, ...) read from .npz files: keypoints for "pose", and those of --tracks.
       pose_size: (height, width) of the pose video, or None.
     """
 
     image: np.ndarray
     wave: np.ndarray | None = None
     sound: np.ndarray | None = None
-    keypoints: np.ndarray | None = None
+    tracks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     pose_size: tuple[int, int] | None = None
 
 
@@ -98,22 +101,24 @@ def read_image(path: str) -> np.ndarray:
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def read_keypoints(path: str) -> np.ndarray:
-    """`keypoints` of an .npz file, float32 (F, K, 3).
+def read_track(flag: str, name: str, path: str) -> np.ndarray:
+    """The track of a condition in an .npz file, float32 (F, ...): the array named as the condition's batch field.
 
     Raises:
-      UserError: it cannot be read, has no such array, or one of another form.
+      UserError: it is no track, it cannot be read, has no such array, or one of another form.
     """
+    condition = conditions.get(name)
+    if condition.kind is not conditions.Kind.TRACK:
+        raise UserError(f"{flag}: {name} is no track of rows a frame; give it by its own flag")
+    where, field = f"{flag}={path}", condition.record
     try:
         with np.load(path, allow_pickle=False) as file:
-            points = np.asarray(file["keypoints"], np.float32)
+            rows = np.asarray(file[field], np.float32)
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(
-            f"--pose={path}: no keypoints can be read ({error}); give an .npz with `keypoints` (F,K,3)"
-        ) from error
-    if points.ndim != 3 or points.shape[-1] != 3 or not len(points) or not np.isfinite(points).all():
-        raise UserError(f"--pose={path}: keypoints have shape {points.shape}; give finite (F,K,3) with F of at least 1")
-    return points
+        raise UserError(f"{where}: no {field} can be read ({error}); give an .npz with `{field}` (F,...)") from error
+    if rows.ndim != 1 + len(condition.row) or not len(rows) or not np.isfinite(rows).all():
+        raise UserError(f"{where}: {field} have shape {rows.shape}; give finite rows, one a frame, at least 1")
+    return rows
 
 
 def check_options(options: Options) -> None:
@@ -143,10 +148,15 @@ def read_inputs(options: Options) -> Inputs:
     if options.audio:
         wave, sound = (media.read_audio(options.audio, rate=rate) for rate in (media.AUDIO_RATE, OUTPUT_RATE))
         inputs = dataclasses.replace(inputs, wave=wave, sound=sound)
-    if not options.pose:
+    tracks = {}
+    for item in options.tracks:
+        name, _, path = item.partition("=")
+        tracks[name] = read_track("--tracks", name, path)
+    if options.pose and Path(options.pose).suffix.lower() == ".npz":
+        tracks["pose"] = read_track("--pose", "pose", options.pose)
+    inputs = dataclasses.replace(inputs, tracks=tracks)
+    if not options.pose or "pose" in tracks:
         return inputs
-    if Path(options.pose).suffix.lower() == ".npz":
-        return dataclasses.replace(inputs, keypoints=read_keypoints(options.pose))
     first = next(media.iter_video(options.pose))  # one frame shows that it can be read
     pose_encoder.interpreter()
     return dataclasses.replace(inputs, pose_size=first.shape[:2])
@@ -159,31 +169,30 @@ def trained_sizes(config: ConfigDict, multiple: int) -> list[tuple[int, int]]:
     return sorted({(rows * factor, columns * factor) for _, rows, columns in shapes})
 
 
-def default_text(active: np.ndarray) -> str:
+def default_text(given: Collection[str]) -> str:
     """A caption for when none is given: turning a condition on turns on the weaker ones, text among them."""
-    if active[conditions.AUDIO]:
+    if "audio" in given:
         return "a person is talking to the camera"
-    return "a person is moving" if active[conditions.POSE] else "a person"
+    return "a person is moving" if set(conditions.selecting()) & set(given) else "a person"
 
 
-def encoder_name(options: Options, config: ConfigDict, key: str) -> str:
+def encoder_name(options: Options, config: ConfigDict, condition: str) -> str:
     """The encoder a checkpoint's data was made with; features of another one mean nothing to its model."""
-    name = config.get("dataset", {}).get(key)
+    name = config.get("dataset", {}).get("encoders", {}).get(condition)
     if not name:
         raise UserError(
-            f"--checkpoint={options.checkpoint}: does not say its {key}; use a checkpoint of experiments.train"
+            f"--checkpoint={options.checkpoint}: does not say its {condition} encoder; use a checkpoint of "
+            f"experiments.train"
         )
     return name
 
 
-def pose_track(options: Options, inputs: Inputs, frames: int | None, height: int, width: int) -> np.ndarray | None:
-    """Keypoints (F, K, 3) in the output frame, at most `frames` of them; a video is cropped as the reference is.
+def detect_pose(options: Options, inputs: Inputs, frames: int | None, height: int, width: int) -> np.ndarray:
+    """Keypoints (F, K, 3) of the pose video in the output frame, at most `frames`; cropped as the reference is.
 
     Raises:
       UserError: no person is found in the video.
     """
-    if inputs.pose_size is None:
-        return inputs.keypoints
     print(f"pose: detecting keypoints in {options.pose}")
     points = pose_encoder.detect(options.pose, frames)
     if not len(points):
@@ -195,22 +204,22 @@ def build_request(options: Options, inputs: Inputs, config: ConfigDict, height: 
     """Encodes the inputs with the encoders of the checkpoint's data."""
     frames = None
     if options.seconds is not None:
-        frames = max(1, round(options.seconds * media.FPS))
+        frames = max(1, round(options.seconds * FPS))
     elif inputs.wave is not None:
-        frames = max(1, round(len(inputs.wave) / media.AUDIO_RATE * media.FPS))
-    keypoints, audio = pose_track(options, inputs, frames, height, width), None
-    if keypoints is not None:
-        frames = frames or len(keypoints)
-        if len(keypoints) < frames:
-            print(f"pose: ends after {len(keypoints) / media.FPS:.2f} s; its last frame is held")
-    frames = frames or segments.pixel_frames(config.data.latent_frames)
+        frames = max(1, round(len(inputs.wave) / media.AUDIO_RATE * FPS))
+    given = dict(inputs.tracks)
+    if inputs.pose_size is not None:
+        given["pose"] = detect_pose(options, inputs, frames, height, width)
+    frames = frames or max(map(len, given.values()), default=pixel_frames(config.data.latent_frames))
+    for name, track in given.items():
+        if len(track) < frames:
+            print(f"{name}: ends after {len(track) / FPS:.2f} s; its last frame is held")
     if inputs.wave is not None:
-        audio = speech.load(encoder_name(options, config, "audio_encoder")).encode(inputs.wave, frames)
-    given = {"audio": audio is not None, "pose": keypoints is not None}
-    prompt = options.text or default_text(conditions.for_inference(text=True, reference=True, **given))
+        given["audio"] = speech.load(encoder_name(options, config, "audio")).encode(inputs.wave, frames)
+    prompt = options.text or default_text(given)
     print(f"text: {prompt!r}{'' if options.text else ' (no --text given)'}")
-    encoder = text.load(encoder_name(options, config, "text_encoder"))
-    return Request(inputs.image, height, width, frames, encoder.encode(prompt), audio, keypoints, options.seed)
+    given["text"] = text.load(encoder_name(options, config, "text")).encode(prompt)
+    return Request(inputs.image, height, width, frames, given, options.seed)
 
 
 class Progress:
@@ -238,14 +247,14 @@ def untrained(config: ConfigDict, stage: str, active: np.ndarray) -> list[str]:
     """Active conditions that no stage of the run up to `stage` trained; they have no effect or a random one."""
     order = list(config.stage_order)
     done = [config.stages[name] for name in order[: order.index(stage) + 1] if config.stages[name].steps]
-    return [name for name in conditions.names(active) if not any(row.ratios[name] > 0 for row in done)]
+    return [name for name in conditions.active_names(active) if not any(row.ratios[name] > 0 for row in done)]
 
 
 def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, settings: Settings) -> int:
     """Prints what is about to be done; returns the number of segments."""
     kind = "EMA" if info["ema"] else "raw"
     print(f"checkpoint: {info['path']}, step {info['step']} ({info['stage']}), {kind} parameters")
-    print(f"conditions: {', '.join(conditions.names(request.active))}")
+    print(f"conditions: {', '.join(conditions.active_names(request.active))}")
     missing = untrained(config, info["stage"], request.active)
     if missing:
         print(
@@ -253,7 +262,7 @@ def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, sett
         )
     count = len(segments.plan(request.frames, settings.window))
     print(
-        f"clip: {request.frames} frames ({request.frames / media.FPS:.2f} s), {request.height}x{request.width}, "
+        f"clip: {request.frames} frames ({request.frames / FPS:.2f} s), {request.height}x{request.width}, "
         f"{count} segment{'s' * (count > 1)} of {settings.steps} steps"
     )
     return count
@@ -305,7 +314,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
         frames = generate(network, params, vae, request, settings, progress, tiling)
     finally:
         progress.bar.close()
-    media.write_mp4(options.output, images.to_pixels(frames), audio=inputs.sound, audio_rate=OUTPUT_RATE)
+    media.write_mp4(options.output, to_pixels(frames), audio=inputs.sound, audio_rate=OUTPUT_RATE)
     print(f"{progress.seconds_per_step:.3f} s per step; wrote {options.output}")
     return Path(options.output)
 
@@ -318,6 +327,7 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", None, "Portrait image of any size.")
     flags.DEFINE_string("audio", None, "Speech that drives the clip: any sound file, or a video with sound.")
     flags.DEFINE_string("pose", None, "Video whose movement drives the clip, or an .npz with keypoints (F,K,3).")
+    flags.DEFINE_list("tracks", [], "Other conditions: NAME=FILE.npz with an array of a row a frame, comma-separated.")
     flags.DEFINE_string("text", None, "What happens; without it, a plain sentence that is printed.")
     flags.DEFINE_float("seconds", None, "Length; default: the audio's, else the pose video's, else one segment.")
     flags.DEFINE_integer("height", None, "Pixels; default: the trained size nearest to the portrait's shape.")

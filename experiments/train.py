@@ -16,15 +16,18 @@ from ml_collections import ConfigDict
 
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
-from data_pipelines.schema import Dataset
+from data_pipelines.schema import Dataset, given
 from experiments.common import cli
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.inference.generate import decode_latents, pad_text
-from omnihuman_jax.inference.sampling import Inputs, Settings, sample_latents
+from omnihuman_jax.frames import pixel_frames
+from omnihuman_jax.inference.generate import decode_latents
+from omnihuman_jax.inference.inputs import Inputs
+from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.vae.vae import VAE, load_vae
+from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.metrics import write_gif
@@ -59,23 +62,18 @@ class SampleVideos:
         config, records = self._config, self._records
         network = make_network(config)
         window = min(stage.latent_frames, *(len(r["latents"]) for r in records))
-        has_audio = stage.ratios["audio"] > 0 and all(len(r["audio"]) for r in records)
-        texts, masks = zip(*(pad_text(r["text"], network.config.text_len) for r in records), strict=True)
-        inputs = Inputs(
-            active=conditions.for_inference(text=True, reference=True, audio=has_audio, pose=False),
-            reference=np.stack([r["references"][0] for r in records]).astype(np.float32),
-            text=np.stack(texts),
-            text_mask=np.stack(masks),
-            audio=np.stack([r["audio"] for r in records]).astype(np.float32) if has_audio else None,
-        )
+        # Driven by what guidance strengthens (text and speech), as far as it is trained and all clips have it.
+        trained = [name for name in conditions.guided() if name in conditions.selecting() and stage.ratios[name] > 0]
+        drives = [name for name in trained if all(len(record[conditions.get(name).record]) for record in records)]
+        inputs = Inputs.of(network.config, [given(record, ["text", "reference", *drives]) for record in records])
         settings = Settings.from_config(config, window=window)
-        frames = 1 + 4 * (window - 1)
+        frames = pixel_frames(window)
         made = sample_latents(
             network, params, inputs, settings, frames=frames, seeds=range(config.seed, config.seed + len(records))
         )
         real = np.stack([r["latents"][:window] for r in records]).astype(np.float32)
         pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
-        video = np.clip(np.round((np.concatenate(pair, axis=1) + 1) * 127.5), 0, 255).astype(np.uint8)
+        video = to_pixels(np.concatenate(pair, axis=1))
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step, stage)
         part = path.with_name(f".{path.name}")
@@ -93,14 +91,9 @@ def define_flags() -> None:
 
 def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
     """Raises UserError where the data set's feature sizes are not what the model takes."""
-    meta = dataset.meta
-    sizes = {
-        "latent_channels": meta.latent_channels,
-        "audio_dim": meta.audio_dim,
-        "text_dim": meta.text_dim,
-        "num_keypoints": meta.num_keypoints,
-    }
-    for key, size in sizes.items():
+    keys = [key for condition in conditions.table() for key in condition.sizes]
+    sizes = {key: dataset.meta.sizes[key] for key in keys if key in dataset.meta.sizes}
+    for key, size in {"latent_channels": dataset.meta.latent_channels, **sizes}.items():
         if config.model[key] != size:
             raise UserError(
                 f"model.{key}={config.model[key]}, but the data set {config.data.dir} has {size}; set "

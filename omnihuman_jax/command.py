@@ -1,6 +1,7 @@
-"""What every command shares: absl flags, and mistakes as one line on stderr with exit status 2."""
+"""What every command shares: absl flags, plug-ins, and mistakes as one line on stderr with exit status 2."""
 
 import errno
+import importlib
 import sys
 from collections.abc import Callable
 
@@ -8,9 +9,16 @@ from absl import app, flags, logging
 
 from omnihuman_jax.errors import UserError, nearest
 
+PLUGINS = "plugins"
+flags.DEFINE_list(
+    PLUGINS, [], "Modules to import first, comma-separated: they register conditions, model families or metrics."
+)
+
 
 def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] | None = None) -> None:
     """Parses the flags and runs `main`; a UserError or a wrong flag becomes one line and exit status 2.
+
+    The modules of --plugins are imported before anything else, since flags and configs read what they register.
 
     Args:
       main: the command; its return value is the exit status.
@@ -18,6 +26,7 @@ def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] 
     """
 
     def parse(argv: list[str]) -> list[str]:
+        _import_plugins(argv[1:])
         if check:
             check(argv[1:])
         return _parse(argv)
@@ -39,6 +48,18 @@ def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] 
         app.run(guarded, flags_parser=parse)
     except UserError as error:
         sys.exit(_fail(error))
+
+
+def _import_plugins(arguments: list[str]) -> None:
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name == PLUGINS and argument.startswith("-"):
+            modules = value if equals else "".join(arguments[i + 1 : i + 2])
+            for module in filter(None, modules.split(",")):
+                try:
+                    importlib.import_module(module)
+                except ImportError as error:
+                    raise UserError(f"--{PLUGINS}={module}: cannot be imported ({error}); check the name") from error
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -127,20 +127,11 @@ def pad(tokens: Tokens, multiple: int) -> Tokens:
 
 
 def concatenate(*parts: Tokens) -> Tokens:
-    """Joins sequences along N, segments as they are (visual and text tokens of the same samples)."""
-    return _join(parts, [tokens.segment for tokens in parts])
-
-
-def pack_row(samples: Sequence[Tokens]) -> Tokens:
-    """Packs several samples, whatever their sizes, into one row: sample i becomes segment i + 1; absent stays 0."""
-    return _join(samples, [jnp.where(tokens.segment > 0, i + 1, 0) for i, tokens in enumerate(samples)])
-
-
-def _join(parts: Sequence[Tokens], segments: Sequence[jax.Array]) -> Tokens:
+    """Joins sequences of the same samples along N, segments as they are."""
     rows = max(p.position.shape[0] for p in parts), max(p.clean.shape[0] for p in parts)
     return Tokens(
         jnp.concatenate([p.value for p in parts], 1),
         jnp.concatenate([jnp.broadcast_to(p.position, (rows[0], *p.position.shape[1:])) for p in parts], 1),
-        jnp.concatenate(segments, 1),
+        jnp.concatenate([p.segment for p in parts], 1),
         jnp.concatenate([jnp.broadcast_to(p.clean, (rows[1], p.clean.shape[1])) for p in parts], 1),
     )

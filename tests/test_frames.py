@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_pipelines.input_pipeline import windows
-from omnihuman_jax.inference import segments
+from omnihuman_jax.frames import latent_frames, pixel_frames, window_frames
 from omnihuman_jax.models.dit.audio import AudioAdapter
 from omnihuman_jax.models.dit.pose import PoseGuider
 from omnihuman_jax.models.vae.vae import VAE, VAEConfig, compiled
@@ -55,8 +54,7 @@ def test_the_written_out_lines_are_those_of_the_document():
 def test_an_audio_feature_reaches_the_tokens_of_the_tables_latent_frames(start, length):
     config = tiny_config(audio_context=CONTEXT)
     graph, state = nnx.split(AudioAdapter(config, rngs=nnx.Rngs(0)))
-    indices = windows.pixel_indices(start, length, CONTEXT, FRAMES)
-    np.testing.assert_array_equal(indices, segments.frame_indices(start, length, FRAMES, CONTEXT))
+    indices = window_frames(start, length, FRAMES, CONTEXT)
 
     @jax.jit
     def tokens(features):
@@ -77,7 +75,7 @@ def test_a_pose_frame_reaches_the_channels_of_its_latent_frame_only(start, lengt
     guider = PoseGuider(config, rngs=nnx.Rngs(0))
     guider.out.kernel.set_value(jax.random.normal(jax.random.key(0), guider.out.kernel.shape))
     graph, state = nnx.split(guider)
-    indices = windows.pixel_indices(start, length, 0, FRAMES)
+    indices = window_frames(start, length, FRAMES)
     channels = jax.jit(lambda p: nnx.merge(graph, state)(p[indices][None], jnp.ones(1, bool), 4, 4))
     points = np.random.default_rng(0).uniform(0.2, 0.8, (FRAMES, config.num_keypoints, 3)).astype(np.float32)
     before = channels(points)
@@ -107,3 +105,31 @@ def test_a_latent_frame_decodes_to_its_pixel_frames_and_changes_none_before():
         after = z.copy()
         after[:, k] += 1
         assert changed(before, decode(after))[0] == max(0, 4 * k - 3), k
+
+
+def covered(latent):
+    """Pixel frames of an absolute latent frame, from the definition."""
+    return [0] if latent == 0 else list(range(4 * latent - 3, 4 * latent + 1))
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (2, 2), (5, 2), (6, 3), (21, 6), (22, 7), (49, 13)])
+def test_latent_frames_cover_the_clip_and_no_more(frames, latents):
+    assert latent_frames(frames) == latents
+    assert pixel_frames(latents) >= frames > pixel_frames(latents) - 4
+    assert sorted({f for k in range(latents) for f in covered(k)})[-1] >= frames - 1
+
+
+@pytest.mark.parametrize("start", [0, 6, 12])
+def test_windows_read_exactly_the_frames_their_latents_cover(start):
+    indices = window_frames(start, 6, 1000)
+    assert indices.shape == (4 * 6,)
+    expected = [f for k in range(start, start + 6) for f in (covered(k) if k else [0, 0, 0, 0])]
+    assert indices.tolist() == expected
+
+
+def test_audio_windows_add_context_on_both_sides_and_clamp_into_the_clip():
+    indices = window_frames(6, 6, 45, context=2)
+    assert indices.shape == (4 * 6 + 2 * 2,)
+    assert indices[:3].tolist() == [19, 20, 21]  # 4 * 6 - 3 - 2
+    np.testing.assert_array_equal(indices[-2:], [44, 44])  # 4 * 11 + 2 = 46 is past the end
+    assert window_frames(0, 6, 45, context=2)[:6].tolist() == [0] * 6

@@ -62,14 +62,6 @@ def test_absent_parts_have_segment_zero_and_no_value():
     assert not np.asarray(row.value)[0, 4:12].any() and not np.asarray(row.value)[1, :4].any()
 
 
-def test_samples_packed_into_one_row_get_their_own_segments():
-    row, *_ = packed()
-    both = tokens.pack_row([row, row])
-    np.testing.assert_array_equal(both.segment[:, 24:], 2 * np.asarray(row.segment))
-    np.testing.assert_array_equal(both.segment[:, :24], row.segment)
-    np.testing.assert_array_equal(both.position[:, 24:], row.position)
-
-
 def test_padding_is_segment_zero():
     row, *_ = packed()
     longer = tokens.pad(row, 7)

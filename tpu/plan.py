@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.common import cli
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.checkpoints.manager import COPY_SIZE
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops as flops_lib
@@ -30,7 +31,7 @@ from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import abstract_batch, abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 from tpu import hlo
 from tpu.topologies import GIB, Topology, get_topology
@@ -144,7 +145,7 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
-        state, batch = abstract_state(config, mesh, network), abstract_batch(config, bucket, mesh)
+        state, batch = abstract_state(config, mesh, network), batch_lib.abstract(config, mesh, bucket)
         lowered = jit_train_step(config, network, mesh).lower(state, batch, rate)
         try:
             compiled = lowered.compile()

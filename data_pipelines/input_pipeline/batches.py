@@ -21,9 +21,14 @@ from data_pipelines.input_pipeline.windows import WindowConfig, cut_window
 from data_pipelines.schema import Dataset
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import pixel_frames
 
 RETRY_SECONDS = (0.2, 1.0, 5.0)  # pauses before a record that could not be read is tried again
-_NEEDED = ("latents", "references", "reference_frames", "audio", "keypoints", "text")
+
+
+def _needed() -> tuple[str, ...]:
+    """Fields of a record that `cut_window` reads."""
+    return ("latents", "reference_frames", *(condition.record for condition in conditions.table()))
 
 
 def usable_records(
@@ -41,7 +46,7 @@ def usable_records(
     usable = [i for i in members if index[i]["shape"][0] >= frames]
     if not members:
         raise UserError(f"the data set has no clips of split {split!r}; prepare data that has some")
-    pixels, of_stages = 1 + 4 * (frames - 1), f" of {stages}" if stages else ""
+    pixels, of_stages = pixel_frames(frames), f" of {stages}" if stages else ""
     if not usable:
         longest = max(index[i]["frames"] for i in members)
         raise UserError(
@@ -102,7 +107,7 @@ class _RecordCache:
                 self._records.move_to_end(i)
                 return self._records[i]
         whole = read_record(self._dataset, i)  # outside the lock: other threads may read meanwhile
-        record = {name: whole[name] for name in _NEEDED}
+        record = {name: whole[name] for name in _needed() if name in whole}
         with self._lock:
             if i not in self._records:
                 self._records[i] = record
@@ -179,15 +184,15 @@ class Batches:
 
     @staticmethod
     def _warn_of_clips_without_motion(dataset: Dataset, records: Sequence[int], frames: int, window: WindowConfig):
-        needed = frames + window.motion_frames
+        needed = frames + window.model.motion_frames
         short = sum(dataset.index[i]["shape"][0] < needed for i in records)
-        if short and frames > 1 and window.motion_frames:
+        if short and frames > 1 and window.model.motion_frames:
             logging.warning(
                 "%d of %d training clips are shorter than %d frames (window and motion frames): their windows always "
                 "start at frame 0, so they do not train how a segment continues another",
                 short,
                 len(records),
-                1 + 4 * (needed - 1),
+                pixel_frames(needed),
             )
 
     def window_at(self, step: int) -> WindowConfig:
@@ -199,9 +204,8 @@ class Batches:
         """The given global rows of a step's batch (steps count from 1).
 
         Returns:
-          latents (B,T,H,W,C), motion (B,M,H,W,C), has_motion (B,), reference (B,H,W,C), text (B,L,Dt), text_mask (B,L),
-          audio (B,4T+2*context,Da), keypoints (B,4T,K,3), active and scheduled bool (B,4) in the order of
-          `conditions.CONDITIONS`, record int32 (B,) data set indices; latent_shape (H,W), the same for all rows.
+          the fields of `omnihuman_jax.batch.fields`; beside them scheduled bool (B,conditions), record int32 (B,) data
+          set indices; latent_shape (H,W), the same for all rows.
         """
         selection, window = self.schedule.select(step, rows), self.window_at(step)
         cut = [
@@ -227,6 +231,6 @@ class Batches:
         return {
             "step": step,
             "records": [self.dataset.index[i]["id"] for i in selection.record],
-            "active": [list(conditions.names(row)) for row in selection.active],
-            "scheduled": [list(conditions.names(row)) for row in selection.scheduled],
+            "active": [list(conditions.active_names(row)) for row in selection.active],
+            "scheduled": [list(conditions.active_names(row)) for row in selection.scheduled],
         }

@@ -1,11 +1,11 @@
 """How much of each batch comes from where: one stage's ratios, frame sizes and sources turned into rates of draws.
 
-Records fall into cells: same source, same bucket (latent H,W), same eligibility. A draw needs nothing, audio, pose or
-both (text and reference are possible with every record). The plan gives, per bucket, how often each need occurs and
-from which cells it is served, so that
+Records fall into cells: same source, same bucket (latent H,W), same eligibility. A draw needs any subset of the
+conditions that select records (audio and pose; text and reference are possible with every record). The plan gives, per
+bucket, how often each need occurs and from which cells it is served, so that
 
-1. the audio and pose ratios of the stage hold exactly over all buckets (buckets without eligible records leave their
-   quota to the others), each bucket keeping its share of steps,
+1. the ratios of these conditions hold exactly over all buckets (buckets without eligible records leave their quota to
+   the others), each bucket keeping its share of steps,
 2. records that lack a needed condition never serve it (principle 1: they serve the weaker draws),
 3. as far as 1 and 2 allow, sources keep their weights (a warning says which do not) and all records of a source are
    used equally often.
@@ -26,10 +26,14 @@ from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError, nearest
 
 UNIT = 10_000_000  # rates are integers out of UNIT: decimal ratios are exact, and counts stay in 64 bits
-# Needs of a draw as (audio, pose), in the order that makes a balanced split decide audio first, then pose.
-NEEDS = ((True, True), (True, False), (False, True), (False, False))
 
 Bucket = tuple[int, int]
+Need = tuple[bool, ...]  # whether a draw needs each condition that selects records
+
+
+def needs() -> tuple[Need, ...]:
+    """All needs, in the order that makes a balanced split decide the weakest condition first (audio, then pose)."""
+    return tuple(itertools.product((True, False), repeat=len(conditions.selecting())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +42,17 @@ class Cell:
 
     source: str
     bucket: Bucket  # latent (H,W)
-    audio: bool
-    pose: bool
+    has: Need  # which of the selecting conditions its records have
     records: tuple[int, ...]  # data set indices
 
     @property
-    def name(self) -> tuple[str, Bucket, bool, bool]:
-        return (self.source, self.bucket, self.audio, self.pose)
+    def name(self) -> tuple[str | Bucket | bool, ...]:
+        """What its records have in common; keys their order."""
+        return (self.source, self.bucket, *self.has)
 
-    def serves(self, need: tuple[bool, bool]) -> bool:
-        """Whether its records can take a draw with this need (audio, pose)."""
-        return self.audio >= need[0] and self.pose >= need[1]
+    def serves(self, need: Need) -> bool:
+        """Whether its records can take a draw with this need."""
+        return all(has >= needed for has, needed in zip(self.has, need, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +67,14 @@ class Mixture:
 
 
 def make_cells(index: Sequence[Mapping], records: Sequence[int]) -> tuple[Cell, ...]:
-    """Groups the given records of a data set index ({source, shape [Tclip,H,W], audio, pose}) into cells, sorted."""
+    """Groups the given records of a data set index (source, shape [Tclip,H,W], audio, pose, ...) into cells, sorted."""
     groups: dict[tuple, list[int]] = {}
+    selects = [conditions.index(name) for name in conditions.selecting()]
     for i in records:
         entry = index[i]
         bucket = (int(entry["shape"][1]), int(entry["shape"][2]))
-        groups.setdefault((entry["source"], bucket, bool(entry["audio"]), bool(entry["pose"])), []).append(int(i))
+        has = tuple(conditions.eligibility(entry)[selects].tolist())
+        groups.setdefault((entry["source"], bucket, has), []).append(int(i))
     return tuple(Cell(*name, tuple(members)) for name, members in sorted(groups.items()))
 
 
@@ -134,7 +140,7 @@ def _reach(weights: np.ndarray, can: np.ndarray, ratios: Sequence[float]) -> np.
     """Moves share of steps to buckets with eligible records where the ratios need more than they have.
 
     Args:
-      weights: [b], sums to 1. can: bool [2,b], bucket has audio-, pose-eligible records. ratios: of audio and pose.
+      weights: [b], sums to 1. can: bool [c,b], bucket has records with the condition. ratios: of the conditions.
     """
     for _ in range(20):
         for mask, ratio in zip(can, ratios, strict=True):
@@ -144,45 +150,72 @@ def _reach(weights: np.ndarray, can: np.ndarray, ratios: Sequence[float]) -> np.
     return weights
 
 
-def _need_shares(stage: str, ratios: tuple[float, float], weights: np.ndarray, can: np.ndarray) -> np.ndarray:
-    """Share of each of NEEDS over all draws, [4]: audio and pose independent of each other where the data allow.
-
-    Args:
-      can: bool [4,b], bucket b has records for need s.
-
-    Raises:
-      UserError: the ratios cannot be reached, with the one that can.
-    """
-    share = [math.fsum(weights[mask]) for mask in can]  # of steps that could serve the need
-    either = math.fsum(weights[can[1] | can[2]])
-    for name, ratio, reach in (("audio", ratios[0], share[1]), ("pose", ratios[1], share[2])):
+def _check_reach(stage: str, ratios: Mapping[str, float], weights: np.ndarray, can: np.ndarray) -> None:
+    """Raises UserError for a ratio above the share of steps whose frame size has clips with the condition, [c,b]."""
+    for (name, ratio), mask in zip(ratios.items(), can, strict=True):
+        reach = math.fsum(weights[mask])
         if ratio > reach + 1e-9:
             raise UserError(
                 f"stages.{stage}.ratios.{name}={ratio:g}: the clips at hand reach at most {max(reach, 0.0):.4g} "
                 f"(share of steps whose frame size has clips with {name}); lower it or add clips with {name}"
             )
-    audio, pose = ratios
-    least, most = max(0.0, audio + pose - either), min(audio, pose, share[0])
+
+
+def _shares_of_two(stage: str, ratios: Mapping[str, float], weights: np.ndarray, can: np.ndarray) -> np.ndarray:
+    """Share of each need of two conditions over all draws, [4]: independent of each other where the data allow.
+
+    Args:
+      can: bool [4,b], bucket b has records for need s.
+
+    Raises:
+      UserError: the ratios cannot be reached together, with the one that can.
+    """
+    share = [math.fsum(weights[mask]) for mask in can]  # of steps that could serve the need
+    either = math.fsum(weights[can[1] | can[2]])
+    (weak, first), (strong, second) = ratios.items()
+    least, most = max(0.0, first + second - either), min(first, second, share[0])
     if least > most + 1e-9:
         raise UserError(
-            f"stages.{stage}.ratios.pose={pose:g}: beside audio={audio:g} the clips at hand reach at most "
-            f"{either - audio + min(audio, share[0]):.4g} (too few have both audio and pose); lower one of them or add "
-            f"such clips"
+            f"stages.{stage}.ratios.{strong}={second:g}: beside {weak}={first:g} the clips at hand reach at most "
+            f"{either - first + min(first, share[0]):.4g} (too few have both {weak} and {strong}); lower one of them "
+            f"or add such clips"
         )
-    both = min(max(audio * pose, least), most)
-    return np.maximum([both, audio - both, pose - both, 1 - audio - pose + both], 0.0)
+    both = min(max(first * second, least), most)
+    return np.maximum([both, first - both, second - both, 1 - first - second + both], 0.0)
+
+
+def _shares_of_many(stage: str, ratios: Mapping[str, float], weights: np.ndarray, can: np.ndarray) -> np.ndarray:
+    """As `_shares_of_two`, for any number of conditions [2**c]: by fitting, where there is no closed form.
+
+    The shares come as near to independent ones as the data allow, in relative entropy.
+    """
+    wanted = np.array(list(ratios.values()))
+    needed = np.array(needs())
+    independent = np.where(needed, wanted, 1 - wanted).prod(axis=1)
+    need, bucket = (can & (weights > 0)).nonzero()
+    marginals = [(needed[need, c].astype(int), np.array([1 - wanted[c], wanted[c]])) for c in range(len(wanted))]
+    fitted = _fit(independent[need] * weights[bucket], [*marginals, (bucket, weights)], iterations=20_000)
+    shares = _group_sum(fitted, need, len(needed))
+    for c, name in enumerate(ratios):
+        found = math.fsum(shares[needed[:, c]])
+        if abs(found - wanted[c]) > 1e-3:
+            raise UserError(
+                f"stages.{stage}.ratios.{name}={wanted[c]:g}: beside the other conditions the clips at hand reach "
+                f"{found:.4g} (too few have several of {', '.join(ratios)}); change it or add such clips"
+            )
+    return shares
 
 
 def _needs_by_bucket(shares: np.ndarray, weights: np.ndarray, can: np.ndarray) -> np.ndarray:
-    """Share of (need, bucket) over all draws, [4,b], with sums `shares` over buckets and `weights` over needs."""
+    """Share of (need, bucket) over all draws, [s,b], with sums `shares` over buckets and `weights` over needs."""
     allowed = can & (weights > 0) & (shares[:, None] > 0)
-    for size in range(1, len(NEEDS)):
-        for group in itertools.combinations(range(len(NEEDS)), size):
+    for size in range(1, len(shares)):
+        for group in itertools.combinations(range(len(shares)), size):
             served_by = can[list(group)].any(axis=0)
             if math.fsum(weights[served_by]) - math.fsum(shares[list(group)]) < 1e-9:
                 # These buckets just suffice for these needs, so they serve nothing else. Fitting alone would only
                 # approach that, at a rate of one over the iterations.
-                others = [s for s in range(len(NEEDS)) if s not in group]
+                others = [s for s in range(len(shares)) if s not in group]
                 allowed[np.ix_(others, served_by.nonzero()[0])] = False
     need, bucket = allowed.nonzero()
     fitted = _fit(shares[need] * weights[bucket], [(need, shares), (bucket, weights)], iterations=20_000)
@@ -234,19 +267,22 @@ def plan_mixture(
     sizes = np.array([float(len(cells[i].records)) for i in used])
     wanted = sizes * (source_target / _group_sum(sizes, source_of, len(sources)))[source_of]
 
-    serves = np.array([[cells[i].serves(need) for i in used] for need in NEEDS])
+    selected = {name: float(ratios[name]) for name in conditions.selecting()}
+    all_needs = needs()
+    serves = np.array([[cells[i].serves(need) for i in used] for need in all_needs])
     can = np.array([np.bincount(bucket_of, weights=row, minlength=len(buckets)) > 0 for row in serves])
-    pair = (float(ratios["audio"]), float(ratios["pose"]))
-    by_data = _reach(_group_sum(wanted, bucket_of, len(buckets)), can[1:3], pair)
-    weights = _bucket_weights(bucket_weights, by_data, buckets, f"stages.{stage}.buckets")
-    shares = _need_shares(stage, pair, weights, can)
-    needs = _needs_by_bucket(shares, weights, can)
+    alone = can[[all_needs.index(tuple(name == other for other in selected)) for name in selected]]
+    by_data = _reach(_group_sum(wanted, bucket_of, len(buckets)), alone, tuple(selected.values()))
+    weights = _bucket_weights(bucket_weights, by_data, buckets, f"stages.{stage}.bucket_weights")
+    _check_reach(stage, selected, weights, alone)
+    shares = (_shares_of_two if len(selected) == 2 else _shares_of_many)(stage, selected, weights, can)
+    by_bucket = _needs_by_bucket(shares, weights, can)
 
     # Cells: first as near to their wanted share as the needs allow, then the sources' totals are put right.
     wanted = _fit(wanted, [(source_of, source_target), (bucket_of, weights)], iterations=500)
-    need, cell = (serves & (needs[:, bucket_of] > 0)).nonzero()
-    rows = (need * len(buckets) + bucket_of[cell], needs.reshape(-1))
-    x = _fit(needs[need, bucket_of[cell]] * wanted[cell], [(cell, wanted), rows], iterations=2000, tolerance=1e-9)
+    need, cell = (serves & (by_bucket[:, bucket_of] > 0)).nonzero()
+    rows = (need * len(buckets) + bucket_of[cell], by_bucket.reshape(-1))
+    x = _fit(by_bucket[need, bucket_of[cell]] * wanted[cell], [(cell, wanted), rows], iterations=2000, tolerance=1e-9)
     x = _fit(x, [(source_of[cell], source_target), rows], iterations=500, tolerance=1e-9)
     if source_weights is not None:
         _warn_of_missed(stage, _group_sum(x, source_of[cell], len(sources)), source_target, sources)
@@ -255,11 +291,11 @@ def plan_mixture(
     served = [b for b in range(len(buckets)) if round(UNIT * float(weights[b])) > 0]
     for b in served:
         rates.append(round(UNIT * float(weights[b])))
-        need_rates.append(tuple(round(UNIT * needs[s, b] / weights[b]) for s in range(len(NEEDS))))
+        need_rates.append(tuple(round(UNIT * by_bucket[s, b] / weights[b]) for s in range(len(all_needs))))
         by_need = []
         for s, need_rate in enumerate(need_rates[-1]):
             members = ((need == s) & (bucket_of[cell] == b)).nonzero()[0] if need_rate else ()
-            pairs = [(used[cell[e]], round(UNIT * x[e] / needs[s, b])) for e in members]
+            pairs = [(used[cell[e]], round(UNIT * x[e] / by_bucket[s, b])) for e in members]
             by_need.append(tuple((c, rate) for c, rate in pairs if rate > 0))
         cell_rates.append(tuple(by_need))
     return Mixture(tuple(buckets[b] for b in served), tuple(rates), tuple(need_rates), tuple(cell_rates))

@@ -12,7 +12,9 @@ from data_pipelines.input_pipeline.loader import make_loader
 from data_pipelines.input_pipeline.stage_table import StagePlan
 from data_pipelines.input_pipeline.windows import WindowConfig, cut_window
 from data_pipelines.schema import Dataset
+from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.training.stages import Stage
 
 
@@ -54,13 +56,8 @@ class InputPipeline:
             )
             for stage in stages
         ]
-        window = WindowConfig(
-            frames=config.data.latent_frames,
-            motion_frames=config.model.motion_frames,
-            audio_context=config.model.audio_context,
-            text_len=config.model.text_len,
-        )
-        dropout = {"text": config.data.drop_text, "audio": config.data.drop_audio}
+        window = WindowConfig(config.data.latent_frames, ModelConfig.from_dict(config.model.to_dict()))
+        dropout = {name: config.data[f"drop_{name}"] for name in conditions.guided()}
         return cls(
             Batches.open(
                 dataset,
@@ -136,8 +133,8 @@ class InputPipeline:
         dataset, window = self._batches.dataset, self._batches.window
         draw = np.array([1.0, 0.5])  # from motion frames on where the clip is long enough, in its middle
         cut = [cut_window(read_record(dataset, i), window.frames, window, draw, 0.0) for i in members]
-        active = [[True, True, dataset.index[i]["audio"], dataset.index[i]["pose"]] for i in members]
-        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": np.array(active, bool)}
+        active = np.stack([conditions.eligibility(dataset.index[i]) for i in members])
+        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": active}
 
     def buckets(self) -> list[tuple[int, int, int]]:
         """Latent (T, H, W) of every kind of batch that is left to the run, without repeats."""

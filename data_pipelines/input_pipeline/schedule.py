@@ -38,7 +38,6 @@ from data_pipelines.input_pipeline import mixture
 from data_pipelines.input_pipeline.counter_random import hash64, make_key, permutation, uniform
 from data_pipelines.input_pipeline.stage_table import StagePlan, segments
 from omnihuman_jax import conditions
-from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
 
 WINDOW = 1000  # samples over which the ratios are held
@@ -53,8 +52,8 @@ class Selection:
     stage: int  # position in the stage table
     bucket: tuple[int, int]  # latent (H,W) of every row
     record: np.ndarray  # int64 [B], data set index
-    scheduled: np.ndarray  # bool [B,4], by the ratios
-    active: np.ndarray  # bool [B,4], scheduled and not dropped for guidance
+    scheduled: np.ndarray  # bool [B,conditions], by the ratios
+    active: np.ndarray  # bool [B,conditions], scheduled and not dropped for guidance
     start_draw: np.ndarray  # float64 [B,2], for the window's start
     reference_draw: np.ndarray  # float64 [B], for the reference frame
 
@@ -116,7 +115,7 @@ class Schedule:
         Args:
           stages: the table; stage n+1 starts at the step after stage n. Stages of zero steps are allowed.
           global_batch_size: of the stages that give none.
-          index: data set index, entries with source, split, shape [Tclip,H,W], audio, pose.
+          index: data set index, entries with source, split, shape [Tclip,H,W] and what each clip has (audio, pose).
           guidance_dropout: condition name -> probability that a scheduled condition is withheld for classifier-free
             guidance, apart from the ratios.
           records: index positions to use; default all of split "train".
@@ -127,7 +126,7 @@ class Schedule:
         if global_batch_size < 1:
             raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
         self.batch_size, self.seed = int(global_batch_size), int(seed)
-        self._dropout = np.array([float((guidance_dropout or {}).get(name, 0.0)) for name in CONDITIONS])
+        self._dropout = np.array([float((guidance_dropout or {}).get(name, 0.0)) for name in conditions.names()])
         self._check_dropout(guidance_dropout or {})
         if records is None:
             records = [i for i, entry in enumerate(index) if entry["split"] == "train"]
@@ -204,9 +203,9 @@ class Schedule:
 
     def _check_dropout(self, given: Mapping[str, float]) -> None:
         for name, value in given.items():
-            if name not in conditions.GUIDED or not 0 <= value <= 1:
+            if name not in conditions.guided() or not 0 <= value <= 1:
                 raise UserError(
-                    f"guidance dropout {name}={value}: only {' and '.join(conditions.GUIDED)} can be dropped, with a "
+                    f"guidance dropout {name}={value}: only {' and '.join(conditions.guided())} can be dropped, with a "
                     f"probability between 0 and 1"
                 )
 
@@ -221,11 +220,11 @@ class Schedule:
                 _Split([rate for _, rate in mix.cell_rates[b][need]], *key, size, need)
                 if mix.cell_rates[b][need]
                 else None
-                for need in range(len(mixture.NEEDS))
+                for need in range(len(mixture.needs()))
             ]
             leaves = [
                 (need, self._usable[number][cell])
-                for need in range(len(mixture.NEEDS))
+                for need in range(len(mixture.needs()))
                 for cell, _ in mix.cell_rates[b][need]
             ]
             streams.append(_Bucket(_Split(mix.need_rates[b], *key, size), tuple(splits), tuple(leaves)))
@@ -286,7 +285,7 @@ class Schedule:
         return self._mixtures[number].buckets
 
     def positions(self, step: int) -> dict[tuple, int]:
-        """Draws of every cell of the step's stage before it: {(source, (H,W), audio, pose): count}."""
+        """Draws of every cell of the step's stage before it: {cell name: count}."""
         number = self.stage_at(step)
         draws = self._draws(number, step - self.stages[number].first_step)
         return {self.cells[i].name: int(draws[i]) for i in self._usable[number]}
@@ -307,10 +306,14 @@ class Schedule:
         for cell in np.unique(cells):
             mine = cells == cell
             position[mine] = draws[cell] + np.arange(np.count_nonzero(mine))  # in row order, so epochs end cleanly
-        need = np.array(mixture.NEEDS)[needs[rows]]
+        need = np.array(mixture.needs())[needs[rows]]
         row = np.arange(size)[rows]
-        scheduled = np.stack([*(self._flag(name, step, number, row) for name in CONDITIONS[:2]), *need.T], axis=1)
-        dropped = np.stack([self._uniform(f"drop {name}", step, row) for name in CONDITIONS], axis=1) < self._dropout
+        flags = dict(zip(conditions.selecting(), need.T, strict=True))
+        names = conditions.names()
+        scheduled = np.stack(
+            [flags[name] if name in flags else self._flag(name, step, number, row) for name in names], axis=1
+        )
+        dropped = np.stack([self._uniform(f"drop {name}", step, row) for name in names], axis=1) < self._dropout
         return Selection(
             step=step,
             stage=number,
@@ -334,7 +337,7 @@ class Schedule:
         return records
 
     def _flag(self, name: str, step: int, number: int, rows: np.ndarray) -> np.ndarray:
-        """bool [rows]: text or reference scheduled."""
+        """bool [rows]: whether a condition that selects no records is scheduled."""
         stage = self.stages[number]
         draw = (step - stage.first_step) * stage.batch_size + rows
         rate = round(mixture.UNIT * stage.ratios[name])
@@ -367,7 +370,8 @@ def ratio_report(schedule: Schedule, first_step: int, last_step: int) -> dict[st
     Returns:
       condition name -> {"target", "scheduled", "active"} shares; beside them "samples" -> {"count": rows counted}.
     """
-    scheduled, active, rows = np.zeros(len(CONDITIONS)), np.zeros(len(CONDITIONS)), 0
+    names = conditions.names()
+    scheduled, active, rows = np.zeros(len(names)), np.zeros(len(names)), 0
     for step in range(first_step, last_step + 1):
         selection = schedule.select(step)
         scheduled += selection.scheduled.sum(axis=0)
@@ -376,6 +380,6 @@ def ratio_report(schedule: Schedule, first_step: int, last_step: int) -> dict[st
     target = schedule.stages[schedule.stage_at(first_step)].ratios
     report = {
         name: {"target": float(target[name]), "scheduled": float(s / rows), "active": float(a / rows)}
-        for name, s, a in zip(CONDITIONS, scheduled, active, strict=True)
+        for name, s, a in zip(names, scheduled, active, strict=True)
     }
     return report | {"samples": {"count": float(rows)}}

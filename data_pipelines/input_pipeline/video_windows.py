@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipelines.raw import media
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.pixels import to_model
 
 _WHOLE_CLIP_BYTES = 256 << 20  # clips up to this size are decoded once and kept; longer ones are read by seeking
 
@@ -115,7 +116,7 @@ class VideoFolder:
         method = cv2.INTER_AREA if crop_h >= bucket.height else cv2.INTER_CUBIC
         size = (bucket.width, bucket.height)
         resized = np.stack([cv2.resize(np.ascontiguousarray(f), size, interpolation=method) for f in crop])
-        return resized.astype(np.float32) / 127.5 - 1.0
+        return to_model(resized)
 
     def batch(self, buckets: list[Bucket], seed: int, step: int, *, min_scale: float, split: str = "train"):
         """The batch of a step: float32 (B, F, Hp, Wp, 3); a function of the files, the seed and the step alone."""

@@ -1,15 +1,19 @@
 """Cuts a training window out of a record: pure functions of the record and a few draws.
 
-A clip has F = 1 + 4*(Tclip-1) pixel frames at 25 fps: latent frame 0 covers pixel frame 0, latent frame k > 0 covers
-pixel frames 4k-3 ... 4k. Every latent frame of a window is given four pixel frames all the same; indices outside the
-clip are clamped, so that the clip's first latent frame sees frame 0 four times.
+Which pixel frames belong to which latent frames says `omnihuman_jax.frames`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from omnihuman_jax import conditions
+from omnihuman_jax.batch import pad_tokens
+from omnihuman_jax.conditions import Condition, Kind
+from omnihuman_jax.frames import STRIDE, frames_around, pixel_frames, window_frames
+from omnihuman_jax.models.dit.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +22,12 @@ class WindowConfig:
 
     Attributes:
       frames: T, latent frames of the noisy window.
-      motion_frames: M, clean latent frames ahead of it.
-      audio_context: pixel frames of audio features beyond each end of the window.
-      text_len: L, text tokens; longer captions are cut, shorter ones masked.
+      model: its motion frames M, and the sizes of the conditions.
       first_share: probability that a window starts at the clip's first frame, without motion frames.
     """
 
     frames: int
-    motion_frames: int = 2
-    audio_context: int = 2
-    text_len: int = 32
+    model: ModelConfig
     first_share: float = 0.25
 
 
@@ -40,26 +40,10 @@ def window_start(clip_frames: int, frames: int, config: WindowConfig, draw: np.n
     Args:
       draw: float64 [2], uniform in [0,1).
     """
-    starts = clip_frames - frames - config.motion_frames + 1
+    starts = clip_frames - frames - config.model.motion_frames + 1
     if starts < 1 or draw[0] < config.first_share:
         return 0
-    return config.motion_frames + int(draw[1] * starts)
-
-
-def pixel_indices(start: int, frames: int, context: int, clip_pixel_frames: int) -> np.ndarray:
-    """Pixel frames of latent frames start ... start+frames-1, and `context` more at each end.
-
-    Returns:
-      int64 [4*frames + 2*context].
-    """
-    return np.clip(np.arange(4 * start - 3 - context, 4 * (start + frames - 1) + context + 1), 0, clip_pixel_frames - 1)
-
-
-def _rows(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """values[indices] in float32, or zeros for a clip without any."""
-    if not len(values):
-        return np.zeros((len(indices), *values.shape[1:]), np.float32)
-    return values[indices].astype(np.float32)
+    return config.model.motion_frames + int(draw[1] * starts)
 
 
 def cut_window(
@@ -75,34 +59,47 @@ def cut_window(
       start_draw: float64 [2]; reference_draw: in [0,1).
 
     Returns:
-      latents (T,H,W,C), motion (M,H,W,C), has_motion (), reference (H,W,C), text (L,Dt), text_mask (L,),
-      audio (4T+2*context,Da), keypoints (4T,K,3); float32 and bool.
+      latents (T,H,W,C), motion (M,H,W,C), has_motion (), and the fields of every condition; float32 and bool.
     """
-    latents, references, motion = record["latents"], record["references"], config.motion_frames
-    clip_pixel_frames = 1 + 4 * (len(latents) - 1)
+    latents, references, motion = record["latents"], record["references"], config.model.motion_frames
+    num_frames = pixel_frames(len(latents))
     choice = int(reference_draw * len(references))
+    start, has_motion = 0, False
     if frames == 1:
         target = (choice + 1 + int(start_draw[0] * (len(references) - 1))) % len(references)
-        start, has_motion, window = 0, False, references[target : target + 1]
-        last = int(record["reference_frames"][target])
-        pixels, heard = (
-            np.clip(np.arange(last - 3 - c, last + c + 1), 0, clip_pixel_frames - 1) for c in (0, config.audio_context)
-        )
+        window, last = references[target : target + 1], int(record["reference_frames"][target])
+
+        def rows(context: int) -> np.ndarray:
+            return frames_around(last, STRIDE, num_frames, context)
     else:
         start = window_start(len(latents), frames, config, start_draw)
         has_motion, window = start > 0, latents[start : start + frames]
-        pixels, heard = (pixel_indices(start, frames, c, clip_pixel_frames) for c in (0, config.audio_context))
+
+        def rows(context: int) -> np.ndarray:
+            return window_frames(start, frames, num_frames, context)
+
     before = latents[start - motion : start] if has_motion else np.zeros((motion, *latents.shape[1:]))
-    tokens = min(len(record["text"]), config.text_len)
-    text = np.zeros((config.text_len, record["text"].shape[1]), np.float32)
-    text[:tokens] = record["text"][:tokens]
-    return {
+    cut = {
         "latents": window.astype(np.float32),
         "motion": before.astype(np.float32),
         "has_motion": np.bool_(has_motion),
-        "reference": references[choice].astype(np.float32),
-        "text": text,
-        "text_mask": np.arange(config.text_len) < tokens,
-        "audio": _rows(record["audio"], heard),
-        "keypoints": _rows(record["keypoints"], pixels),
     }
+    for condition in conditions.table():
+        cut |= _cut_condition(condition, record, config.model, choice, rows)
+    return cut
+
+
+def _cut_condition(
+    condition: Condition, record: Mapping[str, Any], model: ModelConfig, choice: int, rows: Callable[[int], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The batch fields of one condition; a track that the clip does not have is zeros."""
+    if condition.kind is Kind.IMAGE:
+        return {condition.field: record[condition.record][choice].astype(np.float32)}
+    if condition.kind is Kind.TOKENS:
+        tokens, mask = pad_tokens(record[condition.record], getattr(model, condition.length))
+        return {condition.field: tokens, f"{condition.field}_mask": mask}
+    indices, track = rows(condition.context_frames(model)), record.get(condition.record)
+    row = condition.row_shape(model) if track is None else track.shape[1:]
+    if track is None or not len(track):
+        return {condition.field: np.zeros((len(indices), *row), np.float32)}
+    return {condition.field: track[indices].astype(np.float32)}

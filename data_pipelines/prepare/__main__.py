@@ -13,12 +13,13 @@ import time
 from absl import flags
 
 from data_pipelines.encoders import pose, speech, text
-from data_pipelines.prepare import conditions, pipeline
+from data_pipelines.prepare import features, pipeline
 from data_pipelines.prepare.cut import parse_sizes
 from data_pipelines.raw import manifest
 from data_pipelines.raw.fetch import sha256_of
 from omnihuman_jax.command import run_main
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import latent_frames, pixel_frames
 
 _INPUT = flags.DEFINE_list(
     "input", [], "Directories of raw clips: with a manifest.json, or plain videos (and .txt captions)."
@@ -72,7 +73,7 @@ def _settings() -> pipeline.Settings:
     for name, flag in (("input", _INPUT), ("output", _OUTPUT), ("vae", _VAE)):
         if not flag.value:
             raise UserError(f"--{name} is missing; see --help")
-    if _CLIP_FRAMES.value < 5 or _CLIP_FRAMES.value % 4 != 1:
+    if _CLIP_FRAMES.value < 5 or pixel_frames(latent_frames(_CLIP_FRAMES.value)) != _CLIP_FRAMES.value:
         raise UserError(f"--clip_frames={_CLIP_FRAMES.value} must be 1 + 4n and at least 5, for example 49")
     if _WORKERS.value < 1 or _BATCH.value < 1:
         raise UserError("--workers and --vae_batch must be at least 1")
@@ -88,7 +89,7 @@ def main() -> None:
     clips = [clip for directory in _INPUT.value for clip in manifest.read(directory)]
     detects = _detector(clips)
     captions = text.load(_TEXT.value, cache=_CACHE.value)
-    encoders = conditions.Encoders(captions, speech.load(_AUDIO.value, _CACHE.value), None)
+    encoders = features.Encoders(captions, speech.load(_AUDIO.value, _CACHE.value), None)
     digest = pipeline.inputs_digest(clips, settings, encoders, pose.NAME if detects else "")
     output = pathlib.Path(_OUTPUT.value)
     dataset = pipeline.finished(output, digest)
@@ -105,7 +106,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if detects:
             detector = stack.enter_context(pose.PoseDetector())
-            encoders = conditions.Encoders(encoders.text, encoders.speech, detector.detect)
+            encoders = features.Encoders(encoders.text, encoders.speech, detector.detect)
         summary = pipeline.run(
             clips, output, settings, encoders, encode,
             latent_channels=vae.config.z_dim, workers=_WORKERS.value, batch=_BATCH.value,

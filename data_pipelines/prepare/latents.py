@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from omnihuman_jax.pixels import to_model
+
 REFERENCES = 4
 
 Item = TypeVar("Item")
@@ -15,10 +17,6 @@ Item = TypeVar("Item")
 def reference_frames(num_frames: int) -> np.ndarray:
     """(R,) int32: the frames of a clip that serve as reference images, spread over it."""
     return np.linspace(0, num_frames - 1, REFERENCES).round().astype(np.int32)
-
-
-def _normalise(frames: np.ndarray) -> np.ndarray:
-    return frames.astype(np.float32) / 127.5 - 1.0
 
 
 def encode_clips(
@@ -51,8 +49,8 @@ def _encode(
     clips = np.stack([frames for frames, _ in group] + [group[0][0]] * (batch - len(group)))
     chosen = clips[:, reference_frames(clips.shape[1])]
     images = chosen.reshape(-1, 1, *chosen.shape[2:])
-    latents = np.asarray(encode(_normalise(clips)), np.float16)
-    references = np.asarray(encode(_normalise(images)), np.float16)[:, 0]
+    latents = np.asarray(encode(to_model(clips)), np.float16)
+    references = np.asarray(encode(to_model(images)), np.float16)[:, 0]
     references = references.reshape(batch, REFERENCES, *references.shape[1:])
     for (_, item), latent, reference in zip(group, latents, references, strict=False):
         yield item, latent, reference

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.keypoints import NUM_KEYPOINTS
-from data_pipelines.prepare import conditions
+from data_pipelines.prepare import features
 from data_pipelines.prepare.cut import cuts
 from data_pipelines.prepare.latents import encode_clips, reference_frames
 from data_pipelines.prepare.summary import Summary
@@ -25,6 +25,7 @@ from data_pipelines.raw.fetch import sha256_of
 from data_pipelines.raw.manifest import RawClip
 from data_pipelines.schema import Dataset, DatasetWriter, Meta
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import FPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Prepared:
     sound: np.ndarray | None
 
 
-def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: conditions.Encoders, detector: str) -> str:
+def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: features.Encoders, detector: str) -> str:
     """Hex sha256 of everything that decides the result: file contents, manifest entries, settings and encoders."""
     # A setting that is off is not named, so that data sets from before there was one are known again.
     named = {name: value for name, value in dataclasses.asdict(settings).items() if value}
@@ -91,15 +92,15 @@ class _Piece:
     untouched: bool
 
 
-def _pieces(clip: RawClip, settings: Settings, encoders: conditions.Encoders) -> Iterator[_Piece]:
-    notes = conditions.annotations(clip)
+def _pieces(clip: RawClip, settings: Settings, encoders: features.Encoders) -> Iterator[_Piece]:
+    notes = features.annotations(clip)
     for cut in cuts(clip, settings.sizes, settings.clip_frames):
-        arrays = {name: conditions.truth(name, cut, notes) for name in ("mouth", "attributes")}
-        arrays["keypoints"] = conditions.keypoints(clip, cut, notes, encoders)
+        arrays = {name: features.truth(name, cut, notes) for name in ("mouth", "attributes")}
+        arrays |= features.tracks(clip, cut, notes, encoders)
         yield _Piece(cut.first, cut.resized(), arrays, cut.untouched)
 
 
-def prepare_clip(clip: RawClip, settings: Settings, encoders: conditions.Encoders, text: np.ndarray) -> list[Prepared]:
+def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray) -> list[Prepared]:
     """Everything but the latents of all cuts of one raw clip; none if it is too short.
 
     Args:
@@ -112,7 +113,7 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: conditions.Encoder
     if not pieces:
         return []
     total = pieces[-1].first + settings.clip_frames
-    wave = conditions.sound(clip, total)
+    wave = features.sound(clip, total)
     spoken = wave is not None and clip.speech
     audio = encoders.speech.encode(wave, total) if spoken else np.zeros((0, encoders.speech.dim), np.float32)
     samples = media.AUDIO_RATE // media.FPS
@@ -155,7 +156,7 @@ def run(
     clips: Sequence[RawClip],
     output: pathlib.Path,
     settings: Settings,
-    encoders: conditions.Encoders,
+    encoders: features.Encoders,
     encode: Callable[[Any], Any],
     *,
     latent_channels: int,
@@ -190,16 +191,13 @@ def run(
                 summary.reject(clip, str(error))
                 continue
             if not prepared:
-                summary.reject(clip, f"shorter than {settings.clip_frames} frames ({settings.clip_frames / 25:g} s)")
+                summary.reject(clip, f"shorter than {settings.clip_frames} frames ({settings.clip_frames / FPS:g} s)")
             yield from ((piece.frames, piece) for piece in prepared)
 
     meta = Meta(
         latent_channels=latent_channels,
-        audio_dim=encoders.speech.dim,
-        audio_encoder=encoders.speech.name,
-        text_dim=encoders.text.dim,
-        text_encoder=encoders.text.name,
-        num_keypoints=NUM_KEYPOINTS,
+        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": NUM_KEYPOINTS},
+        encoders={"text": encoders.text.name, "audio": encoders.speech.name},
         vae_sha256=settings.vae_sha256,
     )
     try:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.raw.manifest import RawClip
-from data_pipelines.schema import FPS
-
-COLUMNS = ("source", "clips", "seconds", "audio", "pose", "heldout", "sizes")
+from omnihuman_jax import conditions
+from omnihuman_jax.frames import FPS
 
 
 class Summary:
@@ -25,8 +24,8 @@ class Summary:
         counts = self._counts[record["source"]]
         counts["clips"] += 1
         counts["frames"] += record["frames"]
-        counts["audio"] += len(record["audio"]) > 0
-        counts["pose"] += len(record["keypoints"]) > 0
+        for name in conditions.selecting():
+            counts[name] += len(record[conditions.get(name).record]) > 0
         counts["heldout"] += record["split"] == "heldout"
         self._sizes[record["source"]][f"{record['height']}x{record['width']}"] += 1
 
@@ -40,11 +39,13 @@ class Summary:
 
     def table(self) -> str:
         """One line a source, then one line a rejected clip."""
-        rows = [COLUMNS]
+        counted = (*conditions.selecting(), "heldout")
+        columns = ("source", "clips", "seconds", *counted, "sizes")
+        rows = [columns]
         for source, counts in sorted(self._counts.items()):
             sizes = ", ".join(f"{count} of {size}" for size, count in sorted(self._sizes[source].items()))
-            numbers = [str(counts[name]) for name in ("audio", "pose", "heldout")]
+            numbers = [str(counts[name]) for name in counted]
             rows.append((source, str(counts["clips"]), f"{counts['frames'] / FPS:.1f}", *numbers, sizes))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, *(f"rejected {name}: {reason}" for name, reason in self.rejected)])

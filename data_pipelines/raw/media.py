@@ -14,8 +14,8 @@ import av
 import numpy as np
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import FPS
 
-FPS = 25
 AUDIO_RATE = 16_000
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 

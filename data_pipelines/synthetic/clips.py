@@ -13,8 +13,8 @@ from data_pipelines.raw import media
 from data_pipelines.synthetic import appearance, backgrounds, motion, people, plan, render, skeleton, speech
 from data_pipelines.synthetic.body import Body
 from data_pipelines.synthetic.plan import ClipPlan
+from omnihuman_jax.frames import FPS
 
-FPS = 25
 # Height of the visible part at the person's depth, dm, for a picture as high as wide.
 VISIBLE = {"close-up": (3.0, 3.5), "head and shoulders": (3.9, 4.9), "half body": (8.2, 10.0)}
 MOUTH_PIXELS = 15.5  # width of the mouth in a close-up of 96 x 96 pixels

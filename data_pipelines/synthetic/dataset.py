@@ -25,6 +25,7 @@ from typing import Any
 from data_pipelines.raw import fetch, manifest
 from data_pipelines.synthetic import appearance, body, clips, plan, speech
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import latent_frames, pixel_frames
 
 VERSION = 1
 NOTE = "synthetic, rendered people; bodies from MakeHuman data (CC0), speech by espeak-ng"
@@ -78,8 +79,8 @@ def _check(count: int, seed: int, workers: int, frames: int, size: str) -> tuple
         if value is None or value < least:
             given = "is not given" if value is None else f"{value} is too small"
             raise UserError(f"--{name}: {given}; give a whole number of at least {least}")
-    if frames % 4 != 1:
-        raise UserError(f"--frames={frames}: a clip has 1 + 4n frames; give {frames // 4 * 4 + 1}")
+    if pixel_frames(latent_frames(frames)) != frames:
+        raise UserError(f"--frames={frames}: a clip has 1 + 4n frames; give {pixel_frames(latent_frames(frames))}")
     if count > 1_000_000 or frames > 10_000:
         raise UserError("--clips may be at most 1000000 and --frames at most 10000; give less")
     return plan.parse_size(size)

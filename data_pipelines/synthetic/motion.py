@@ -10,7 +10,6 @@ from data_pipelines.synthetic import skeleton, visemes
 from data_pipelines.synthetic.people import Person
 from data_pipelines.synthetic.speech import SAMPLE_RATE, Speech
 
-FPS = 25
 # Places of the wrist from the shoulder for the person's left arm (x outward, y up, z forward), in arm lengths.
 HANDS = {
     "hang": (0.16, -0.95, 0.10),

@@ -18,7 +18,7 @@ def stage(**changes) -> ConfigDict:
             "steps": 0,  # 0 leaves the stage out
             "learning_rate": 5e-5,
             "warmup_steps": 500,
-            "ratios": {"text": 0.9, "reference": 0.7, "audio": 0.0, "pose": 0.0},
+            "ratios": conditions.complete_ratios({"text": 0.9, "reference": 0.7}),
             "latent_frames": 0,  # noisy latent frames T; 0 = data.latent_frames, 1 = images
             "motion_ratio": 0.75,  # share of windows that continue from motion frames
             # Checkpoint or exported directory (experiments.import_weights) whose parameters the stage starts from; "" =
@@ -62,14 +62,15 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "log_records": False,
             "latent_frames": 6,  # noisy latent frames T of a window
             "source_weights": "",  # "real=2,synthetic=1"; empty = in proportion to the number of records
-            "drop_text": 0.0,  # guidance dropout on top of the ratios, which already leave samples without; lowers
-            "drop_audio": 0.0,  # `active_ratio` below `scheduled_ratio`
             "cache_mb": 2048,  # decoded records kept in memory
+            # Guidance dropout on top of the ratios, which already leave samples without; it lowers `active_ratio` below
+            # `scheduled_ratio`.
+            **{f"drop_{name}": 0.0 for name in conditions.guided()},
         }
     )
 
     config.stage_order = STAGES
-    text_only = {"text": 0.9, "reference": 0.0, "audio": 0.0, "pose": 0.0}
+    text_only = conditions.complete_ratios({"text": 0.9})
     config.stages = ConfigDict(
         {
             "pretrain_image": stage(ratios=text_only, latent_frames=1, motion_ratio=0.0, learning_rate=1e-4),

@@ -8,19 +8,20 @@ good number with the right one and a bad number with the wrong one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines import schema
 from data_pipelines.raw import media
-from omnihuman_jax import conditions
+from omnihuman_jax import pixels
 from omnihuman_jax.evaluation import measures
 from omnihuman_jax.evaluation.probe import Observation, Probe
-from omnihuman_jax.inference import images, segments
-from omnihuman_jax.inference.generate import decode_latents, pad_text
-from omnihuman_jax.inference.sampling import Inputs, Settings, sample_latents
+from omnihuman_jax.frames import latent_frames
+from omnihuman_jax.inference.generate import decode_latents
+from omnihuman_jax.inference.inputs import Inputs
+from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae.vae import VAE
 
@@ -31,12 +32,9 @@ MIN_MOUTH_STD = 0.05  # of the true opening; below it a clip is (nearly) silent 
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What one generated clip is given: reference (H,W,C), text (L,Dt), audio (F,Da) and keypoints (F,K,3) or None."""
+    """What one generated clip is given, by condition name (`schema.given`), and the seed of its noise."""
 
-    reference: np.ndarray
-    text: np.ndarray
-    audio: np.ndarray | None
-    keypoints: np.ndarray | None
+    given: Mapping[str, np.ndarray]
     seed: int
 
 
@@ -63,25 +61,10 @@ class ModelGenerator:
         return np.concatenate(parts)
 
     def _generate(self, clips: Sequence[Conditions], frames: int) -> np.ndarray:
-        text, mask = zip(*(pad_text(clip.text, self.network.config.text_len) for clip in clips))
-        has_audio, has_pose = clips[0].audio is not None, clips[0].keypoints is not None
-        inputs = Inputs(
-            active=conditions.for_inference(text=True, reference=True, audio=has_audio, pose=has_pose),
-            reference=np.stack([clip.reference for clip in clips]).astype(np.float32),
-            text=np.stack(text),
-            text_mask=np.stack(mask),
-            audio=_stack([clip.audio for clip in clips], frames) if has_audio else None,
-            keypoints=_stack([clip.keypoints for clip in clips], frames) if has_pose else None,
-        )
+        inputs = Inputs.of(self.network.config, [clip.given for clip in clips])
         seeds = [clip.seed for clip in clips]
         latents = sample_latents(self.network, self.params, inputs, self.settings, frames=frames, seeds=seeds)
-        return images.to_pixels(decode_latents(self.vae, latents)[:, :frames])
-
-
-def _stack(tracks: Sequence[np.ndarray], frames: int) -> np.ndarray:
-    """Tracks (F_i,…) as (B,frames+2,…) float32, the last row repeated; two more, which the audio window sees."""
-    rows = np.arange(frames + 2)
-    return np.stack([track[np.minimum(rows, len(track) - 1)] for track in tracks]).astype(np.float32)
+        return pixels.to_pixels(decode_latents(self.vae, latents)[:, :frames])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +204,8 @@ class _Run:
 
     def conditions(self, clip: HeldOut, **changes: Any) -> Conditions:
         """The clip's own conditions without pose, but for `changes`."""
-        record = clip.record
-        own = {"reference": record["references"][-1], "text": record["text"], "audio": record["audio"]}
-        return Conditions(**({**own, "keypoints": None, "seed": self.seed + clip.index} | changes))
+        own = schema.given(clip.record, ["text", "reference", "audio"], reference=-1)
+        return Conditions(own | changes, self.seed + clip.index)
 
     def make(self, label: str, asked: Sequence[Conditions | None]) -> list[np.ndarray | None]:
         """Generates all that is asked for; None stays None."""
@@ -234,9 +216,9 @@ class _Run:
 
     def reconstruct(self, clips: Sequence[HeldOut]) -> list[np.ndarray]:
         """The real clips through the VAE: the best that any model on these latents could show."""
-        count = segments.latent_frames(self.frames)
+        count = latent_frames(self.frames)
         latents = np.stack([clip.record["latents"][:count] for clip in clips]).astype(np.float32)
-        return list(images.to_pixels(decode_latents(self.vae, latents)[:, : self.frames]))
+        return list(pixels.to_pixels(decode_latents(self.vae, latents)[:, : self.frames]))
 
     def observe(self, videos: Sequence[np.ndarray | None]) -> list[Observation | None]:
         """What is seen in each video; None stays None."""
@@ -316,10 +298,10 @@ class _Run:
         """Keypoint error, on clips with exact keypoints."""
         others = [partner(clips, i, "id") for i in range(len(clips))]
         videos = {
-            "right": self.make("right pose", [self.conditions(c, keypoints=c.record["keypoints"]) for c in clips]),
+            "right": self.make("right pose", [self.conditions(c, pose=c.record["keypoints"]) for c in clips]),
             "wrong": self.make(
                 "another clip's pose",
-                [o and self.conditions(c, keypoints=o.record["keypoints"]) for c, o in zip(clips, others)],
+                [o and self.conditions(c, pose=o.record["keypoints"]) for c, o in zip(clips, others)],
             ),
             "real": [clip.frames for clip in clips],
             "reconstruction": self.reconstruct(clips),

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax import conditions
 
 RIGHT, WRONG, LIMIT, INK = "#1f6fb2", "#d5702a", "#8a8f98", "#30343b"
 STAGE_COLOURS = ("#3a7ca5", "#6a9a3b", "#a8557f", "#8d7a3c", "#5d5aa6")
@@ -82,13 +82,13 @@ def ratio_bars(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 2.4))
         panels = np.atleast_1d(figure.subplots(1, max(1, len(stages)), sharey=True))
-        where = np.arange(len(CONDITIONS))
+        where = np.arange(len(conditions.table()))
         kinds = (("target", "#c9ccd1"), ("realised", RIGHT), ("after guidance dropout", "#8fb8d9"))
         for axes, (stage, ratios) in zip(panels, stages.items()):
             for i, (kind, colour) in enumerate(kinds):
-                values = [ratios[kind].get(name, 0.0) for name in CONDITIONS]
+                values = [ratios[kind].get(name, 0.0) for name in conditions.names()]
                 axes.bar(where + (i - 1) * 0.28, values, 0.26, color=colour, label=kind)
-            axes.set_xticks(where, CONDITIONS)
+            axes.set_xticks(where, conditions.names())
             axes.set_title(stage, loc="left")
             axes.set_ylim(0, 1)
         panels[0].set_ylabel("share of samples")

@@ -30,6 +30,7 @@ from experiments.report import page, plots
 from omnihuman_jax.checkpoints.read import load_for_inference
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.evaluation.probe import load_probe
+from omnihuman_jax.frames import FPS
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae.vae import load_vae
 from omnihuman_jax.training.state import make_network
@@ -104,11 +105,11 @@ def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict
                 "clips": len(entries),
                 "audio": sum(e["audio"] for e in entries),
                 "pose": sum(e["pose"] for e in entries),
-                "seconds": sum(e["frames"] for e in entries) / schema.FPS,
+                "seconds": sum(e["frames"] for e in entries) / FPS,
                 "sizes": ", ".join(f"{h}x{w}" for h, w in sizes),
             }
         )
-    encoders = {"audio_encoder": dataset.meta.audio_encoder, "text_encoder": dataset.meta.text_encoder}
+    encoders = {f"{name}_encoder": encoder for name, encoder in dataset.meta.encoders.items()}
     return {"groups": rows, "missing": list(missing), **encoders}
 
 
@@ -172,7 +173,7 @@ def _write_comparison(workdir: Path, dataset: schema.Dataset, name: str, i: int,
     image, video = (workdir / "media" / f"evaluation_{name}_{i}.{kind}" for kind in ("png", "mp4"))
     rows = list(made.videos.values())
     plots.write_strip(image, rows)
-    path, seconds = dataset.clip_path(made.clip.index), len(rows[0]) / schema.FPS
+    path, seconds = dataset.clip_path(made.clip.index), len(rows[0]) / FPS
     sound = media.read_audio(path, end=seconds) if media.has_audio(path) else None
     media.write_mp4(video, np.concatenate(rows, axis=2), audio=sound)
     return {

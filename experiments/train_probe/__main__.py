@@ -18,9 +18,10 @@ from data_pipelines.keypoints import KEYPOINTS
 from data_pipelines.raw import media
 from experiments.common import cli
 from experiments.train_probe.training import Clip
+from omnihuman_jax import pixels
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.evaluation import probe as obs
-from omnihuman_jax.inference import images
+from omnihuman_jax.frames import STRIDE
 from omnihuman_jax.models.vae.vae import compiled, load_vae
 
 
@@ -112,8 +113,8 @@ def reconstruct(clips: list[Clip], path: str) -> list[Clip]:
     encode, decode = compiled(load_vae(path))
     made = []
     for clip in clips:
-        count = min(49, 1 + 4 * ((len(clip.frames) - 1) // 4))
-        frames = images.to_pixels(np.asarray(decode(encode(images.to_model(clip.frames[:count])[None]))[0]))
+        count = min(49, len(clip.frames) - (len(clip.frames) - 1) % STRIDE)
+        frames = pixels.to_pixels(np.asarray(decode(encode(pixels.to_model(clip.frames[:count])[None]))[0]))
         made.append(
             dataclasses.replace(clip, frames=frames, keypoints=clip.keypoints[:count], mouth=clip.mouth[:count])
         )

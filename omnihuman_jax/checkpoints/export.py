@@ -31,8 +31,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints.read import find_checkpoint, load_for_inference, read_meta
-from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
@@ -164,7 +164,7 @@ def save(
                 "step": info["step"],
                 "stage": info["stage"],
                 "ema": ema,
-                "conditions": list(CONDITIONS),
+                "conditions": list(conditions.names()),
                 "parameters": count,
             }
             if vae:
@@ -193,9 +193,10 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     found = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
     if found != (KIND, VERSION):
         raise UserError(f"{path / CONFIG_FILE}: kind and version are {found}, this program reads {(KIND, VERSION)}")
-    if tuple(head["conditions"]) != CONDITIONS:
+    if tuple(head["conditions"]) != conditions.names():
         raise UserError(
-            f"{path / CONFIG_FILE}: conditions are {head['conditions']}, this program has {list(CONDITIONS)}"
+            f"{path / CONFIG_FILE}: conditions are {', '.join(head['conditions'])}, this program has "
+            f"{', '.join(conditions.names())}; name the modules that register the others with --plugins"
         )
     config = ConfigDict(head.pop("config"))
     if config.vae.checkpoint:

@@ -6,9 +6,9 @@ during sampling, against wrinkles; the shape and end points are not published, s
 Two forms:
 
   joint     two passes:    v = v_u + s (v_c - v_u)
-  separate  three passes:  v = v_u + s_text (v_t - v_u) + s_audio (v_ta - v_t)
+  separate  three passes:  v = v_u + s_text (v_t - v_u) + s (v_ta - v_t)
 
-where u has neither text nor audio, t has text, and c / ta is everything asked for. With equal scales
+where u has no guided condition (no text, no audio), t has text, and c / ta is everything asked for. With equal scales
 the two agree, because the middle pass cancels.
 """
 
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from omnihuman_jax import conditions
-from omnihuman_jax.conditions import AUDIO, TEXT
 from omnihuman_jax.errors import UserError
 
 MODES = ("joint", "separate")
@@ -87,19 +86,20 @@ def passes(active: np.ndarray, guidance: Guidance) -> np.ndarray:
     """The rows of active conditions of each network pass, the conditional one last.
 
     Args:
-      active: bool (4,), what the person asked for.
+      active: bool (conditions,), what the person asked for.
       guidance: the settings.
 
     Returns:
-      bool (P, 4), P in {1, 2, 3}. One row when there is nothing to guide: neither text nor audio is
+      bool (P, conditions), P in {1, 2, 3}. One row when there is nothing to guide: no guided condition is
       active, or the scale is 1 throughout.
     """
     active = np.asarray(active, dtype=bool)
-    if guidance.is_off or not (active[TEXT] or active[AUDIO]):
+    unguided = conditions.without(active, *conditions.guided())
+    if guidance.is_off or (unguided == active).all():
         return active[None]
-    unguided = conditions.without(active, *conditions.GUIDED)
-    if guidance.mode == "separate" and active[TEXT] and active[AUDIO]:
-        return np.stack([unguided, conditions.without(active, "audio"), active])
+    text_only = unguided | (active & conditions.row(["text"]))
+    if guidance.mode == "separate" and not ((text_only == active).all() or (text_only == unguided).all()):
+        return np.stack([unguided, text_only, active])
     return np.stack([unguided, active])
 
 
@@ -108,7 +108,7 @@ def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progres
 
     Args:
       velocities: (P, B, ...), in the order of `passes`.
-      rows: bool (P, 4), from `passes` (static).
+      rows: bool (P, conditions), from `passes` (static).
       guidance: the settings.
       progress: how far sampling has come, in [0, 1].
 
@@ -125,6 +125,7 @@ def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progres
         unguided, text, full = velocities
         return unguided + text_scale * (text - unguided) + scale * (full - text)
     unguided, full = velocities
-    # Two passes in separate mode: only one of text and audio is on, and its own scale counts.
-    alone = guidance.mode == "separate" and not rows[-1][AUDIO]
+    # Two passes in separate mode: only text or only the others are guided, and its own scale counts.
+    differ = rows[-1] & ~rows[0]
+    alone = guidance.mode == "separate" and (differ == conditions.row(["text"])).all()
     return unguided + (text_scale if alone else scale) * (full - unguided)

@@ -7,6 +7,7 @@ not grow with the clip.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from omnihuman_jax import conditions
+from omnihuman_jax import pixels as pixels_lib
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import images
-from omnihuman_jax.inference.sampling import Inputs, Progress, Settings, sample_latents
+from omnihuman_jax.inference.inputs import Inputs, check_given
+from omnihuman_jax.inference.sampling import Progress, Settings, sample_latents
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae.streaming import Tiling, decode_clip, encode_clip
@@ -32,9 +35,8 @@ class Request:
       height: pixels, divisible by the VAE's stride times the patch size.
       width: pixels.
       frames: pixel frames at 25 a second.
-      text: token states (L, Dt) of the prompt; without them the text condition is absent.
-      audio: speech features (Fa, Da) at 25 a second, a row a frame.
-      keypoints: (F, K, 3) x, y in [0, 1] of the output frame, confidence; a row a frame.
+      given: condition name -> its value, but for the reference: token states of the prompt (L, Dt) for "text", speech
+        features (F, Da) for "audio", keypoints of the output frame (F, K, 3) for "pose"; a row a pixel frame.
       seed: of the noise.
     """
 
@@ -42,21 +44,14 @@ class Request:
     height: int
     width: int
     frames: int
-    text: np.ndarray | None = None
-    audio: np.ndarray | None = None
-    keypoints: np.ndarray | None = None
+    given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
     @property
     def active(self) -> np.ndarray:
-        """The conditions in force, bool (4,), by the paper's inference rules.
-
-        Where the rules turn text on but there are no token states, text stays absent (a learned null token).
-        """
-        row = conditions.for_inference(
-            text=self.text is not None, reference=True, audio=self.audio is not None, pose=self.keypoints is not None
-        )
-        return row if self.text is not None else conditions.without(row, "text")
+        """The conditions in force, bool (conditions,); see `Inputs.of`."""
+        names = {"reference", *self.given}
+        return conditions.for_inference(names) & conditions.row(names)
 
 
 def check_request(model: ModelConfig, request: Request, multiple: int) -> None:
@@ -68,26 +63,12 @@ def check_request(model: ModelConfig, request: Request, multiple: int) -> None:
       multiple: pixels of a token along a side, `pixel_multiple`.
 
     Raises:
-      UserError: a size that does not divide, no frames, or features of another width than the model's.
+      UserError: a size that does not divide, no frames, or conditions that `check_given` refuses.
     """
     images.check_size(request.height, request.width, multiple)
     if request.frames < 1:
         raise UserError(f"frames={request.frames}; a clip has at least one frame")
-    tracks = (
-        ("text", request.text, (model.text_dim,), "text encoder"),
-        ("audio", request.audio, (model.audio_dim,), "speech encoder"),
-        ("keypoints", request.keypoints, (model.num_keypoints, 3), "keypoint detector"),
-    )
-    for name, value, row, source in tracks:
-        if value is None:
-            continue
-        if value.shape[1:] != row:
-            raise UserError(
-                f"{name} has rows of shape {value.shape[1:]}, but the checkpoint's model reads {row}; "
-                f"use the {source} it was trained with"
-            )
-        if not len(value):
-            raise UserError(f"{name} has no rows; give at least one, or leave it out")
+    check_given(model, request.given)
 
 
 def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
@@ -97,21 +78,13 @@ def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
 
 def encode_reference(vae: VAE, image: np.ndarray, height: int, width: int, tiling: Tiling | None = None) -> jax.Array:
     """Normalised latent (H, W, C) of a uint8 picture (h, w, 3), fitted to height x width pixels."""
-    pixels = images.to_model(images.cover(image, height, width))
+    pixels = pixels_lib.to_model(images.cover(image, height, width))
     return jnp.asarray(encode_clip(vae, pixels[None, None], tiling=tiling)[0, 0])
 
 
 def decode_latents(vae: VAE, latents: jax.Array, tiling: Tiling | None = None) -> np.ndarray:
     """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream."""
     return decode_clip(vae, latents, tiling=tiling)
-
-
-def pad_text(states: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token states (L, Dt) as (length, Dt), cut or padded with zeros, and their mask (length,)."""
-    used = min(len(states), length)
-    padded = np.zeros((length, states.shape[1]), np.float32)
-    padded[:used] = states[:used]
-    return padded, np.arange(length) < used
 
 
 def generate(
@@ -142,17 +115,8 @@ def generate(
     """
     model = network.config
     check_request(model, request, pixel_multiple(model, vae))
-    text = text_mask = None
-    if request.text is not None:
-        text, text_mask = (value[None] for value in pad_text(request.text, model.text_len))
-    inputs = Inputs(
-        active=request.active,
-        reference=encode_reference(vae, request.reference, request.height, request.width, tiling)[None],
-        text=text,
-        text_mask=text_mask,
-        audio=None if request.audio is None else np.asarray(request.audio, np.float32)[None],
-        keypoints=None if request.keypoints is None else np.asarray(request.keypoints, np.float32)[None],
-    )
+    reference = encode_reference(vae, request.reference, request.height, request.width, tiling)
+    inputs = Inputs.of(model, [{**request.given, "reference": np.asarray(reference)}])
     latents = sample_latents(
         network, params, inputs, settings, frames=request.frames, seeds=[request.seed], on_step=on_step
     )

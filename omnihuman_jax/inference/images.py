@@ -104,13 +104,3 @@ def cover_points(points: np.ndarray, size: tuple[int, int], height: int, width: 
     y = (points[..., 1] - 0.5) / seen_y + 0.5
     seen = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1) & (points[..., 2] > 0)
     return np.where(seen[..., None], np.stack([x, y, points[..., 2]], axis=-1), 0.0).astype(np.float32)
-
-
-def to_model(image: np.ndarray) -> np.ndarray:
-    """uint8 pixels as float32 in [-1, 1], the range of the VAE."""
-    return image.astype(np.float32) / 127.5 - 1.0
-
-
-def to_pixels(frames: np.ndarray) -> np.ndarray:
-    """float [-1, 1] as uint8 pixels, clipped."""
-    return np.rint((np.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)

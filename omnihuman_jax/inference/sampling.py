@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omnihuman_jax import conditions
 from omnihuman_jax.diffusion import guidance as cfg
 from omnihuman_jax.diffusion import sampler, time
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import latent_frames
 from omnihuman_jax.inference import segments
-from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.inference.inputs import Inputs
 from omnihuman_jax.models.functional import Network
 
 # (segment, segments, step, steps), segment and step counted from 1.
@@ -69,47 +69,6 @@ class Settings:
         return cls(**fields, guidance=dataclasses.replace(guidance, **changes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The conditions of B clips that share size, length and active row. Absent ones are None.
-
-    Attributes:
-      active: bool (4,), the conditions in force.
-      reference: normalised latents (B, H, W, C).
-      text: token states (B, L, Dt), padded.
-      text_mask: bool (B, L).
-      audio: speech features (B, Fa, Da), a row a pixel frame; frames beyond Fa repeat the last row.
-      keypoints: (B, Fk, K, 3), likewise.
-    """
-
-    active: np.ndarray
-    reference: jax.Array
-    text: jax.Array | None = None
-    text_mask: jax.Array | None = None
-    audio: np.ndarray | None = None
-    keypoints: np.ndarray | None = None
-
-    def __post_init__(self):
-        given = (self.text, self.reference, self.audio, self.keypoints)
-        for name, on, value in zip(conditions.CONDITIONS, self.active, given):
-            if on and value is None:
-                raise ValueError(f"condition {name} is active, but its array is missing")
-
-    def batch(self, segment: segments.Segment, window: int, model: ModelConfig) -> dict[str, Any]:
-        """The model's inputs of one segment but for `motion` and `active`, sample axis first."""
-        size = len(self.reference)
-        batch = {"reference": self.reference, "has_motion": np.full((size,), segment.has_motion)}
-        batch["text"], batch["text_mask"] = self.text, self.text_mask
-        if self.text is None:
-            batch["text"] = np.zeros((size, model.text_len, model.text_dim), np.float32)
-            batch["text_mask"] = np.zeros((size, model.text_len), bool)
-        # A track that is left out is absent for all; the model then skips its work.
-        for name, track, context in (("audio", self.audio, model.audio_context), ("keypoints", self.keypoints, 0)):
-            if track is not None:
-                batch[name] = track[:, segments.frame_indices(segment.start, window, track.shape[1], context)]
-        return batch
-
-
 @functools.partial(jax.jit, static_argnames=("network", "solver", "guidance", "rows"))
 def _solver_step(params, batch, x, t, t_next, progress, *, network, solver, guidance, rows):
     """One solver step; all guidance passes run as one batch."""
@@ -152,7 +111,7 @@ def sample_latents(
       Normalised latents (B, 1 + ceil((frames - 1) / 4), H, W, C), float32.
     """
     model, window = network.config, settings.window
-    size, *frame = inputs.reference.shape
+    size, *frame = inputs.values["reference"].shape
     tokens = window * frame[0] * frame[1] // int(np.prod(model.patch_size))
     grid = time.time_grid(settings.steps, time.shift_from_config(settings.shift, tokens, is_image=window == 1))
     rows = tuple(map(tuple, cfg.passes(inputs.active, settings.guidance).tolist()))
@@ -167,4 +126,4 @@ def sample_latents(
         report = functools.partial(on_step, segment.number + 1, len(todo)) if on_step else None
         done.append(sampler.integrate(step, noise, grid, report))
         motion = jnp.concatenate([motion, done[-1]], axis=1)[:, done[-1].shape[1] :]
-    return jnp.concatenate(done, axis=1)[:, : segments.latent_frames(frames)]
+    return jnp.concatenate(done, axis=1)[:, : latent_frames(frames)]

@@ -6,13 +6,13 @@ import jax
 from flax import nnx
 
 from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.models.dit.mmdit import OmniHuman
+from omnihuman_jax.models.registry import network_class
 
 Params = dict[str, Any]
 
 
 class Network:
-    """init/apply pair of an `OmniHuman` module.
+    """init/apply pair of the network class that the config names.
 
     Attributes:
       config: the model configuration.
@@ -20,18 +20,18 @@ class Network:
     """
 
     def __init__(self, config: ModelConfig):
-        self.config = config
-        abstract = nnx.eval_shape(lambda: OmniHuman(config, rngs=nnx.Rngs(0)))
+        self.config, self._class = config, network_class(config.family)
+        abstract = nnx.eval_shape(lambda: self._class(config, rngs=nnx.Rngs(0)))
         self._graphdef, state = nnx.split(abstract)
         self._state = state
         self.abstract_params: Params = nnx.to_pure_dict(state)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters from a PRNG key (traceable)."""
-        return nnx.to_pure_dict(nnx.state(OmniHuman(self.config, rngs=nnx.Rngs(key))))
+        return nnx.to_pure_dict(nnx.state(self._class(self.config, rngs=nnx.Rngs(key))))
 
     def apply(self, params: Params, *args, **kwargs) -> jax.Array:
-        """Calls the module with these parameters; see `OmniHuman.__call__`."""
+        """Calls the module with these parameters; see `models.dit.mmdit.OmniHuman`."""
         state = jax.tree.map(lambda x: x, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graphdef, state)(*args, **kwargs)

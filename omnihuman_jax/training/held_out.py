@@ -9,14 +9,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax import conditions
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import compile_together
 from omnihuman_jax.training.step import jit_evaluation_loss
 
-# Each set with the conditions up to its name; a clip that lacks one keeps the weaker ones.
-SETS = CONDITIONS[1:]
+
+def condition_sets() -> tuple[str, ...]:
+    """Sets of conditions by their strongest: each with the ones up to it; a clip that lacks one keeps the weaker."""
+    return conditions.names()[1:]
 
 
 class HeldOutLoss:
@@ -42,13 +44,13 @@ class HeldOutLoss:
                 (size,), rows, lambda index, n=size: ((np.arange(n, dtype=np.float32) + 0.5) / n)[index]
             )
             masked = jax.jit(lambda active, keep: active & keep, out_shardings=rows)
-            for name in SETS:
-                keep = jnp.arange(len(CONDITIONS)) <= CONDITIONS.index(name)
+            for name in condition_sets():
+                keep = jnp.arange(len(conditions.table())) <= conditions.index(name)
                 self._batches.append((name, dict(batch) | {"active": masked(batch["active"], keep)}, t, noise))
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Name of the strongest condition given ("reference", "audio", "pose") -> mean loss over all rows."""
-        losses: dict[str, list[float]] = {name: [] for name in SETS}
+        losses: dict[str, list[float]] = {name: [] for name in condition_sets()}
         for name, batch, t, noise in self._batches:
             shape = batch["latents"].shape
             if shape not in self._compiled:

@@ -18,9 +18,10 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from omnihuman_jax import batch as batch_lib
+from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.manager import Checkpoints
-from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops
 from omnihuman_jax.models.functional import Network
@@ -50,7 +51,6 @@ from omnihuman_jax.training.state import (
     init_state,
     make_network,
     make_optimizer,
-    place_batch,
     state_from_params,
 )
 from omnihuman_jax.training.step import jit_train_step
@@ -286,7 +286,7 @@ class _Run:
 
     def dispatch(self, state: TrainState, batch: dict[str, np.ndarray], rate: float) -> tuple[TrainState, Any]:
         """Starts the step; the first of each shape compiles before it returns."""
-        placed, shape = place_batch(self.config, self.mesh, batch), batch["latents"].shape
+        placed, shape = batch_lib.place(self.config, self.mesh, batch), batch["latents"].shape
         arguments = (state, placed, jnp.float32(rate))
         if shape not in self.compiled:
             with self.watchdog, self.goodput.cause("compile"):
@@ -366,7 +366,7 @@ class _Run:
         self.flush()
         with self.watchdog, self.goodput.cause("evaluate"):
             if self.held_out is None:
-                batches = [place_batch(self.config, self.mesh, batch) for batch in self.held_out_batches]
+                batches = [batch_lib.place(self.config, self.mesh, batch) for batch in self.held_out_batches]
                 self.held_out = HeldOutLoss(self.config, self.network, self.mesh, batches)
             self.writer.evaluation(step, self.held_out(state.ema))
         self.start_clock()
@@ -436,5 +436,5 @@ class _Run:
 
 
 def active_rows(active: list[list[str]]) -> np.ndarray:
-    """Condition names per global row -> bool (B, 4)."""
-    return np.array([[name in row for name in CONDITIONS] for row in active], bool)
+    """Condition names per global row -> bool (B, conditions)."""
+    return np.stack([conditions.row(names) for names in active])

@@ -18,23 +18,22 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from omnihuman_jax import conditions
-from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.sharding import processes
 
 
 class RatioCounter:
     """Counts, over a stage so far, how many samples had each condition; part of the checkpoint so a resume goes on."""
 
-    def __init__(self, rows: int = 0, active: Sequence[int] = (0, 0, 0, 0), scheduled: Sequence[int] = (0, 0, 0, 0)):
+    def __init__(self, rows: int = 0, active: Sequence[int] = (), scheduled: Sequence[int] = ()):
         self.rows = rows
-        self.active = np.array(active, np.int64)
-        self.scheduled = np.array(scheduled, np.int64)
+        self.active = np.array(active or [0] * len(conditions.table()), np.int64)
+        self.scheduled = np.array(scheduled or [0] * len(conditions.table()), np.int64)
 
     def add(self, told: Mapping[str, Any]) -> None:
         """Adds a step: `active` and `scheduled` condition names of every global row."""
         self.rows += len(told["active"])
         for counts, name in ((self.active, "active"), (self.scheduled, "scheduled")):
-            counts += [sum(condition in row for row in told[name]) for condition in CONDITIONS]
+            counts += [sum(condition in row for row in told[name]) for condition in conditions.names()]
 
     def state(self) -> dict[str, Any]:
         """JSON form, the constructor's arguments."""
@@ -42,21 +41,23 @@ class RatioCounter:
 
     def ratios(self, counts: np.ndarray) -> dict[str, float]:
         """Condition -> share of the samples."""
-        return {name: float(n / max(1, self.rows)) for name, n in zip(CONDITIONS, counts, strict=True)}
+        return {name: float(n / max(1, self.rows)) for name, n in zip(conditions.names(), counts, strict=True)}
 
 
 def loss_by_condition(sample_loss: np.ndarray, active: np.ndarray) -> dict[str, float]:
-    """Mean loss (B,) of the samples that have each condition (bool (B, 4)), and of those without audio and pose."""
-    losses = {name: float(sample_loss[active[:, i]].mean()) for i, name in enumerate(CONDITIONS) if active[:, i].any()}
-    weak = ~active[:, 2] & ~active[:, 3]
-    if weak.any():
-        losses["no_audio_no_pose"] = float(sample_loss[weak].mean())
-    return losses
+    """Mean loss (B,) of the samples that have each condition (bool (B, conditions)).
+
+    Beside them "no_audio_no_pose": of those without any condition that selects records.
+    """
+    masks = dict(zip(conditions.names(), active.T, strict=True))
+    selecting = conditions.selecting()
+    masks["_".join(f"no_{name}" for name in selecting)] = ~np.any([masks[name] for name in selecting], axis=0)
+    return {name: float(sample_loss[mask].mean()) for name, mask in masks.items() if mask.any()}
 
 
 def loss_by_condition_set(sample_loss: np.ndarray, active: np.ndarray) -> dict[str, float]:
-    """Mean loss (B,) of the samples with exactly each set of conditions (bool (B, 4)): "text+reference", "none", …"""
-    names = np.array(["+".join(conditions.names(row)) or "none" for row in active])
+    """Mean loss (B,) of the samples with exactly each set of conditions (bool (B, conditions)), as "text+reference"."""
+    names = np.array(["+".join(conditions.active_names(row)) or "none" for row in active])
     return {str(name): float(sample_loss[names == name].mean()) for name in np.unique(names)}
 
 

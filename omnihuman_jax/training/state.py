@@ -1,11 +1,9 @@
 """Train state: parameters, optimizer, EMA and step, sharded by the parameter rules; also abstract, to compile for."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -100,44 +98,3 @@ def init_state(config: ConfigDict, mesh: Mesh, network: Network) -> TrainState:
     """A fresh state, initialised directly into its shards."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network))
     return jax.jit(lambda: create_state(config, network), out_shardings=shardings)()
-
-
-def batch_shapes(config: ConfigDict, latent_frames: int, rows: int, columns: int) -> dict[str, tuple[tuple, Any]]:
-    """Name -> (shape, dtype) of the arrays of a global batch that the train step reads.
-
-    Args:
-      config: resolved config.
-      latent_frames: T of the noisy window.
-      rows: latent rows H.
-      columns: latent columns W.
-    """
-    m, b, t = config.model, config.global_batch_size, latent_frames
-    frame = (rows, columns, m.latent_channels)
-    return {
-        "latents": ((b, t, *frame), jnp.float32),
-        "motion": ((b, m.motion_frames, *frame), jnp.float32),
-        "has_motion": ((b,), jnp.bool_),
-        "reference": ((b, *frame), jnp.float32),
-        "text": ((b, m.text_len, m.text_dim), jnp.float32),
-        "text_mask": ((b, m.text_len), jnp.bool_),
-        "audio": ((b, 4 * t + 2 * m.audio_context, m.audio_dim), jnp.float32),
-        "keypoints": ((b, 4 * t, m.num_keypoints, 3), jnp.float32),
-        "active": ((b, 4), jnp.bool_),
-    }
-
-
-def place_batch(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch onto the mesh: what the train step reads of it, as global arrays."""
-    sharding = rules.batch_sharding(mesh)
-    shapes = batch_shapes(config, *batch["latents"].shape[1:4])
-    return {
-        name: jax.make_array_from_process_local_data(sharding, batch[name], shape)
-        for name, (shape, _) in shapes.items()
-    }
-
-
-def abstract_batch(config: ConfigDict, bucket: tuple[int, int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A sharded abstract batch for a bucket (T, H, W) in latent units."""
-    sharding = rules.batch_sharding(mesh)
-    shapes = batch_shapes(config, *bucket)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit.entries import condition_modules
 
 STACKED = ("dual", "single", "decoder")  # groups whose parameters carry a leading layer axis in memory
 LISTED = 12  # tensors of one kind of mistake named in an error
@@ -192,9 +193,8 @@ def block_shape(path: tuple[Any, ...], shape: Shape) -> Shape:
 
 
 def is_condition(name: str) -> bool:
-    """Whether one of our tensors belongs to what OmniHuman adds to a base: audio, pose, and the null text."""
-    parts = name.split(".")
-    return parts[0] in ("audio", "pose", "pose_embed", "null_text") or "audio" in parts
+    """Whether one of our tensors belongs to what OmniHuman adds to a base: its conditions, and the null text."""
+    return not condition_modules().isdisjoint(name.split("."))
 
 
 def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> list[Entry]:

@@ -18,11 +18,8 @@ def fake_meta(
     """Sizes of a fake data set; the feature widths are tiny unless given."""
     return schema.Meta(
         latent_channels=latent_channels,
-        audio_dim=audio_dim,
-        audio_encoder="log-mel",
-        text_dim=text_dim,
-        text_encoder="random",
-        num_keypoints=num_keypoints,
+        sizes={"audio_dim": audio_dim, "text_dim": text_dim, "num_keypoints": num_keypoints},
+        encoders={"audio": "log-mel", "text": "random"},
         vae_sha256="0" * 64,
     )
 
@@ -50,9 +47,9 @@ def fake_record(
         "latents": rng.standard_normal((t, h, w, meta.latent_channels)),
         "references": rng.standard_normal((REFERENCES, h, w, meta.latent_channels)),
         "reference_frames": np.linspace(0, frames - 1, REFERENCES).astype(np.int32),
-        "audio": rng.standard_normal((frames if audio else 0, meta.audio_dim)),
-        "keypoints": rng.random((frames if pose else 0, meta.num_keypoints, 3)),
-        "text": rng.standard_normal((tokens, meta.text_dim)),
+        "audio": rng.standard_normal((frames if audio else 0, meta.sizes["audio_dim"])),
+        "keypoints": rng.random((frames if pose else 0, meta.sizes["num_keypoints"], 3)),
+        "text": rng.standard_normal((tokens, meta.sizes["text_dim"])),
         "mouth": rng.random(frames),
         "attributes": rng.random(3),
         "speaker": "",

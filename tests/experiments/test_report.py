@@ -60,7 +60,7 @@ def heldout_dataset(directory) -> schema.Dataset:
             colour = rng.integers(40, 220, 2)
             record |= {"mouth": mouth, "attributes": colour, "speaker": f"p{i}", "sentence": f"s{i}"}
             # What drives is written where the fake generator can find it again.
-            record["audio"] = np.repeat(mouth[:, None], meta.audio_dim, 1)
+            record["audio"] = np.repeat(mouth[:, None], meta.sizes["audio_dim"], 1)
             record["keypoints"] = PaintedObserver().observe(paint(mouth, shift, colour)).keypoints
             record["references"] = np.broadcast_to(
                 np.resize(colour / 255, meta.latent_channels), record["references"].shape

@@ -54,7 +54,7 @@ def make_schedule(name: str) -> Schedule:
                 name=stage,
                 first_step=first,
                 num_steps=count,
-                ratios=conditions.RECIPES[recipe][stage],
+                ratios=conditions.complete_ratios(conditions.RECIPES[recipe][stage]),
                 source_weights=weights or None,
                 window_frames=8 if stage == "stage3" else 6,
                 first_share=0.25,

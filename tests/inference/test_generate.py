@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from omnihuman_jax import conditions
+from omnihuman_jax.batch import pad_tokens
 from omnihuman_jax.diffusion.guidance import Guidance
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import generate as g
@@ -17,15 +18,10 @@ SETTINGS = Settings(window=2, steps=2, guidance=Guidance(scale=2.0, final_scale=
 
 def request(**changes) -> g.Request:
     rng = np.random.default_rng(0)
-    base = g.Request(
-        reference=tiny.portrait(),
-        height=32,
-        width=48,
-        frames=12,
-        text=rng.normal(size=(3, 6)),
-        audio=rng.normal(size=(12, 3)),
-        keypoints=rng.uniform(size=(12, 28, 3)),
-    )
+    given = {"text": rng.normal(size=(3, 6)), "audio": rng.normal(size=(12, 3)), "pose": rng.uniform(size=(12, 28, 3))}
+    given |= {name: changes.pop(name) for name in list(changes) if name in given}
+    given = {name: value for name, value in given.items() if value is not None}
+    base = g.Request(reference=tiny.portrait(), height=32, width=48, frames=12, given=given)
     return dataclasses.replace(base, **changes)
 
 
@@ -49,20 +45,20 @@ def test_the_clip_is_a_function_of_the_request():
 @pytest.mark.parametrize(
     ("absent", "active"),
     [
-        (("keypoints",), ("text", "reference", "audio")),
+        (("pose",), ("text", "reference", "audio")),
         (("audio",), ("text", "reference", "pose")),
-        (("audio", "keypoints"), ("text", "reference")),
-        (("text", "keypoints"), ("reference", "audio")),
-        ((), conditions.CONDITIONS),
+        (("audio", "pose"), ("text", "reference")),
+        (("text", "pose"), ("reference", "audio")),
+        ((), conditions.names()),
     ],
 )
 def test_conditions_follow_the_papers_inference_rules(absent, active):
-    assert conditions.names(request(**dict.fromkeys(absent)).active) == active
+    assert conditions.active_names(request(**dict.fromkeys(absent)).active) == active
 
 
 def test_short_tracks_hold_their_last_row():
-    frames = run(request(audio=np.zeros((1, 3)), keypoints=np.zeros((1, 28, 3))))
-    np.testing.assert_array_equal(frames, run(request(audio=np.zeros((12, 3)), keypoints=np.zeros((12, 28, 3)))))
+    frames = run(request(audio=np.zeros((1, 3)), pose=np.zeros((1, 28, 3))))
+    np.testing.assert_array_equal(frames, run(request(audio=np.zeros((12, 3)), pose=np.zeros((12, 28, 3)))))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +66,11 @@ def test_short_tracks_hold_their_last_row():
     [
         ({"height": 40}, "--height=32 --width=48 or --height=48 --width=48"),
         ({"frames": 0}, "frames=0"),
-        ({"audio": np.zeros((5, 7))}, "speech encoder"),
+        ({"audio": np.zeros((5, 7))}, "audio has rows of shape .* reads \\(3,\\)"),
         ({"audio": np.zeros((0, 3))}, "audio has no rows"),
-        ({"keypoints": np.zeros((5, 17, 3))}, "keypoint"),
-        ({"text": np.zeros((5, 7))}, "text encoder"),
+        ({"audio": np.full((5, 3), np.nan)}, "audio has values that are not finite"),
+        ({"pose": np.zeros((5, 17, 3))}, "pose has rows of shape .* reads \\(28, 3\\)"),
+        ({"text": np.zeros((5, 7))}, "text has rows of shape .* reads \\(6,\\)"),
     ],
 )
 def test_what_the_model_cannot_take_is_refused(change, message):
@@ -82,7 +79,7 @@ def test_what_the_model_cannot_take_is_refused(change, message):
 
 
 def test_text_is_cut_and_padded_with_its_mask():
-    padded, mask = g.pad_text(np.ones((3, 6)), 5)
+    padded, mask = pad_tokens(np.ones((3, 6)), 5)
     assert padded.shape == (5, 6) and mask.tolist() == [True] * 3 + [False] * 2 and not padded[3:].any()
-    cut, mask = g.pad_text(np.ones((9, 6)), 5)
+    cut, mask = pad_tokens(np.ones((9, 6)), 5)
     assert cut.shape == (5, 6) and mask.all()

@@ -5,6 +5,7 @@ import pytest
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import images
+from omnihuman_jax.pixels import to_model, to_pixels
 
 SIZES = [(96, 96), (128, 80), (80, 112)]
 
@@ -65,7 +66,7 @@ def test_keypoints_move_with_the_pixels():
 
 def test_pixels_survive_the_models_range():
     pixels = np.arange(256, dtype=np.uint8)
-    values = images.to_model(pixels)
+    values = to_model(pixels)
     assert values.min() == -1.0 and values.max() == 1.0
-    np.testing.assert_array_equal(images.to_pixels(values), pixels)
-    np.testing.assert_array_equal(images.to_pixels(np.array([-3.0, 3.0])), [0, 255])
+    np.testing.assert_array_equal(to_pixels(values), pixels)
+    np.testing.assert_array_equal(to_pixels(np.array([-3.0, 3.0])), [0, 255])

@@ -3,17 +3,18 @@
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from omnihuman_jax import conditions
 from omnihuman_jax.diffusion.guidance import Guidance
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.inference.sampling import Inputs, Settings, sample_latents
+from omnihuman_jax.inference.inputs import Inputs
+from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.dit.config import ModelConfig
 from tests.inference import tiny
 
+MODEL = ModelConfig.from_dict(tiny.MODEL)
 WINDOW = 3
 SETTINGS = Settings(window=WINDOW, steps=2, guidance=Guidance(scale=2.0, final_scale=1.5))
 
@@ -33,34 +34,28 @@ class Recorder:
 
 
 def numbered(frames: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A track (1, frames, *shape) whose rows hold their own frame number."""
-    return np.broadcast_to(np.arange(frames, dtype=np.float32).reshape(1, -1, *[1] * len(shape)), (1, frames, *shape))
+    """A track (frames, *shape) whose rows hold their own frame number."""
+    return np.broadcast_to(np.arange(frames, dtype=np.float32).reshape(-1, *[1] * len(shape)), (frames, *shape))
 
 
 def all_inputs(frames: int) -> Inputs:
     rng = np.random.default_rng(3)
-    return Inputs(
-        active=conditions.row(conditions.CONDITIONS),
-        reference=tiny.latents(),
-        text=rng.normal(size=(1, 5, 6)).astype(np.float32),
-        text_mask=np.array([[True, True, True, False, False]]),
-        audio=rng.normal(size=(1, frames, 3)).astype(np.float32),
-        keypoints=rng.uniform(size=(1, frames, 28, 3)).astype(np.float32),
-    )
+    given = {
+        "text": rng.normal(size=(3, 6)),
+        "reference": np.asarray(tiny.latents()[0]),
+        "audio": rng.normal(size=(frames, 3)),
+        "pose": rng.uniform(size=(frames, 28, 3)),
+    }
+    return Inputs.of(MODEL, [given])
 
 
 @pytest.fixture(scope="module")
 def recorded():
     """Three segments (9 latent frames, 33 pixel frames; 31 asked for) of a recorded run, two steps each."""
     network, frames = Recorder(), 31
-    inputs = Inputs(
-        active=conditions.row(conditions.CONDITIONS),
-        reference=tiny.latents(),
-        text=np.ones((1, 5, 6), np.float32),
-        text_mask=np.ones((1, 5), bool),
-        audio=numbered(frames, (3,)),
-        keypoints=numbered(frames, (28, 3)),
-    )
+    given = {"text": np.ones((5, 6)), "reference": np.asarray(tiny.latents()[0])}
+    given |= {"audio": numbered(frames, (3,)), "pose": numbered(frames, (28, 3))}
+    inputs = Inputs.of(MODEL, [given])
     with jax.disable_jit():
         latents = sample_latents(network, None, inputs, SETTINGS, frames=frames, seeds=[7])
     return network.calls[::2], np.asarray(latents)  # one call per segment: two steps of two passes in one batch
@@ -96,13 +91,13 @@ def test_guidance_passes_share_everything_but_the_active_row(recorded):
     for call in recorded[0]:
         assert call.x.shape[0] == 2 and call.t.tolist() == [1.0, 1.0]
         np.testing.assert_array_equal(call.x[0], call.x[1])
-        active = [conditions.names(row) for row in call.batch["active"]]
-        assert active == [("reference", "pose"), conditions.CONDITIONS]
+        active = [conditions.active_names(row) for row in call.batch["active"]]
+        assert active == [("reference", "pose"), conditions.names()]
 
 
 def test_absent_tracks_are_left_out():
     network = Recorder()
-    inputs = Inputs(active=conditions.row(["reference"]), reference=tiny.latents())
+    inputs = Inputs.of(MODEL, [{"reference": np.asarray(tiny.latents()[0])}])
     with jax.disable_jit():
         sample_latents(network, None, inputs, SETTINGS, frames=9, seeds=[0])
     batch = network.calls[0].batch
@@ -110,14 +105,15 @@ def test_absent_tracks_are_left_out():
     assert batch["text"].shape == (1, 5, 6) and not batch["text_mask"].any()
 
 
-def test_an_active_condition_without_its_array_is_a_mistake():
-    with pytest.raises(ValueError, match="audio"):
-        Inputs(active=conditions.row(["reference", "audio"]), reference=tiny.latents())
+def test_clips_of_a_batch_have_the_same_conditions():
+    reference = np.asarray(tiny.latents()[0])
+    with pytest.raises(ValueError, match="same conditions"):
+        Inputs.of(MODEL, [{"reference": reference}, {"reference": reference, "audio": np.zeros((3, 3))}])
 
 
 def sample(frames: int = 9, seed: int = 0, inputs: Inputs | None = None, **kwargs) -> np.ndarray:
     inputs = inputs or all_inputs(40)
-    seeds = [seed] * len(inputs.reference)
+    seeds = [seed] * len(inputs)
     return np.asarray(
         sample_latents(tiny.network(), tiny.params(), inputs, SETTINGS, frames=frames, seeds=seeds, **kwargs)
     )
@@ -135,9 +131,9 @@ def test_asking_for_more_does_not_change_what_comes_first():
 def test_each_condition_changes_the_clip_from_its_time_on():
     inputs = all_inputs(40)
     for name in ("audio", "keypoints"):
-        track = np.array(getattr(inputs, name))
+        track = np.array(inputs.values[name])
         track[:, 20:] += 1.0  # the first segment reads frames up to 10
-        changed = sample(frames=21, inputs=Inputs(**{**vars(inputs), name: track}))
+        changed = sample(frames=21, inputs=Inputs(inputs.active, {**inputs.values, name: track}))
         plain = sample(frames=21)
         np.testing.assert_allclose(changed[:, :3], plain[:, :3], atol=1e-6)
         assert np.abs(changed[:, 3:] - plain[:, 3:]).max() > 1e-3, name
@@ -145,14 +141,9 @@ def test_each_condition_changes_the_clip_from_its_time_on():
 
 def test_a_clip_does_not_depend_on_the_others_of_its_batch():
     one = all_inputs(40)
-    other = Inputs(**{**vars(one), "reference": 2 * one.reference, "audio": one.audio + 1})
-    both = Inputs(
-        active=one.active,
-        **{
-            name: jnp.concatenate([getattr(other, name), getattr(one, name)])
-            for name in ("reference", "text", "text_mask", "audio", "keypoints")
-        },
-    )
+    changed = {"reference": 2 * one.values["reference"], "audio": one.values["audio"] + 1}
+    other = {**one.values, **changed}
+    both = Inputs(one.active, {name: np.concatenate([other[name], value]) for name, value in one.values.items()})
     together = sample_latents(tiny.network(), tiny.params(), both, SETTINGS, frames=17, seeds=[5, 3])
     np.testing.assert_allclose(together[1:], sample(frames=17, seed=3), atol=1e-4)
 

@@ -79,5 +79,5 @@ def config(directory: pathlib.Path, **model: Any) -> ConfigDict:
     config.data.latent_frames = 2
     config.guidance.update({"scale": 2.0, "final_scale": 1.5})
     config.plan.buckets = ((2, 4, 6), (2, 6, 4))
-    config.dataset = ConfigDict({"audio_encoder": "log-mel", "text_encoder": "minilm-l6-v2"})
+    config.dataset = ConfigDict({"encoders": {"audio": "log-mel", "text": "minilm-l6-v2"}})
     return config

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.state import abstract_batch, abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state, make_network
 from omnihuman_jax.training.step import jit_train_step
 from tests.training.tiny import tiny_config
 from tpu import hlo
@@ -33,7 +34,7 @@ def compile_on(config, devices):
     mesh, network = make_mesh({"fsdp": len(devices)}, devices), make_network(config)
     with jax.set_mesh(mesh):
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
-        state, batch = abstract_state(config, mesh, network), abstract_batch(config, (3, 4, 4), mesh)
+        state, batch = abstract_state(config, mesh, network), batch_lib.abstract(config, mesh, (3, 4, 4))
         return jit_train_step(config, network, mesh).lower(state, batch, rate).compile(), state, batch
 
 

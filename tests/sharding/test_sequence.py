@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.state import abstract_batch, make_network
+from omnihuman_jax.training.state import make_network
 from omnihuman_jax.training.step import gradients
 from tests.training.tiny import tiny_config
 from tpu import hlo
@@ -33,7 +34,7 @@ def whole_tokens(sequence_attention):
         network.abstract_params,
         rules.tree_shardings(network.abstract_params, mesh),
     )
-    batch = abstract_batch(config, BUCKET, mesh)
+    batch = batch_lib.abstract(config, mesh, BUCKET)
     t = jax.ShapeDtypeStruct((config.global_batch_size,), jnp.float32)
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda *args: gradients(network, *args, 1)).lower(params, batch, t, batch["latents"])

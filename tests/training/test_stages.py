@@ -80,14 +80,18 @@ def test_nothing_to_train_is_refused():
     ],
 )
 def test_inference_turns_on_the_weaker_conditions(given, expected):
-    row = conditions.for_inference(**({"text": False, "reference": True, "audio": False, "pose": False} | given))
-    assert conditions.names(row) == expected
+    row = conditions.for_inference({"reference", *given})
+    assert conditions.active_names(row) == expected
 
 
 def test_principle_1_every_clip_trains_text_and_reference():
     for audio in (False, True):
         for pose in (False, True):
-            assert conditions.names(conditions.eligibility(audio, pose))[:2] == ("text", "reference")
+            eligible = conditions.eligibility({"audio": audio, "pose": pose})
+            assert conditions.active_names(eligible)[:2] == (
+                "text",
+                "reference",
+            )
 
 
 @pytest.mark.parametrize(

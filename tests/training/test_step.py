@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh, training_mesh
@@ -19,8 +20,9 @@ BUCKET = (3, 4, 4)
 def random_batch(config, seed=0):
     rng = np.random.default_rng(seed)
     batch = {}
-    for name, (shape, dtype) in state_lib.batch_shapes(config, *BUCKET).items():
-        batch[name] = rng.random(shape) < 0.6 if dtype == jnp.bool_ else rng.standard_normal(shape).astype(np.float32)
+    for name, (row, dtype) in batch_lib.fields(config.model, BUCKET).items():
+        shape = (config.global_batch_size, *row)
+        batch[name] = rng.random(shape) < 0.6 if dtype == np.bool_ else rng.standard_normal(shape).astype(np.float32)
     return batch
 
 

@@ -1,17 +1,13 @@
-"""Audio condition: features -> audio tokens per latent frame -> frame-wise cross-attention (paper section 3.2)."""
+"""Audio condition: features -> audio tokens of each latent frame (paper section 3.2)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from omnihuman_jax.models.dit.attention import attend
+from omnihuman_jax.frames import STRIDE
 from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.models.dit.layers import ZEROS, CrossAttention, elementwise, layer_norm, linear
-from omnihuman_jax.sharding.rules import constrain
+from omnihuman_jax.models.dit.layers import layer_norm, linear
 from omnihuman_jax.tokens import Tokens
-
-STRIDE = 4  # pixel frames of a latent frame
-TIME_SLOTS = 1 << 16  # more than any clip's latent frames: keeps the frames of packed samples apart
 
 
 def windows(features: jax.Array, context: int) -> jax.Array:
@@ -65,37 +61,15 @@ class AudioAdapter(nnx.Module):
             jnp.zeros((1, time.size), bool),
         )
 
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """Audio tokens of a latent frame."""
+        return config.audio_tokens
 
-def frame_segments(tokens: Tokens) -> jax.Array:
-    """One id per (sample, latent frame), (B, N) int32; 0 for absent and for clean tokens, which hear no audio."""
-    frame = tokens.segment * TIME_SLOTS + tokens.position[..., 0].astype(jnp.int32)
-    return jnp.where((tokens.segment > 0) & ~tokens.clean, frame, 0)
-
-
-def listening(visual: Tokens, audio: Tokens) -> tuple[jax.Array, jax.Array]:
-    """Segments (query, key) of the audio cross-attention; a visual token without audio of its frame gets 0."""
-    q_segment, kv_segment = frame_segments(visual), frame_segments(audio)
-    heard = (q_segment[:, :, None] == kv_segment[:, None, :]).any(-1)
-    return jnp.where(heard, q_segment, 0), kv_segment
-
-
-class AudioAttention(CrossAttention):
-    """Frame-wise cross-attention of video tokens to the audio tokens of their own latent frame.
-
-    Zero-initialised output, so that an untrained audio path changes nothing; a token that hears nothing gets exactly 0.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs, out_init=ZEROS)
-
-    def __call__(self, x: jax.Array, audio: jax.Array, q_segment: jax.Array, kv_segment: jax.Array) -> jax.Array:
-        """x (B, N, hidden), audio (B, A, hidden), segments of `listening` -> update (B, N, hidden)."""
-        config = self.config
-        heads = (config.num_heads, config.head_dim)
-        x = elementwise(layer_norm, (1,))(x, config.norm_eps).astype(config.compute_dtype)
-        q = elementwise(self.q_norm)(self.q(x).reshape(*x.shape[:2], *heads)).astype(config.compute_dtype)
-        k = self.k_norm(self.k(audio).reshape(*audio.shape[:2], *heads)).astype(config.compute_dtype)
-        v = self.v(audio).reshape(*audio.shape[:2], *heads)
-        out = attend(q, k, v, q_segment, kv_segment, implementation=config.attention, sequence="replicated")
-        out = constrain(self.out(out.reshape(*x.shape[:2], -1)), "batch", "tokens", None)
-        return jnp.where((q_segment > 0)[..., None], out, 0)
+    @staticmethod
+    def flops(config: ModelConfig, frames: int, rows: int, columns: int) -> int:
+        """Forward FLOPs of one sample."""
+        width = config.audio_hidden
+        per_feature = config.audio_dim * width + width**2
+        per_frame = config.audio_window * width**2 + width * config.audio_tokens * config.hidden_size
+        return 2 * ((STRIDE * frames + 2 * config.audio_context) * per_feature + frames * per_frame)

@@ -10,8 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from omnihuman_jax.models.dit import rope
 from omnihuman_jax.models.dit.attention import attend
-from omnihuman_jax.models.dit.audio import AudioAttention
 from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.models.dit.entries import Way, entering
+from omnihuman_jax.models.dit.frame_attention import FrameAttention, FrameTokens
 from omnihuman_jax.models.dit.layers import (
     MLP,
     ZEROS,
@@ -28,30 +29,26 @@ from omnihuman_jax.sharding.rules import constrain
 
 
 class Shared(NamedTuple):
-    """What every block reads besides its parameters and the streams. K = 2 modulation rows per packed sample.
+    """What every block reads besides its parameters and the streams.
 
     Attributes:
-      vec: (B, K, hidden) float32, silu of the modulation vectors: noisy and clean (t = 0) of each sample.
-      visual_row, text_row: (B or 1, N), (B or 1, L) int32 row of `vec` of each token.
+      vec: (B, 2, hidden) float32, silu of the modulation vectors: noisy, and clean (t = 0).
+      visual_clean, text_clean: (B or 1, N), (B or 1, L) bool, which of `vec` a token takes.
       visual_rope, text_rope: rotations of the tokens.
       visual_segment, text_segment: (B, N), (B, L) int32.
       cross_segment: (B, L) int32, the text tokens that text cross-attention sees (not those of images).
-      audio: (B, A, hidden) audio tokens, or None where no sample of the batch has audio.
-      audio_query: (B, N) int32 frame segments of the visual tokens; 0 hears nothing.
-      audio_key: (B, A) int32.
+      frames: condition name -> tokens of its frame-wise cross-attention; without those that no sample of the batch has.
     """
 
     vec: jax.Array
-    visual_row: jax.Array
-    text_row: jax.Array
+    visual_clean: jax.Array
+    text_clean: jax.Array
     visual_rope: rope.Rotation
     text_rope: rope.Rotation
     visual_segment: jax.Array
     text_segment: jax.Array
     cross_segment: jax.Array
-    audio: jax.Array | None = None
-    audio_query: jax.Array | None = None
-    audio_key: jax.Array | None = None
+    frames: dict[str, FrameTokens]
 
 
 def _heads(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -75,13 +72,17 @@ def _turned(config: ModelConfig, norm: HeadNorm, x: jax.Array, turn: rope.Rotati
     return _by_token(normalise_and_turn(_heads(config, x), turn))
 
 
-def _hear(attention: AudioAttention, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
-    """x plus the audio cross-attention of the visual tokens in `span`, the only ones that can hear."""
-    if shared.audio is None:
-        return x
-    part = x[:, span]
-    heard = part + attention(part, shared.audio, shared.audio_query[:, span], shared.audio_key)
-    return jnp.concatenate([x[:, : span.start], heard, x[:, span.stop :]], 1)
+def _frame_attention(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, FrameAttention]:
+    return {name: FrameAttention(config, rngs=rngs) for name in entering(Way.CROSS_ATTENTION)}
+
+
+def _add_conditions(block: nnx.Module, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
+    """x plus the frame-wise attention to each condition; only the visual tokens in `span` can see any."""
+    for name, tokens in shared.frames.items():
+        part = x[:, span]
+        seen = part + getattr(block, name)(part, tokens._replace(query=tokens.query[:, span]))
+        x = jnp.concatenate([x[:, : span.start], seen, x[:, span.stop :]], 1)
+    return x
 
 
 class TextAttention(CrossAttention):
@@ -121,7 +122,8 @@ class DualBlock(nnx.Module):
                 setattr(self, f"{stream}_{name}", part)
         if config.text_cross_attention_dual:
             self.cross = TextAttention(config, rngs=rngs)
-        self.audio = AudioAttention(config, rngs=rngs)
+        for name, module in _frame_attention(config, rngs).items():
+            setattr(self, name, module)
 
     def _project(self, stream: str, x: jax.Array, turn: rope.Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normalised, rotated queries and keys, and values, each (B, n, heads, D)."""
@@ -139,10 +141,10 @@ class DualBlock(nnx.Module):
         config, (visual, text) = self.config, streams
         vs1, vc1, vg1, vs2, vc2, vg2 = jnp.split(self.img_mod(shared.vec), 6, -1)
         ts1, tc1, tg1, ts2, tc2, tg2 = jnp.split(self.txt_mod(shared.vec), 6, -1)
-        vrow, trow = shared.visual_row, shared.text_row
+        vclean, tclean = shared.visual_clean, shared.text_clean
 
-        visual_qkv = self._project("img", modulate(visual, vs1, vc1, vrow, config), shared.visual_rope)
-        text_in = modulate(text, ts1, tc1, trow, config)
+        visual_qkv = self._project("img", modulate(visual, vs1, vc1, vclean, config), shared.visual_rope)
+        text_in = modulate(text, ts1, tc1, tclean, config)
         text_qkv = self._project("txt", text_in, shared.text_rope)
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(visual_qkv, text_qkv, strict=True))
         segment = jnp.concatenate([shared.visual_segment, shared.text_segment], 1)
@@ -151,13 +153,13 @@ class DualBlock(nnx.Module):
 
         n = visual.shape[1]
         visual_out = self.img_out(constrain(out[:, :n], "batch", "tokens", "local_heads"))
-        visual = gated(visual, vg1, vrow, visual_out)
+        visual = gated(visual, vg1, vclean, visual_out)
         if config.text_cross_attention_dual:
             visual = visual + self.cross(visual_out, text_in, shared)
-        text = gated(text, tg1, trow, self.txt_out(constrain(out[:, n:], "batch", "tokens", "local_heads")))
-        visual = _hear(self.audio, visual, shared, span)
-        visual = gated(visual, vg2, vrow, self.img_mlp(modulate(visual, vs2, vc2, vrow, config)))
-        text = gated(text, tg2, trow, self.txt_mlp(modulate(text, ts2, tc2, trow, config)))
+        text = gated(text, tg1, tclean, self.txt_out(constrain(out[:, n:], "batch", "tokens", "local_heads")))
+        visual = _add_conditions(self, visual, shared, span)
+        visual = gated(visual, vg2, vclean, self.img_mlp(modulate(visual, vs2, vc2, vclean, config)))
+        text = gated(text, tg2, tclean, self.txt_mlp(modulate(text, ts2, tc2, tclean, config)))
         return constrain(visual, "batch", "tokens", None), text
 
 
@@ -184,16 +186,17 @@ class SingleBlock(nnx.Module):
         self.has_cross = config.text_cross_attention_single and not decoder
         if self.has_cross:
             self.cross = TextAttention(config, rngs=rngs)
-        self.audio = AudioAttention(config, rngs=rngs)
+        for name, module in _frame_attention(config, rngs).items():
+            setattr(self, name, module)
 
     def __call__(self, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
         """x (B, N + L, hidden) -> the same; visual tokens first."""
         config = self.config
         shift, scale, gate = jnp.split(self.mod(shared.vec), 3, -1)
-        row = jnp.concatenate([shared.visual_row, shared.text_row], 1)
+        clean = jnp.concatenate([shared.visual_clean, shared.text_clean], 1)
         turn = rope.concatenate(shared.visual_rope, shared.text_rope)
         segment = jnp.concatenate([shared.visual_segment, shared.text_segment], 1)
-        h = modulate(x, shift, scale, row, config)
+        h = modulate(x, shift, scale, clean, config)
         q = _turned(config, self.q_norm, self.q(h), turn)
         k = _turned(config, self.k_norm, self.k(h), turn)
         v = _by_token(_heads(config, self.v(h)))
@@ -201,13 +204,13 @@ class SingleBlock(nnx.Module):
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
         out = constrain(out, "batch", "tokens", "local_heads")
         if self.has_cross:
-            n = shared.visual_row.shape[1]
+            n = shared.visual_segment.shape[1]
             crossed = out[:, :n] + self.cross(out[:, :n], h[:, n:], shared)
             out = constrain(jnp.concatenate([crossed, out[:, n:]], 1), "batch", "tokens", None)
         hidden = constrain(self.mlp_in(h), "batch", "tokens", "mlp")
         hidden = swiglu(hidden, self.mlp_gate(h)) if config.mlp_activation == "swiglu" else gelu(hidden)
-        x = gated(x, gate, row, self.out(out) + self.mlp_out(hidden))
-        return constrain(_hear(self.audio, x, shared, span), "batch", "tokens", None)
+        x = gated(x, gate, clean, self.out(out) + self.mlp_out(hidden))
+        return constrain(_add_conditions(self, x, shared, span), "batch", "tokens", None)
 
 
 def stack(block: Callable[..., nnx.Module], config: ModelConfig, depth: int, *, rngs: nnx.Rngs) -> nnx.Module | None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.frames import STRIDE
 from omnihuman_jax.sharding.mesh import SEQUENCE_ATTENTION
 
 CHOICES = {
@@ -26,6 +27,7 @@ class ModelConfig:
     """Sizes and switches of `OmniHuman`; the defaults are demo-sized.
 
     Attributes:
+      family: the network class, a name of `models.registry`.
       latent_channels: channels C of the VAE latents, in and out.
       patch_size: latent (frames, rows, columns) of one token.
       hidden_size: width of the residual streams.
@@ -82,6 +84,7 @@ class ModelConfig:
       dtype: dtype of matmuls and activations; norms, RoPE, softmax and modulation are always float32.
     """
 
+    family: str = "mmdit"
     latent_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
     hidden_size: int = 256
@@ -199,7 +202,7 @@ class ModelConfig:
     @property
     def audio_window(self) -> int:
         """25 fps feature frames behind one latent frame: its own four and the context."""
-        return 4 + 2 * self.audio_context
+        return STRIDE + 2 * self.audio_context
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:

@@ -1,22 +1,22 @@
 """Analytic FLOPs of the network: two per multiply-add of every matmul and convolution, nothing else.
 
 Forward, of one sample with N = (1 + M/pt + T/pt) * P visual tokens, V = T/pt * P video tokens, L text tokens, width d,
-heads' width a, MLP width m (times 3/2 for swiglu's gate), A audio tokens per latent frame:
+heads' width a, MLP width m (times 3/2 for swiglu's gate), A tokens per latent frame of each cross-attended condition:
 
-  dual block    2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + audio + 2 * 2 * 12 d^2
-  single block  2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + audio + 2 * 2 * 3 d^2
+  dual block    2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + cross + 2 * 2 * 12 d^2
+  single block  2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + cross + 2 * 2 * 3 d^2
   decoder block the same with N in the place of L
   text cross    2 (2 N d a + 2 L d a) + 4 N L a in each block that has it
-  audio         2 (2 V d a + 2 T A d a) + 4 V pt A a
+  cross         2 (2 V d a + 2 T A d a) + 4 V pt A a
 
 The last term of a block is its modulation (two vectors a sample). Attention counts every pair of tokens, as if all
 conditions were there. Backward is twice the forward; recomputation under remat is not counted.
 """
 
-import itertools
 import math
 
 from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.models.dit.entries import Way, entering
 
 BACKWARD = 2
 
@@ -52,7 +52,9 @@ def forward_breakdown(
     visual = video + (1 + config.motion_frames // pt) * per_frame
     d, a, tokens = config.hidden_size, config.attention_dim, visual + text
     mlp = config.mlp_hidden * (3 if config.mlp_activation == "swiglu" else 2)
-    audio_keys = frames * config.audio_tokens
+    keys = {name: entry.encoder.width(config) for name, entry in entering(Way.CROSS_ATTENTION).items()}
+    channels = sum(entry.encoder.width(config) for entry in entering(Way.CHANNELS).values())
+    encoders = {name: entry.encoder for way in Way for name, entry in entering(way).items()}
     decoder, depth = config.num_decoder_blocks, config.num_dual_blocks + config.num_single_blocks
     crossed = config.text_cross_attention_dual * config.num_dual_blocks
     crossed += config.text_cross_attention_single * config.num_single_blocks
@@ -61,15 +63,17 @@ def forward_breakdown(
         "projections": (depth * tokens + decoder * 2 * visual) * 2 * (4 * d * a + d * mlp),
         "attention": (depth * tokens**2 + decoder * (2 * visual) ** 2) * 4 * a,
         "text_attention": crossed * (4 * tokens * d * a + 4 * visual * text * a),
-        "audio_attention": (depth + decoder)
-        * (2 * (2 * video + 2 * audio_keys) * d * a + 4 * video * pt * config.audio_tokens * a),
+        **{
+            f"{name}_attention": (depth + decoder)
+            * (2 * (2 * video + 2 * frames * count) * d * a + 4 * video * pt * count * a)
+            for name, count in keys.items()
+        },
         "modulation": 4 * d**2 * (12 * config.num_dual_blocks + 3 * (config.num_single_blocks + decoder) + 2),
-        "embedding": 2 * d * patch * (visual * config.latent_channels + video * config.pose_channels),
+        "embedding": 2 * d * patch * (visual * config.latent_channels + video * channels),
         "final": 2 * d * patch * video * config.latent_channels,
         "vectors": 2 * 2 * (256 * d + d * d),
         "text": _text(config, text),
-        "audio_adapter": _audio(config, frames),
-        "pose_guider": _pose(config, frames, rows, columns),
+        **{f"{name}_encoder": encoder.flops(config, frames, rows, columns) for name, encoder in encoders.items()},
     }
 
 
@@ -78,23 +82,6 @@ def _text(config: ModelConfig, text: int) -> int:
     total = 2 * text * (config.text_dim * d + (d * d if config.text_embed == "mlp" else 0))
     block = 2 * text * (4 * d * a + 2 * d * config.mlp_hidden) + 4 * text**2 * a + 4 * d * d
     return total + config.text_refiner_depth * block
-
-
-def _audio(config: ModelConfig, frames: int) -> int:
-    width = config.audio_hidden
-    per_feature = config.audio_dim * width + width**2
-    per_frame = config.audio_window * width**2 + width * config.audio_tokens * config.hidden_size
-    return 2 * ((4 * frames + 2 * config.audio_context) * per_feature + frames * per_frame)
-
-
-def _pose(config: ModelConfig, frames: int, rows: int, columns: int) -> int:
-    scale, total = config.pose_scale, 0
-    widths = (config.num_keypoints, *config.pose_widths, config.pose_channels)
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        if i < config.pose_scale.bit_length() - 1:
-            scale //= 2
-        total += 2 * 4 * frames * rows * columns * scale**2 * 9 * inputs * outputs
-    return total + 2 * frames * rows * columns * 4 * config.pose_channels**2
 
 
 def model_flops(

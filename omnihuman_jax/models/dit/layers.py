@@ -145,22 +145,19 @@ def sinusoid(x: jax.Array, size: int = TIME_FREQUENCIES) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-def per_token(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Row index[b, n] of table[b]: (B, K, D), (B or 1, N) -> (B, N, D). Two rows (noisy, clean) need no gather."""
-    if table.shape[1] == 2:
-        return jnp.where(index[..., None] == 1, table[:, 1:], table[:, :1])
-    index = jnp.broadcast_to(index, (table.shape[0], index.shape[1]))
-    return jnp.take_along_axis(table, index[..., None], axis=1)
+def per_token(table: jax.Array, clean: jax.Array) -> jax.Array:
+    """Row 1 (clean) or 0 (noisy) of table for each token: (B, 2, D), bool (B or 1, N) -> (B, N, D)."""
+    return jnp.where(clean[..., None], table[:, 1:], table[:, :1])
 
 
 @functools.partial(elementwise, static=(4,))
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, index: jax.Array, config: ModelConfig) -> jax.Array:
-    """Normalises x (B, N, D) and applies each token's shift and scale (rows of (B, K, D)); float32 inside."""
-    x = layer_norm(x, config.norm_eps) * (1 + per_token(scale, index)) + per_token(shift, index)
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, clean: jax.Array, config: ModelConfig) -> jax.Array:
+    """Normalises x (B, N, D) and applies each token's shift and scale (rows of (B, 2, D)); float32 inside."""
+    x = layer_norm(x, config.norm_eps) * (1 + per_token(scale, clean)) + per_token(shift, clean)
     return x.astype(config.compute_dtype)
 
 
 @elementwise
-def gated(x: jax.Array, gate: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
+def gated(x: jax.Array, gate: jax.Array, clean: jax.Array, update: jax.Array) -> jax.Array:
     """x + gate * update, with each token's gate; in the dtype of x."""
-    return x + (per_token(gate, index) * update).astype(x.dtype)
+    return x + (per_token(gate, clean) * update).astype(x.dtype)

@@ -6,57 +6,41 @@ L text tokens, K keypoints. Sources: OmniHuman-1 (arXiv 2502.01061, section 3); 
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from omnihuman_jax import conditions
 from omnihuman_jax import tokens as tk
-from omnihuman_jax.conditions import AUDIO, POSE, REFERENCE, TEXT
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.dit import audio, blocks, pose, rope, text
+from omnihuman_jax.models.dit import blocks, rope, text
 from omnihuman_jax.models.dit.attention import mesh_axis
 from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.models.dit.entries import Way, entering
+from omnihuman_jax.models.dit.frame_attention import frame_tokens
 from omnihuman_jax.models.dit.layers import TIME_FREQUENCIES, ZEROS, Embedder, linear, modulate, sinusoid
 from omnihuman_jax.sharding.rules import constrain
 
 
 class Inputs(NamedTuple):
-    """Embedded tokens of a batch, ready for the blocks. S samples are packed in a row (usually 1).
+    """Embedded tokens of a batch, ready for the blocks.
 
     Attributes:
-      visual: [reference | motion | video] tokens, (B, N, hidden).
+      visual: [conditions' tokens | reference | motion | video], (B, N, hidden).
       text: (B, L, hidden), and after them those of a second text.
-      audio: (B, T * audio_tokens, hidden), or None where no sample of the batch has audio.
-      vec: (B, S, 2, hidden) float32 modulation vectors: noisy, and clean (t = 0).
+      frames: condition name -> tokens of its frame-wise cross-attention; without those that no sample of the batch has.
+      vec: (B, 2, hidden) float32 modulation vectors: noisy, and clean (t = 0).
       image: (B, I, hidden) tokens of an image encoder, which go where the text goes, or None.
     """
 
     visual: tk.Tokens
     text: tk.Tokens
-    audio: tk.Tokens | None
+    frames: dict[str, tk.Tokens]
     vec: jax.Array
     image: tk.Tokens | None = None
-
-
-def _pack_optional(samples: Sequence[Inputs], name: str) -> tk.Tokens | None:
-    parts = [getattr(sample, name) for sample in samples]
-    if any(part is None for part in parts) and any(part is not None for part in parts):
-        raise ValueError(f"pack_inputs: give {name} tokens (possibly absent by segment) to all samples or to none")
-    return None if parts[0] is None else tk.pack_row(parts)
-
-
-def pack_inputs(samples: Sequence[Inputs]) -> Inputs:
-    """Packs samples of any sizes into one row; they do not see each other (segments) and keep their own modulation."""
-    return Inputs(
-        tk.pack_row([sample.visual for sample in samples]),
-        tk.pack_row([sample.text for sample in samples]),
-        _pack_optional(samples, "audio"),
-        jnp.concatenate([sample.vec for sample in samples], 1),
-        _pack_optional(samples, "image"),
-    )
 
 
 class FinalLayer(nnx.Module):
@@ -68,9 +52,9 @@ class FinalLayer(nnx.Module):
         self.mod = linear(config, config.hidden_size, 2 * config.hidden_size, rngs=rngs, init=ZEROS, dtype=jnp.float32)
         self.proj = linear(config, config.hidden_size, outputs, rngs=rngs, init=ZEROS)
 
-    def __call__(self, x: jax.Array, vec: jax.Array, row: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, vec: jax.Array, clean: jax.Array) -> jax.Array:
         shift, scale = jnp.split(self.mod(vec), 2, -1)
-        return self.proj(modulate(x, shift, scale, row, self.config))
+        return self.proj(modulate(x, shift, scale, clean, self.config))
 
 
 class OmniHuman(nnx.Module):
@@ -84,8 +68,10 @@ class OmniHuman(nnx.Module):
         self.config = config
         dim, patch = config.hidden_size, math.prod(config.patch_size)
         self.x_embed = linear(config, patch * config.latent_channels, dim, rngs=rngs)
-        # Together with x_embed this is one patch embedding over [noisy latents, pose channels].
-        self.pose_embed = linear(config, patch * config.pose_channels, dim, rngs=rngs, bias=False)
+        for name, entry in entering(Way.CHANNELS).items():
+            # Together with x_embed this is one patch embedding over [noisy latents, the condition's channels].
+            width = patch * entry.encoder.width(config)
+            setattr(self, f"{name}_embed", linear(config, width, dim, rngs=rngs, bias=False))
         if config.first_frame_channels:
             self.first_frame_embed = linear(config, patch * config.first_frame_channels, dim, rngs=rngs, bias=False)
         self.time_embed = Embedder(config, TIME_FREQUENCIES, rngs=rngs)
@@ -105,8 +91,9 @@ class OmniHuman(nnx.Module):
             self.pooled_embed = Embedder(config, config.pooled_text_dim, rngs=rngs)
         if config.guidance_embed:
             self.guidance_embed = Embedder(config, TIME_FREQUENCIES, rngs=rngs)
-        self.audio = audio.AudioAdapter(config, rngs=rngs)
-        self.pose = pose.PoseGuider(config, rngs=rngs)
+        for way in Way:
+            for name, entry in entering(way).items():
+                setattr(self, name, entry.encoder(config, rngs=rngs))
         self.dual = blocks.stack(blocks.DualBlock, config, config.num_dual_blocks, rngs=rngs)
         self.single = blocks.stack(blocks.SingleBlock, config, config.num_single_blocks, rngs=rngs)
         decoder_block = functools.partial(blocks.SingleBlock, decoder=True)
@@ -127,10 +114,9 @@ class OmniHuman(nnx.Module):
         Args:
           x_t: (B, T, H, W, C) normalised latents.
           t: (B,) in [0, 1]; 1 is pure noise.
-          batch: `motion` (B, M, H, W, C), `has_motion` (B,) bool, `reference` (B, H, W, C), `text` (B, L, text_dim),
-            `text_mask` (B, L) bool, `audio` (B, 4T + 2*audio_context, audio_dim) at 25 fps, `keypoints` (B, 4T, K, 3)
-            as fractions of the frame, `active` (B, 4) bool in the order of `conditions.CONDITIONS`. Leaving out
-            `audio` or `keypoints` says that no sample has it, gives the same values and saves the work. A base with
+          batch: `motion` (B, M, H, W, C), `has_motion` (B,) bool, the fields of every condition (`conditions.table`),
+            and `active` (B, conditions) bool in the order of the table. Leaving out the field of a condition that
+            selects records says that no sample has it, gives the same values and saves the work. A base with
             `first_frame_channels` also takes `first_frame` (B, T, H, W, first_frame_channels), one with
             `image_embed_dim` also `image` (B, I, image_embed_dim), one with `text2_dim` also `text2`
             (B, L2, text2_dim) with `text2_mask` (B, L2) bool,
@@ -159,30 +145,38 @@ class OmniHuman(nnx.Module):
         guidance: jax.Array | None = None,
     ) -> Inputs:
         """Embeds a batch into tokens; arguments and errors of `__call__`."""
-        config, active = self.config, batch["active"]
-        has_text = active[:, TEXT] & batch["text_mask"].any(-1)
+        config = self.config
+        active = dict(zip(conditions.names(), batch["active"].T, strict=True))
+        has_text = active["text"] & batch["text_mask"].any(-1)
         visual = tk.pack_visual(
             x_t.astype(config.compute_dtype),
             batch["reference"],
             batch["motion"],
-            has_reference=active[:, REFERENCE],
+            has_reference=active["reference"],
             has_motion=batch["has_motion"],
             patch=config.patch_size,
             reference_time_slot=config.reference_time_slot,
         )
-        value = self.x_embed(visual.value)
-        if "keypoints" in batch:
-            features = self.pose(batch["keypoints"], active[:, POSE], x_t.shape[2], x_t.shape[3])
-            stacked = self.pose_embed(tk.patchify(features, config.patch_size))
-            value = value.at[:, -stacked.shape[1] :].add(stacked)
+        visual = visual._replace(value=self.x_embed(visual.value))
+
+        def encoded(way: Way, *grid: int) -> dict[str, Any]:
+            """Condition name -> what its encoder makes, of those that enter this way and are in the batch."""
+            fields = {name: conditions.get(name).field for name in entering(way)}
+            return {n: getattr(self, n)(batch[f], active[n], *grid) for n, f in fields.items() if f in batch}
+
+        for name, channels in encoded(Way.CHANNELS, *x_t.shape[2:4]).items():
+            stacked = getattr(self, f"{name}_embed")(tk.patchify(channels, config.patch_size))
+            visual = _add_to_video(visual, stacked)
         if self._given("first_frame", batch.get("first_frame"), "first_frame_channels"):
-            stacked = self.first_frame_embed(tk.patchify(batch["first_frame"], config.patch_size))
-            value = value.at[:, -stacked.shape[1] :].add(stacked)
+            visual = _add_to_video(visual, self.first_frame_embed(tk.patchify(batch["first_frame"], config.patch_size)))
+        cells = x_t.shape[2] * x_t.shape[3] // math.prod(config.patch_size[1:])
+        for added in encoded(Way.ADDITION).values():
+            visual = _add_to_video(visual, jnp.repeat(added, cells, axis=1))
         return Inputs(
-            visual._replace(value=value),
+            tk.concatenate(*encoded(Way.TOKENS).values(), visual),
             self._text(batch, has_text, t),
-            self.audio(batch["audio"], active[:, AUDIO]) if "audio" in batch else None,
-            self._vectors(t, has_text, pooled, guidance)[:, None],
+            encoded(Way.CROSS_ATTENTION),
+            self._vectors(t, has_text, pooled, guidance),
             self._image(batch.get("image")),
         )
 
@@ -241,9 +235,9 @@ class OmniHuman(nnx.Module):
         """All blocks and the final layer: velocity patches (B, N, pt*ph*pw*C) of every visual token.
 
         Args:
-          inputs: of `embed`, or several of them packed by `pack_inputs`.
-          clean_prefix: number of leading visual tokens known to be clean in every row, which the audio attention can
-            skip (a saving; the values are the same).
+          inputs: of `embed`.
+          clean_prefix: number of leading visual tokens known to be clean in every row, which the frame-wise
+            attention can skip (a saving; the values are the same).
         """
         config, n = self.config, inputs.visual.value.shape[1]
         shards = mesh_axis("sequence")
@@ -262,40 +256,36 @@ class OmniHuman(nnx.Module):
             # The tail knows the text through the encoded tokens only, which have no positions, as text has none.
             x = jnp.concatenate([visual.value, x[:, : visual.value.shape[1]]], 1)
             tail = shared._replace(
-                text_row=shared.visual_row,
+                text_clean=shared.visual_clean,
                 text_rope=rope.rotation(jnp.zeros_like(visual.position), config.rope_axes, config.rope_theta),
                 text_segment=shared.visual_segment,
             )
             x = blocks.run(self.decoder, constrain(x, "batch", "tokens", None), config, tail, span)
-        return self.final(x[:, :n], shared.vec, shared.visual_row[:, :n])
+        return self.final(x[:, :n], shared.vec, shared.visual_clean[:, :n])
 
     def _shared(self, visual: tk.Tokens, words: tk.Tokens, inputs: Inputs) -> blocks.Shared:
-        config, b = self.config, inputs.vec.shape[0]
-
+        config = self.config
         images = 0 if inputs.image is None else inputs.image.segment.shape[1]
 
         def turn(positions):
             return rope.rotation(positions, config.rope_axes, config.rope_theta)
 
-        def rows(tokens):
-            if inputs.vec.shape[1] == 1:
-                return tokens.clean.astype(jnp.int32)
-            return 2 * jnp.maximum(tokens.segment - 1, 0) + tokens.clean
-
-        shared = blocks.Shared(
-            vec=jax.nn.silu(inputs.vec.reshape(b, -1, config.hidden_size)),
-            visual_row=rows(visual),
-            text_row=rows(words),
+        return blocks.Shared(
+            vec=jax.nn.silu(inputs.vec),
+            visual_clean=visual.clean,
+            text_clean=words.clean,
             visual_rope=turn(visual.position),
             text_rope=turn(words.position if config.rope_on_text else jnp.zeros_like(words.position)),
             visual_segment=visual.segment,
             text_segment=words.segment,
             cross_segment=words.segment.at[:, :images].set(0),
+            frames={name: frame_tokens(visual, tokens) for name, tokens in inputs.frames.items()},
         )
-        if inputs.audio is None:
-            return shared
-        query, key = audio.listening(visual, inputs.audio)
-        return shared._replace(audio=inputs.audio.value, audio_query=query, audio_key=key)
+
+
+def _add_to_video(visual: tk.Tokens, value: jax.Array) -> tk.Tokens:
+    """Tokens with a value (B, n, hidden) added to the last n of them, those of the video."""
+    return visual._replace(value=visual.value.at[:, -value.shape[1] :].add(value.astype(visual.value.dtype)))
 
 
 def count_params(config: ModelConfig) -> int:

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from omnihuman_jax.frames import STRIDE
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.dit.layers import ZEROS, linear
-
-STRIDE = 4  # pixel frames of a latent frame
 
 
 def heatmaps(keypoints: jax.Array, rows: int, columns: int, sigma: float) -> jax.Array:
@@ -69,6 +68,22 @@ class PoseGuider(nnx.Module):
         x = self.out(x).reshape(b, frames // STRIDE, STRIDE, rows, columns, config.pose_channels)
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(b, frames // STRIDE, rows, columns, -1)
         return jnp.where(present[..., None], self.merge(x), 0)
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """Pose channels stacked on the noisy latents."""
+        return config.pose_channels
+
+    @staticmethod
+    def flops(config: ModelConfig, frames: int, rows: int, columns: int) -> int:
+        """Forward FLOPs of one sample."""
+        scale, total, cells = config.pose_scale, 0, STRIDE * frames * rows * columns
+        widths = (config.num_keypoints, *config.pose_widths, config.pose_channels)
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            if i < config.pose_scale.bit_length() - 1:
+                scale //= 2
+            total += 2 * cells * scale**2 * 9 * inputs * outputs
+        return total + 2 * cells * config.pose_channels**2
 
 
 def _conv(config: ModelConfig, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs, init=None) -> nnx.Conv:

@@ -1,6 +1,7 @@
 """Batches: the right slices of the right records, the same from any host, thread or restart."""
 
 import copy
+import dataclasses
 import json
 import time
 
@@ -11,12 +12,15 @@ import pytest
 from data_pipelines.input_pipeline.batches import Batches, usable_records
 from data_pipelines.input_pipeline.loader import make_dataset, make_loader
 from data_pipelines.input_pipeline.stage_table import StagePlan
-from data_pipelines.input_pipeline.windows import WindowConfig, cut_window, pixel_indices, window_start
-from omnihuman_jax.conditions import CONDITIONS
+from data_pipelines.input_pipeline.windows import WindowConfig, cut_window, window_start
+from omnihuman_jax.conditions import names
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.frames import window_frames
+from omnihuman_jax.models.dit.config import ModelConfig
 from tests.data_pipelines.fake_dataset import fake_meta, fake_record, write_fake_dataset
 
-WINDOW = WindowConfig(frames=4, motion_frames=2, audio_context=2, text_len=6)
+MODEL = ModelConfig(motion_frames=2, audio_context=2, text_len=6, audio_dim=6, text_dim=5, latent_channels=4)
+WINDOW = WindowConfig(4, MODEL)
 FULL = {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25}
 STAGES = (
     StagePlan("stage1", 1, 10, {**FULL, "audio": 0.0, "pose": 0.0}),
@@ -80,7 +84,7 @@ def test_a_batch_has_the_documented_shapes_and_types(dataset, batches):
     ],
 )
 def test_pixel_frames_of_a_window_follow_the_causal_vae(start, context, expected):
-    assert pixel_indices(start, 2, context, 13).tolist() == expected
+    assert window_frames(start, 2, 13, context).tolist() == expected
 
 
 def test_a_row_holds_the_right_slices_of_its_record():
@@ -152,9 +156,7 @@ def test_rows_match_their_record_and_eligibility(dataset, batches):
         for row, i in enumerate(batch["record"]):
             entry = dataset.index[i]
             record = dataset.read(int(i))
-            assert said["active"][row] == [
-                name for name, on in zip(CONDITIONS, batch["active"][row], strict=True) if on
-            ]
+            assert said["active"][row] == [name for name, on in zip(names(), batch["active"][row], strict=True) if on]
             assert entry["audio"] or not batch["scheduled"][row, 2]
             assert entry["pose"] or not batch["scheduled"][row, 3]
             assert any(np.array_equal(batch["reference"][row], r) for r in record["references"].astype(np.float32))
@@ -255,7 +257,7 @@ def test_a_batch_takes_a_few_milliseconds_once_records_are_cached(batches):
 
 def test_clips_too_short_for_motion_frames_are_told(tmp_path, caplog):
     data = write_fake_dataset(tmp_path, 6, shapes=((5, 4, 4), (9, 4, 4)))
-    window = WindowConfig(frames=4, motion_frames=2)
+    window = WindowConfig(4, dataclasses.replace(MODEL, motion_frames=2))
     with caplog.at_level("WARNING", logger="absl"):
         Batches.open(
             data,
@@ -269,7 +271,7 @@ def test_clips_too_short_for_motion_frames_are_told(tmp_path, caplog):
 
 def test_a_later_stages_longer_window_takes_no_clip_from_an_earlier_stage(tmp_path, caplog):
     data = write_fake_dataset(tmp_path / "mixed", 12, shapes=((5, 4, 4), (9, 4, 4)), audio_share=1, pose_share=1)
-    window = WindowConfig(frames=4, motion_frames=0)
+    window = WindowConfig(4, dataclasses.replace(MODEL, motion_frames=0))
     short, long = StagePlan("stage1", 1, 6, FULL), StagePlan("stage2", 7, 6, FULL, window_frames=9)
     alone = Batches.open(data, [short], window, global_batch_size=4, seed=0)
     with caplog.at_level("WARNING", logger="absl"):

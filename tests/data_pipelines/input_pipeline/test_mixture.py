@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from data_pipelines.input_pipeline.mixture import NEEDS, UNIT, make_cells, plan_mixture
+from data_pipelines.input_pipeline.mixture import UNIT, make_cells, needs, plan_mixture
 from omnihuman_jax.errors import UserError
+
+NEEDS = needs()
 
 BUCKETS = ((4, 4), (4, 6), (6, 4), (8, 4))
 

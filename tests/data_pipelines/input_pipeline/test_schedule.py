@@ -12,9 +12,10 @@ from data_pipelines.input_pipeline import mixture
 from data_pipelines.input_pipeline.counter_random import hash64, permutation, uniform
 from data_pipelines.input_pipeline.schedule import Schedule, _Split, ratio_report
 from data_pipelines.input_pipeline.stage_table import StagePlan
-from omnihuman_jax.conditions import AUDIO, CONDITIONS, POSE
+from omnihuman_jax.conditions import index, names
 from omnihuman_jax.errors import UserError
 
+AUDIO, POSE = index("audio"), index("pose")
 FULL = {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25}
 # Whole schedules are slow to shrink, and a failing example is small as it is.
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -107,8 +108,8 @@ def test_every_thousand_samples_hold_the_ratios_within_one_percent(batch_size, s
     steps = -(-1000 // batch_size)
     for start in (1, 3, 12_345, 900_001):
         scheduled = _select(schedule, start, start + steps - 1)[1][:1000]
-        off = np.abs(scheduled.mean(axis=0) - [target[name] for name in CONDITIONS])
-        assert off.max() <= 0.01, (start, dict(zip(CONDITIONS, off, strict=True)))
+        off = np.abs(scheduled.mean(axis=0) - [target[name] for name in names()])
+        assert off.max() <= 0.01, (start, dict(zip(names(), off, strict=True)))
 
 
 def test_a_stage_meets_its_ratios_to_a_few_samples():
@@ -116,7 +117,7 @@ def test_a_stage_meets_its_ratios_to_a_few_samples():
     for first, last in ((1, 500), (501, 1000)):
         report = ratio_report(schedule, first, last)
         assert report["samples"]["count"] == 4000
-        for name in CONDITIONS:
+        for name in names():
             assert abs(report[name]["scheduled"] - report[name]["target"]) * 4000 <= 4, name
 
 
@@ -125,8 +126,8 @@ def test_conditions_are_drawn_independently_of_each_other():
     for i in range(4):
         for j in range(i):
             both = (scheduled[:, i] & scheduled[:, j]).mean()
-            wanted = FULL[CONDITIONS[i]] * FULL[CONDITIONS[j]]
-            assert abs(both - wanted) < 0.015, (CONDITIONS[i], CONDITIONS[j])
+            wanted = FULL[names()[i]] * FULL[names()[j]]
+            assert abs(both - wanted) < 0.015, (names()[i], names()[j])
     assert (scheduled[:, POSE] & ~scheduled[:, AUDIO]).any()
 
 
@@ -144,7 +145,7 @@ def test_window_and_reference_draws_are_uniform_and_independent_of_each_other_an
 def test_rows_do_not_repeat_a_pattern_from_step_to_step():
     scheduled = _select(Schedule(_table((400, FULL)), _index(300), global_batch_size=8, seed=0), 1, 400)[1]
     by_row = scheduled.reshape(400, 8, 4).mean(axis=0)
-    assert np.abs(by_row - [FULL[name] for name in CONDITIONS]).max() < 0.12
+    assert np.abs(by_row - [FULL[name] for name in names()]).max() < 0.12
 
 
 def test_a_record_only_serves_conditions_that_it_is_eligible_for():
@@ -272,7 +273,7 @@ def test_bucket_weights_choose_the_sizes():
             _table((9, FULL), source_weights={"reel": 1.0}),
             ["data.source_weights.reel", "did you mean 'real'"],
         ),
-        ([_entry()], _table((9, FULL), bucket_weights={(9, 9): 1.0}), ["stages.stage1.buckets", "9x9", "12x12"]),
+        ([_entry()], _table((9, FULL), bucket_weights={(9, 9): 1.0}), ["stages.stage1.bucket_weights", "9x9", "12x12"]),
         ([_entry()], _table((9, _ratios(audio=1.5))), ["stages.stage1.ratios.audio=1.5", "between 0 and 1"]),
         ([_entry()], [StagePlan("late", 5, 9, FULL)], ["stages.late", "expected a start at step 1"]),
         ([_entry(split="heldout")], _table((9, FULL)), ["no training clips"]),
@@ -301,7 +302,7 @@ def test_guidance_dropout_is_apart_from_the_ratios():
         np.testing.assert_array_equal(a.record, b.record)
         np.testing.assert_array_equal(a.active, a.scheduled)
     report = ratio_report(dropping, 1, 1000)
-    for name, kept in zip(CONDITIONS, (0.9, 1.0, 0.8, 1.0), strict=True):
+    for name, kept in zip(names(), (0.9, 1.0, 0.8, 1.0), strict=True):
         assert abs(report[name]["scheduled"] - FULL[name]) < 0.002
         assert abs(report[name]["active"] - kept * FULL[name]) < 0.02
 
@@ -407,7 +408,7 @@ def test_random_tables_are_random_access_and_independent_of_the_host_count(data)
     share = st.floats(0, 0.95)
     rows = data.draw(
         st.lists(
-            st.tuples(st.integers(0, 40), st.fixed_dictionaries({name: share for name in CONDITIONS})),
+            st.tuples(st.integers(0, 40), st.fixed_dictionaries({name: share for name in names()})),
             min_size=1,
             max_size=4,
         ).filter(lambda rows: sum(steps for steps, _ in rows) > 0)
@@ -429,7 +430,7 @@ def test_random_tables_are_random_access_and_independent_of_the_host_count(data)
         if stage.num_steps:
             report = ratio_report(schedule, stage.first_step, stage.last_step)
             # Splits are off by less than one draw a level, and every size has its own: a few rows in all.
-            for name in CONDITIONS:
+            for name in names():
                 rows_off = abs(report[name]["scheduled"] - stage.ratios[name]) * stage.num_steps * size
                 assert rows_off <= 2 + 2 * len(schedule.buckets(0)), (name, rows_off)
 
@@ -447,7 +448,7 @@ def _bucket_excess(mix, batch_size):
 
     needs = np.array(mix.need_rates) / mixture.UNIT
     return [
-        batch_size * excess(needs @ np.array([need[k] for need in mixture.NEEDS], float), 0, len(steps))
+        batch_size * excess(needs @ np.array([need[k] for need in mixture.needs()], float), 0, len(steps))
         for k in range(2)
     ]
 
@@ -470,7 +471,7 @@ def test_random_tables_hold_every_promise_over_every_window(everywhere, data):
     there = sorted({tuple(entry["shape"][1:]) for entry in index})
     weights = {f"source{k}": float(rng.integers(1, 6)) for k in range(sources)} if rng.random() < 0.7 else None
     by_size = {size: float(rng.integers(1, 4)) for size in there} if rng.random() < 0.5 else None
-    ratios = dict(zip(CONDITIONS, (rng.random(4) * 0.97).round(rng.integers(1, 4)).tolist(), strict=True))
+    ratios = dict(zip(names(), (rng.random(4) * 0.97).round(rng.integers(1, 4)).tolist(), strict=True))
     hosts = int(rng.choice([1, 2, 4]))
     batch_size = hosts * int(rng.choice([1, 3, 8, 32]))
     steps = 1500 // batch_size + 1
@@ -486,7 +487,7 @@ def test_random_tables_hold_every_promise_over_every_window(everywhere, data):
     if everywhere:
         assert max(excess) < 0.1, "all sizes give the ratios alike"
     counted = np.concatenate([np.zeros((1, 4)), np.cumsum(scheduled, axis=0)])
-    off = np.abs(counted[1000:] - counted[:-1000] - 1000 * np.array([ratios[name] for name in CONDITIONS])).max(axis=0)
+    off = np.abs(counted[1000:] - counted[:-1000] - 1000 * np.array([ratios[name] for name in names()])).max(axis=0)
     assert (off <= 10 + np.array(excess)).all(), (off, excess)
 
     for k, name in ((AUDIO, "audio"), (POSE, "pose")):

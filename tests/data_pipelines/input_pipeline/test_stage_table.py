@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_pipelines.input_pipeline import stage_table
 from data_pipelines.input_pipeline.schedule import Schedule, ratio_report
 from data_pipelines.input_pipeline.stage_table import StagePlan, changes, continued, from_json, to_json
-from omnihuman_jax.conditions import CONDITIONS
+from omnihuman_jax.conditions import names
 from omnihuman_jax.errors import UserError
 
 FULL = {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25}
@@ -49,7 +49,7 @@ def _stage(name, steps, **settings):
     return StagePlan(name, 0, steps, **({"ratios": FULL, "batch_size": 4} | settings))
 
 
-SHARES = st.fixed_dictionaries({name: st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.9]) for name in CONDITIONS})
+SHARES = st.fixed_dictionaries({name: st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.9]) for name in names()})
 WEIGHTS = st.none() | st.fixed_dictionaries({f"s{k}": st.sampled_from([0.5, 1.0, 3.0]) for k in range(3)})
 
 
@@ -157,7 +157,7 @@ def test_random_changes_at_random_steps_continue_every_source(data):
         np.testing.assert_array_equal(np.concatenate(parts), whole)
     for stage in schedule.stages:
         report = ratio_report(schedule, stage.first_step, stage.last_step) if stage.num_steps else {}
-        for name in CONDITIONS if report else ():
+        for name in names() if report else ():
             off = abs(report[name]["scheduled"] - stage.ratios[name]) * stage.num_steps * stage.batch_size
             assert off <= 2 + 2 * len(SIZES), (stage.name, name, off)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.encoders import speech
-from data_pipelines.prepare import conditions, pipeline
+from data_pipelines.prepare import features, pipeline
 from data_pipelines.prepare.cut import Box, centre_box, choose_size, cuts, parse_sizes
 from data_pipelines.prepare.latents import encode_clips, reference_frames
 from data_pipelines.raw import fetch, manifest, media
@@ -48,7 +48,7 @@ def brightness(start, count, size):
 
 
 def encoders(detect=None):
-    return conditions.Encoders(FakeText(), speech.load(speech.LOG_MEL), detect)
+    return features.Encoders(FakeText(), speech.load(speech.LOG_MEL), detect)
 
 
 def run(clips, output, detect=None, **kwargs):
@@ -77,7 +77,7 @@ def test_a_clip_is_cut_and_every_part_belongs_to_its_frames(tmp_path, talker):
     summary, _ = run([clip], tmp_path / "out")
     data = Dataset.open(tmp_path / "out")
     assert [entry["id"] for entry in data.index] == ["real/talker-0", "real/talker-1"]
-    assert data.meta.audio_encoder == "log-mel" and data.meta.text_encoder == "letters" and data.extra["inputs_sha256"]
+    assert data.meta.encoders == {"audio": "log-mel", "text": "letters"} and data.extra["inputs_sha256"]
     whole = speech.load(speech.LOG_MEL).encode(media.read_audio(clip.path, end=18 / 25), 18)
     for number in range(2):
         record = data.read(number)

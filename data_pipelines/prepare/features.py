@@ -1,4 +1,4 @@
-"""What one raw clip can give besides its picture: speech features, keypoints, truth of rendered clips."""
+"""What one raw clip gives besides its picture: speech features, keypoints, what its annotations say."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from data_pipelines.encoders.text_states import StatesFile
 from data_pipelines.prepare.cut import Cut
 from data_pipelines.raw import media
 from data_pipelines.raw.manifest import RawClip
+from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 
 # Root mean square below which sound counts as silence (-70 dB of full scale).
@@ -54,36 +55,51 @@ def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
 
 
 def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
-    """The arrays of the clip's annotation file; empty without one.
+    """The arrays of the clip's annotation file: truth of rendered clips, tracks of conditions; empty without one.
 
     Raises:
-      UserError: it cannot be read or its keypoints have another shape than (F,K,3).
+      UserError: it cannot be read, or a track has rows of another shape than its condition's.
     """
     if clip.annotations is None:
         return {}
     try:
         with np.load(clip.annotations, allow_pickle=False) as file:
-            notes = {name: file[name] for name in ("keypoints", "mouth", "attributes") if name in file}
+            notes = {name: file[name] for name in ("mouth", "attributes", *_annotated()) if name in file}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {clip.annotations} ({error}); make the raw clips again") from error
-    points = notes.get("keypoints")
-    if points is not None and points.shape[1:] != (kp.NUM_KEYPOINTS, 3):
-        raise UserError(f"{clip.annotations}: keypoints have shape {points.shape}, not (F,{kp.NUM_KEYPOINTS},3)")
+    for name, row in _annotated().items():
+        if name in notes and notes[name].shape[1:] != row:
+            raise UserError(
+                f"{clip.annotations}: {name} has shape {notes[name].shape}, not (F, {', '.join(map(str, row))})"
+            )
     return notes
 
 
-def keypoints(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], encoders: Encoders) -> np.ndarray:
+def _annotated() -> dict[str, tuple[int, ...]]:
+    """Record field -> shape of a row, of the conditions whose tracks annotations can give: all but speech."""
+    sizes = {"num_keypoints": kp.NUM_KEYPOINTS}
+    tracks = (c for c in conditions.table() if c.kind is conditions.Kind.TRACK and c.name != "audio")
+    return {c.record: c.row_shape(sizes) for c in tracks}
+
+
+def tracks(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], encoders: Encoders) -> dict[str, np.ndarray]:
+    """Record field -> rows of the cut, (F, *row) or none, of every condition that annotations can give."""
+    found = {}
+    for name, row in _annotated().items():
+        rows = notes[name][cut.first : cut.first + len(cut.source)] if name in notes else ()
+        found[name] = np.asarray(rows, np.float32).reshape(-1, *row)
+    return found | {"keypoints": keypoints(clip, cut, found["keypoints"], encoders)}
+
+
+def keypoints(clip: RawClip, cut: Cut, annotated: np.ndarray, encoders: Encoders) -> np.ndarray:
     """Keypoints (F,K,3) in the cut's own picture, exact where the clip is annotated; (0,K,3) if there are none."""
     none = np.zeros((0, kp.NUM_KEYPOINTS, 3), np.float32)
     if not clip.pose:
         return none
-    if "keypoints" in notes:
-        points = notes["keypoints"][cut.first : cut.first + len(cut.source)]
-        if not len(points):
-            return none
+    if len(annotated):
         _, height, width, _ = cut.source.shape
         box = cut.box
-        return kp.crop(points, box.left / width, box.top / height, box.width / width, box.height / height)
+        return kp.crop(annotated, box.left / width, box.top / height, box.width / width, box.height / height)
     if encoders.detect is None:
         return none
     with encoders.lock:  # one detector serves all threads

@@ -1,0 +1,69 @@
+"""What a batch is: its fields from the table of conditions, their shapes, and its place on the devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from omnihuman_jax import conditions
+from omnihuman_jax.sharding import rules
+
+Bucket = tuple[int, int, int]  # latent frames T, rows H, columns W
+
+
+def fields(model: Any, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Name -> (shape without the batch axis, dtype) of what the train step reads of a batch.
+
+    Args:
+      model: the model's config.
+      bucket: latent (T, H, W) of the noisy window.
+    """
+    frame = (*bucket[1:], model.latent_channels)
+    found: dict[str, tuple[tuple[int, ...], type]] = {
+        "latents": ((bucket[0], *frame), np.float32),
+        "motion": ((model.motion_frames, *frame), np.float32),
+        "has_motion": ((), np.bool_),
+    }
+    for condition in conditions.table():
+        found |= condition.batch_fields(model, bucket)
+    return found | {"active": ((len(conditions.table()),), np.bool_)}
+
+
+def pad_tokens(states: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token states (n, *row) as float32 (length, *row), cut or padded with zeros, and their mask (length,)."""
+    used = min(len(states), length)
+    padded = np.zeros((length, *states.shape[1:]), np.float32)
+    padded[:used] = states[:used]
+    return padded, np.arange(length) < used
+
+
+def bucket_of(batch: Mapping[str, Any]) -> Bucket:
+    """Latent (T, H, W) of a batch."""
+    return batch["latents"].shape[1:4]
+
+
+def place(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch onto the mesh, as global arrays: what the train step reads of it.
+
+    Raises:
+      ValueError: a field has another shape than `fields` says.
+    """
+    sharding, size = rules.batch_sharding(mesh), config.global_batch_size
+    placed = {}
+    for name, (shape, _) in fields(config.model, bucket_of(batch)).items():
+        if batch[name].shape[1:] != shape:
+            raise ValueError(f"batch field {name} has rows of shape {batch[name].shape[1:]}, expected {shape}")
+        placed[name] = jax.make_array_from_process_local_data(sharding, batch[name], (size, *shape))
+    return placed
+
+
+def abstract(config: ConfigDict, mesh: Mesh, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a bucket as shapes with shardings, to compile for."""
+    sharding, size = rules.batch_sharding(mesh), config.global_batch_size
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in fields(config.model, bucket).items()
+    }

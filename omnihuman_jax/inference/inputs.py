@@ -1,0 +1,107 @@
+"""What drives a batch of clips, built in one place from what is given of each condition."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from omnihuman_jax import conditions
+from omnihuman_jax import frames as frames_lib
+from omnihuman_jax.batch import pad_tokens
+from omnihuman_jax.conditions import Condition, Kind
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference.segments import Segment
+
+# Condition name -> its value for one clip, as a record holds it: token states (n, *row), a latent (H, W, C), or a track
+# (F, *row) at 25 a second. Absent ones are left out.
+Given = Mapping[str, np.ndarray]
+
+
+def check_given(model: Any, given: Given) -> None:
+    """Refuses what the model cannot take.
+
+    Args:
+      model: the model's config.
+      given: of one clip.
+
+    Raises:
+      UserError: an unknown condition, rows of another shape than the model's, no rows, or values that are not finite.
+    """
+    for name, value in given.items():
+        condition = conditions.get(name)
+        if condition.kind is not Kind.IMAGE and value.shape[1:] != condition.row_shape(model):
+            raise UserError(
+                f"{name} has rows of shape {value.shape[1:]}, but the checkpoint's model reads "
+                f"{condition.row_shape(model)}; use the encoder that its data was prepared with"
+            )
+        if not len(value):
+            raise UserError(f"{name} has no rows; give at least one, or leave it out")
+        if not np.isfinite(value).all():
+            raise UserError(f"{name} has values that are not finite; make it again")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The conditions of B clips that share size, length and active row.
+
+    Attributes:
+      active: bool (conditions,), the conditions in force by the paper's inference rules.
+      values: batch field -> (B, ...): padded tokens and masks, latents, whole tracks. Absent tracks are left out.
+    """
+
+    active: np.ndarray
+    values: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, model: Any, clips: Sequence[Given]) -> Inputs:
+        """The inputs of clips that are given the same conditions.
+
+        Where the inference rules turn a condition on that is not given (a caption), it stays absent.
+
+        Args:
+          model: the model's config.
+          clips: what each clip is given. Tracks that are shorter than the longest one repeat their last row.
+
+        Raises:
+          ValueError: clips with different conditions.
+        """
+        names = set(clips[0])
+        if any(set(clip) != names for clip in clips):
+            raise ValueError("clips of one batch must be given the same conditions")
+        active = conditions.for_inference(names) & conditions.row(names)
+        values: dict[str, np.ndarray] = {}
+        for condition in conditions.table():
+            values |= _stacked(condition, model, [clip.get(condition.name) for clip in clips])
+        return cls(active, values)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def batch(self, segment: Segment, window: int, model: Any) -> dict[str, Any]:
+        """The model's inputs of one segment but for `motion` and `active`, sample axis first."""
+        batch = dict(self.values) | {"has_motion": np.full((len(self),), segment.has_motion)}
+        for condition in conditions.table():
+            if condition.kind is Kind.TRACK and condition.field in batch:
+                track, context = batch[condition.field], condition.context_frames(model)
+                rows = frames_lib.window_frames(segment.start, window, track.shape[1], context)
+                batch[condition.field] = track[:, rows]
+        return batch
+
+
+def _stacked(condition: Condition, model: Any, given: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
+    """The batch fields of one condition; zeros where it is absent, but for a track, which the model skips then."""
+    absent = given[0] is None
+    if condition.kind is Kind.TOKENS:
+        length = getattr(model, condition.length)
+        states = [np.zeros((0, *condition.row_shape(model))) if absent else value for value in given]
+        tokens, masks = zip(*(pad_tokens(value, length) for value in states), strict=True)
+        return {condition.field: np.stack(tokens), f"{condition.field}_mask": np.stack(masks)}
+    if absent:
+        return {}
+    if condition.kind is Kind.IMAGE:
+        return {condition.field: np.stack(given).astype(np.float32)}
+    rows = np.arange(max(len(track) for track in given))
+    return {condition.field: np.stack([t[np.minimum(rows, len(t) - 1)] for t in given]).astype(np.float32)}

@@ -1,0 +1,34 @@
+"""The network classes that a config can name: `model.family`."""
+
+import importlib
+from typing import Any
+
+from flax import nnx
+
+from omnihuman_jax.errors import UserError, nearest
+
+# Family -> module and class. A family is called as `models.dit.mmdit.OmniHuman` is, with a `ModelConfig`.
+_FAMILIES = {"mmdit": "omnihuman_jax.models.dit.mmdit:OmniHuman"}
+
+
+def register(family: str, where: str) -> None:
+    """Adds a network class: "package.module:Class"."""
+    _FAMILIES[family] = where
+
+
+def families() -> tuple[str, ...]:
+    """The names that `model.family` can have."""
+    return tuple(_FAMILIES)
+
+
+def network_class(family: str) -> Any:
+    """The `nnx.Module` class of a family.
+
+    Raises:
+      UserError: there is no such family.
+    """
+    if family not in _FAMILIES:
+        raise UserError(f"model.family={family!r}: unknown family{nearest(family, _FAMILIES)}")
+    module, name = _FAMILIES[family].split(":")
+    found: type[nnx.Module] = getattr(importlib.import_module(module), name)
+    return found
