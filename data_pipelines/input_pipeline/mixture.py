@@ -238,7 +238,7 @@ def plan_mixture(
     can = np.array([np.bincount(bucket_of, weights=row, minlength=len(buckets)) > 0 for row in serves])
     pair = (float(ratios["audio"]), float(ratios["pose"]))
     by_data = _reach(_group_sum(wanted, bucket_of, len(buckets)), can[1:3], pair)
-    weights = _bucket_weights(bucket_weights, by_data, buckets, f"stages.{stage}.buckets")
+    weights = _bucket_weights(bucket_weights, by_data, buckets, f"stages.{stage}.bucket_weights")
     shares = _need_shares(stage, pair, weights, can)
     needs = _needs_by_bucket(shares, weights, can)
 

@@ -14,36 +14,32 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class WindowConfig:
-    """Sizes of a training window.
+    """Sizes of a training window that all stages share.
 
     Attributes:
-      frames: T, latent frames of the noisy window.
-      motion_frames: M, clean latent frames ahead of it.
+      motion_frames: M, clean latent frames ahead of the noisy window.
       audio_context: pixel frames of audio features beyond each end of the window.
       text_len: L, text tokens; longer captions are cut, shorter ones masked.
-      first_share: probability that a window starts at the clip's first frame, without motion frames.
     """
 
-    frames: int
-    motion_frames: int = 2
-    audio_context: int = 2
-    text_len: int = 32
-    first_share: float = 0.25
+    motion_frames: int
+    audio_context: int
+    text_len: int
 
 
-def window_start(clip_frames: int, frames: int, config: WindowConfig, draw: np.ndarray) -> int:
+def window_start(clip_frames: int, frames: int, motion_frames: int, motion_ratio: float, draw: np.ndarray) -> int:
     """First latent frame of a window of `frames` in a clip of `clip_frames` latent frames.
 
-    0 with probability `config.first_share` or when no window with motion frames fits; else uniform in
-    [M, clip_frames - frames].
+    With probability `motion_ratio`, where a window with M motion frames fits, uniform in [M, clip_frames - frames];
+    else 0.
 
     Args:
       draw: float64 [2], uniform in [0,1).
     """
-    starts = clip_frames - frames - config.motion_frames + 1
-    if starts < 1 or draw[0] < config.first_share:
+    starts = clip_frames - frames - motion_frames + 1
+    if starts < 1 or draw[0] < 1.0 - motion_ratio:
         return 0
-    return config.motion_frames + int(draw[1] * starts)
+    return motion_frames + int(draw[1] * starts)
 
 
 def pixel_indices(start: int, frames: int, context: int, clip_pixel_frames: int) -> np.ndarray:
@@ -63,7 +59,12 @@ def _rows(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 
 def cut_window(
-    record: Mapping[str, Any], frames: int, config: WindowConfig, start_draw: np.ndarray, reference_draw: float
+    record: Mapping[str, Any],
+    frames: int,
+    motion_ratio: float,
+    config: WindowConfig,
+    start_draw: np.ndarray,
+    reference_draw: float,
 ) -> dict[str, np.ndarray]:
     """One row of a batch, without the conditions' flags.
 
@@ -72,6 +73,8 @@ def cut_window(
 
     Args:
       record: fields of `data_pipelines.schema`; latents (Tclip,H,W,C) with Tclip >= frames.
+      frames: T, latent frames of the noisy window.
+      motion_ratio: probability that the window continues from motion frames.
       start_draw: float64 [2]; reference_draw: in [0,1).
 
     Returns:
@@ -89,7 +92,7 @@ def cut_window(
             np.clip(np.arange(last - 3 - c, last + c + 1), 0, clip_pixel_frames - 1) for c in (0, config.audio_context)
         )
     else:
-        start = window_start(len(latents), frames, config, start_draw)
+        start = window_start(len(latents), frames, motion, motion_ratio, start_draw)
         has_motion, window = start > 0, latents[start : start + frames]
         pixels, heard = (pixel_indices(start, frames, c, clip_pixel_frames) for c in (0, config.audio_context))
     before = latents[start - motion : start] if has_motion else np.zeros((motion, *latents.shape[1:]))
