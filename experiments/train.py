@@ -6,7 +6,7 @@ python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workd
 import dataclasses
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.metrics import write_gif
-from omnihuman_jax.training.stages import Stage, curriculum
+from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
 from omnihuman_jax.training.state import make_network
 
 
@@ -86,6 +86,11 @@ def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     cli.define_config_flag()
     flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
+    flags.DEFINE_list(
+        "replace_parameters_at",
+        [],
+        "STAGE[,STAGE]: stages whose init_from may replace what the run has trained so far.",
+    )
     cli.define_process_flags()
 
 
@@ -101,7 +106,9 @@ def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
-def check_start(config: ConfigDict, stages: Sequence[Stage], workdir: Path) -> None:
+def check_start(
+    config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
+) -> None:
     """What a run would otherwise only find out hours in: intervals, sampling settings, the stages' starting points.
 
     Raises:
@@ -115,8 +122,9 @@ def check_start(config: ConfigDict, stages: Sequence[Stage], workdir: Path) -> N
         raise UserError(f"checkpoint.keep_every={config.checkpoint.keep_every}: must be 0 (none) or more")
     Settings.from_config(config)
     done = max(running_steps(workdir), default=0)
-    for stage in stages:
-        if stage.init_from and done < stage.first_step:  # a stage that has begun needs it no more
+    check_init_from(stages, replace_parameters_at, fresh=not done)
+    for stage in stages:  # one that has begun needs it no more
+        if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
             there = export.load_config(stage.init_from).model.to_dict()
             check_same_model(there, config.model.to_dict(), stage.init_from)
 
@@ -137,7 +145,7 @@ def main(_: list[str]) -> None:
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
     stages = curriculum(config)
-    check_start(config, stages, Path(flags.FLAGS.workdir))
+    check_start(config, stages, Path(flags.FLAGS.workdir), flags.FLAGS.replace_parameters_at)
     dataset = Dataset.open(config.data.dir)
     check_sizes(config, dataset)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
@@ -164,7 +172,15 @@ def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, input_
     workdir = cli.make_workdir(flags.FLAGS.workdir)
     sample = SampleVideos(config, dataset, vae, workdir) if vae else None
     plain = cli.to_plain(config) | {"dataset": describe(dataset)}
-    loop.train(config, plain, workdir, input_pipeline, sample, started=cli.process_started())
+    loop.train(
+        config,
+        plain,
+        workdir,
+        input_pipeline,
+        sample,
+        replace_parameters_at=flags.FLAGS.replace_parameters_at,
+        started=cli.process_started(),
+    )
 
 
 if __name__ == "__main__":

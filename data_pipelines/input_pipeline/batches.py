@@ -6,7 +6,6 @@ step, and a host reads only its slice of the global rows.
 
 import collections
 import copy
-import dataclasses
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,13 @@ import numpy as np
 from absl import logging
 
 from data_pipelines.input_pipeline.schedule import Schedule
-from data_pipelines.input_pipeline.stage_table import StagePlan
-from data_pipelines.input_pipeline.windows import WindowConfig, cut_window
+from data_pipelines.input_pipeline.windows import cut_window
 from data_pipelines.schema import Dataset
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import pixel_frames
+from omnihuman_jax.models.dit.config import ModelConfig
+from omnihuman_jax.training.stages import Stage
 
 RETRY_SECONDS = (0.2, 1.0, 5.0)  # pauses before a record that could not be read is tried again
 
@@ -128,28 +128,21 @@ def _nbytes(record: Mapping[str, np.ndarray]) -> int:
     return sum(value.nbytes for value in record.values())
 
 
-def _with_defaults(stage: StagePlan, window: WindowConfig) -> StagePlan:
-    """The row with the loader's settings where it leaves them to it."""
-    share = window.first_share if stage.first_share is None else stage.first_share
-    return dataclasses.replace(stage, window_frames=stage.window_frames or window.frames, first_share=share)
-
-
 class Batches:
     """Batches by random access; picklable and safe to call from several threads."""
 
-    def __init__(self, dataset: Dataset, schedule: Schedule, window: WindowConfig, *, cache_bytes: int = 2**30):
-        """Use `open`; `schedule` names the windows of its stages, `cache_bytes` bounds the records kept in memory."""
-        self.dataset, self.schedule, self.window = dataset, schedule, window
+    def __init__(self, dataset: Dataset, schedule: Schedule, model: ModelConfig, *, cache_bytes: int = 2**30):
+        """Use `open`; `cache_bytes` bounds the records kept in memory."""
+        self.dataset, self.schedule, self.model = dataset, schedule, model
         self._cache = _RecordCache(dataset, cache_bytes)
 
     @classmethod
     def open(
         cls,
         dataset: Dataset,
-        stages: Sequence[StagePlan],
-        window: WindowConfig,
+        stages: Sequence[Stage],
+        model: ModelConfig,
         *,
-        global_batch_size: int,
         seed: int,
         guidance_dropout: Mapping[str, float] | None = None,
         cache_bytes: int = 2**30,
@@ -157,36 +150,32 @@ class Batches:
         """Plans the schedule, each stage over the training clips that are as long as its window.
 
         Raises:
-          UserError: no such clips, or a stage that they cannot input_pipeline (see `Schedule`).
+          UserError: no such clips, or a stage that they cannot give (see `Schedule`).
         """
-        table = [_with_defaults(stage, window) for stage in stages]
         named: dict[int, list[str]] = {}
-        for stage in table:
-            if stage.num_steps:
-                named.setdefault(stage.window_frames, []).append(stage.name)
+        for stage in stages:
+            named.setdefault(stage.latent_frames, []).append(stage.name)
         for frames, names in named.items():
             records = usable_records(dataset.index, frames, stages=", ".join(names))
-            cls._warn_of_clips_without_motion(dataset, records, frames, window)
-        schedule = Schedule(
-            table, dataset.index, global_batch_size=global_batch_size, seed=seed, guidance_dropout=guidance_dropout
-        )
-        return cls(dataset, schedule, window, cache_bytes=cache_bytes)
+            cls._warn_of_clips_without_motion(dataset, records, frames, model)
+        schedule = Schedule(stages, dataset.index, seed=seed, guidance_dropout=guidance_dropout)
+        return cls(dataset, schedule, model, cache_bytes=cache_bytes)
 
-    def with_stages(self, stages: Sequence[StagePlan]) -> Self:
+    def with_stages(self, stages: Sequence[Stage]) -> Self:
         """The batches of another stage table over the same data; they share the records kept in memory.
 
         Raises:
-          UserError: a stage that the data cannot input_pipeline.
+          UserError: a stage that the data cannot give.
         """
         other = copy.copy(self)
-        other.schedule = self.schedule.with_stages([_with_defaults(stage, self.window) for stage in stages])
+        other.schedule = self.schedule.with_stages(stages)
         return other
 
     @staticmethod
-    def _warn_of_clips_without_motion(dataset: Dataset, records: Sequence[int], frames: int, window: WindowConfig):
-        needed = frames + window.model.motion_frames
+    def _warn_of_clips_without_motion(dataset: Dataset, records: Sequence[int], frames: int, model: ModelConfig):
+        needed = frames + model.motion_frames
         short = sum(dataset.index[i]["shape"][0] < needed for i in records)
-        if short and frames > 1 and window.model.motion_frames:
+        if short and frames > 1 and model.motion_frames:
             logging.warning(
                 "%d of %d training clips are shorter than %d frames (window and motion frames): their windows always "
                 "start at frame 0, so they do not train how a segment continues another",
@@ -195,11 +184,6 @@ class Batches:
                 pixel_frames(needed),
             )
 
-    def window_at(self, step: int) -> WindowConfig:
-        """The window settings of a step: the loader's, with what its stage changes."""
-        stage = self.schedule.stages[self.schedule.stage_at(step)]
-        return dataclasses.replace(self.window, frames=stage.window_frames, first_share=stage.first_share)
-
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
         """The given global rows of a step's batch (steps count from 1).
 
@@ -207,9 +191,10 @@ class Batches:
           the fields of `omnihuman_jax.batch.fields`; beside them scheduled bool (B,conditions), record int32 (B,) data
           set indices; latent_shape (H,W), the same for all rows.
         """
-        selection, window = self.schedule.select(step, rows), self.window_at(step)
+        selection = self.schedule.select(step, rows)
+        stage = self.schedule.stages[selection.stage]
         cut = [
-            cut_window(self._cache[int(i)], window.frames, window, start, reference)
+            cut_window(self._cache[int(i)], stage.latent_frames, stage.motion_ratio, self.model, start, reference)
             for i, start, reference in zip(
                 selection.record, selection.start_draw, selection.reference_draw.tolist(), strict=True
             )

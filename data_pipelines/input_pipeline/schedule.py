@@ -22,7 +22,7 @@ split of the buckets then adds less than one batch times the difference of its s
 by tests/data_pipelines/input_pipeline/test_schedule.py.
 
 A stage's plan never depends on later stages or on its own length, and its streams are keyed by its name, so changing a
-later stage moves nothing earlier, and a change during a run is one more row in the table (`stage_table.continued`):
+later stage moves nothing earlier, and a change during a run is one more row in the table (`stages.continued`):
 every cell goes on where it was.
 """
 
@@ -36,9 +36,9 @@ import numpy as np
 
 from data_pipelines.input_pipeline import mixture
 from data_pipelines.input_pipeline.counter_random import hash64, make_key, permutation, uniform
-from data_pipelines.input_pipeline.stage_table import StagePlan, segments
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.training.stages import Stage
 
 WINDOW = 1000  # samples over which the ratios are held
 SHUFFLED = 16  # neighbouring rows among which a step's draws are shuffled; a window cuts two such groups at most
@@ -102,10 +102,9 @@ class Schedule:
 
     def __init__(
         self,
-        stages: Sequence[StagePlan],
+        stages: Sequence[Stage],
         index: Sequence[Mapping],
         *,
-        global_batch_size: int,
         seed: int,
         guidance_dropout: Mapping[str, float] | None = None,
         records: Sequence[int] | None = None,
@@ -113,8 +112,7 @@ class Schedule:
         """Plans every stage.
 
         Args:
-          stages: the table; stage n+1 starts at the step after stage n. Stages of zero steps are allowed.
-          global_batch_size: of the stages that give none.
+          stages: the table; each row starts at the step after the row before.
           index: data set index, entries with source, split, shape [Tclip,H,W] and what each clip has (audio, pose).
           guidance_dropout: condition name -> probability that a scheduled condition is withheld for classifier-free
             guidance, apart from the ratios.
@@ -123,9 +121,7 @@ class Schedule:
         Raises:
           UserError: no records, or a stage whose ratios, sizes or sources they cannot give.
         """
-        if global_batch_size < 1:
-            raise UserError(f"global_batch_size={global_batch_size} must be at least 1")
-        self.batch_size, self.seed = int(global_batch_size), int(seed)
+        self.seed = int(seed)
         self._dropout = np.array([float((guidance_dropout or {}).get(name, 0.0)) for name in conditions.names()])
         self._check_dropout(guidance_dropout or {})
         if records is None:
@@ -136,7 +132,7 @@ class Schedule:
         self._lengths = [np.array([index[i]["shape"][0] for i in group.records]) for group in self._groups]
         self._plan(stages)
 
-    def with_stages(self, stages: Sequence[StagePlan]) -> Self:
+    def with_stages(self, stages: Sequence[Stage]) -> Self:
         """The schedule of another table over the same records.
 
         Raises:
@@ -146,10 +142,8 @@ class Schedule:
         other._plan(stages)
         return other
 
-    def _plan(self, stages: Sequence[StagePlan]) -> None:
-        self.stages = tuple(
-            dataclasses.replace(stage, batch_size=int(stage.batch_size or self.batch_size)) for stage in stages
-        )
+    def _plan(self, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
         self._check_table()
         self.cells: tuple[mixture.Cell, ...] = ()  # all that occur; those of a stage are `_usable`
         self._usable = [self._usable_cells(stage) for stage in self.stages]
@@ -158,18 +152,18 @@ class Schedule:
         self._cell_keys = [make_key("cell", self.seed, cell.name, len(cell.records)) for cell in self.cells]
         self._mixtures, self._bucket_splits, self._streams = [], [], []
         self._bases = [np.zeros(len(self.cells), np.int64)]  # draws of each cell before each stage
-        self._keys = [
-            (self.seed, stage.name, segment) for stage, segment in zip(self.stages, segments(self.stages), strict=True)
-        ]
+        # Name and number among the rows of that name, so that a row of another stage before it changes nothing in it.
+        names = [stage.name for stage in self.stages]
+        self._keys = [(self.seed, name, names[:i].count(name)) for i, name in enumerate(names)]
         for number, stage in enumerate(self.stages):
             self._add_stage(number, stage)
 
-    def _usable_cells(self, stage: StagePlan) -> list[int]:
+    def _usable_cells(self, stage: Stage) -> list[int]:
         """Positions in `cells` (added there where new) of the records that are long enough for a stage."""
         known = {(cell.name, len(cell.records)): i for i, cell in enumerate(self.cells)}
         usable = []
         for group, lengths in zip(self._groups, self._lengths, strict=True):
-            fits = lengths >= stage.window_frames
+            fits = lengths >= stage.latent_frames
             count = int(np.count_nonzero(fits))
             if not count:
                 continue
@@ -182,7 +176,7 @@ class Schedule:
             usable.append(known[group.name, count])
         if not usable:
             raise UserError(
-                f"stages.{stage.name}: no training clip is as long as its window of {stage.window_frames} latent "
+                f"stages.{stage.name}: no training clip is as long as its window of {stage.latent_frames} latent "
                 f"frames; use longer clips or a shorter window"
             )
         return usable
@@ -192,14 +186,14 @@ class Schedule:
             raise UserError("stages: the table is empty; give at least one stage")
         expected = 1
         for stage in self.stages:
-            if stage.first_step != expected or stage.num_steps < 0:
+            if stage.first_step != expected or stage.steps < 1:
                 raise UserError(
-                    f"stages.{stage.name}: starts at step {stage.first_step} with {stage.num_steps} steps; "
-                    f"expected a start at step {expected} and steps of 0 or more"
+                    f"stages.{stage.name}: starts at step {stage.first_step} with {stage.steps} steps; "
+                    f"expected a start at step {expected} and at least 1 step"
                 )
             if stage.batch_size < 1:
                 raise UserError(f"stages.{stage.name}: batch size {stage.batch_size} must be at least 1")
-            expected += stage.num_steps
+            expected += stage.steps
 
     def _check_dropout(self, given: Mapping[str, float]) -> None:
         for name, value in given.items():
@@ -209,7 +203,7 @@ class Schedule:
                     f"probability between 0 and 1"
                 )
 
-    def _add_stage(self, number: int, stage: StagePlan) -> None:
+    def _add_stage(self, number: int, stage: Stage) -> None:
         cells, key = [self.cells[i] for i in self._usable[number]], self._keys[number]
         mix = mixture.plan_mixture(
             stage.name, stage.ratios, cells, stage.bucket_weights, self._source_weights(stage, cells)
@@ -231,9 +225,9 @@ class Schedule:
         self._mixtures.append(mix)
         self._bucket_splits.append(_Split(mix.bucket_rates, *key))
         self._streams.append(streams)
-        self._bases.append(self._draws(number, stage.num_steps))
+        self._bases.append(self._draws(number, stage.steps))
 
-    def _source_weights(self, stage: StagePlan, cells: Sequence[mixture.Cell]) -> dict[str, float] | None:
+    def _source_weights(self, stage: Stage, cells: Sequence[mixture.Cell]) -> dict[str, float] | None:
         """The stage's source weights, without weights of 0 for sources whose clips are all too short for it."""
         if stage.source_weights is None:
             return None
@@ -242,7 +236,7 @@ class Schedule:
             if stage.source_weights.get(source, 0) > 0:
                 raise UserError(
                     f"stages.{stage.name}: source {source!r} has a weight, but no clip as long as the window of "
-                    f"{stage.window_frames} latent frames; give it longer clips, shorten the window or set its weight "
+                    f"{stage.latent_frames} latent frames; give it longer clips, shorten the window or set its weight "
                     f"to 0"
                 )
         return {source: weight for source, weight in stage.source_weights.items() if source not in missing}

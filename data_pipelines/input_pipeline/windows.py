@@ -3,7 +3,6 @@
 Which pixel frames belong to which latent frames says `omnihuman_jax.frames`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,38 +15,28 @@ from omnihuman_jax.frames import STRIDE, frames_around, pixel_frames, window_fra
 from omnihuman_jax.models.dit.config import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class WindowConfig:
-    """Sizes of a training window.
-
-    Attributes:
-      frames: T, latent frames of the noisy window.
-      model: its motion frames M, and the sizes of the conditions.
-      first_share: probability that a window starts at the clip's first frame, without motion frames.
-    """
-
-    frames: int
-    model: ModelConfig
-    first_share: float = 0.25
-
-
-def window_start(clip_frames: int, frames: int, config: WindowConfig, draw: np.ndarray) -> int:
+def window_start(clip_frames: int, frames: int, motion_frames: int, motion_ratio: float, draw: np.ndarray) -> int:
     """First latent frame of a window of `frames` in a clip of `clip_frames` latent frames.
 
-    0 with probability `config.first_share` or when no window with motion frames fits; else uniform in
-    [M, clip_frames - frames].
+    0 with probability 1 - `motion_ratio` or when no window with motion frames fits; else uniform in
+    [M, clip_frames - frames], M = `motion_frames`.
 
     Args:
       draw: float64 [2], uniform in [0,1).
     """
-    starts = clip_frames - frames - config.model.motion_frames + 1
-    if starts < 1 or draw[0] < config.first_share:
+    starts = clip_frames - frames - motion_frames + 1
+    if starts < 1 or draw[0] < 1.0 - motion_ratio:
         return 0
-    return config.model.motion_frames + int(draw[1] * starts)
+    return motion_frames + int(draw[1] * starts)
 
 
 def cut_window(
-    record: Mapping[str, Any], frames: int, config: WindowConfig, start_draw: np.ndarray, reference_draw: float
+    record: Mapping[str, Any],
+    frames: int,
+    motion_ratio: float,
+    model: ModelConfig,
+    start_draw: np.ndarray,
+    reference_draw: float,
 ) -> dict[str, np.ndarray]:
     """One row of a batch, without the conditions' flags.
 
@@ -56,12 +45,14 @@ def cut_window(
 
     Args:
       record: fields of `data_pipelines.schema`; latents (Tclip,H,W,C) with Tclip >= frames.
+      motion_ratio: share of the windows that continue from motion frames.
+      model: its motion frames M, and the sizes of the conditions.
       start_draw: float64 [2]; reference_draw: in [0,1).
 
     Returns:
       latents (T,H,W,C), motion (M,H,W,C), has_motion (), and the fields of every condition; float32 and bool.
     """
-    latents, references, motion = record["latents"], record["references"], config.model.motion_frames
+    latents, references, motion = record["latents"], record["references"], model.motion_frames
     num_frames = pixel_frames(len(latents))
     choice = int(reference_draw * len(references))
     start, has_motion = 0, False
@@ -72,7 +63,7 @@ def cut_window(
         def rows(context: int) -> np.ndarray:
             return frames_around(last, STRIDE, num_frames, context)
     else:
-        start = window_start(len(latents), frames, config, start_draw)
+        start = window_start(len(latents), frames, motion, motion_ratio, start_draw)
         has_motion, window = start > 0, latents[start : start + frames]
 
         def rows(context: int) -> np.ndarray:
@@ -85,7 +76,7 @@ def cut_window(
         "has_motion": np.bool_(has_motion),
     }
     for condition in conditions.table():
-        cut |= _cut_condition(condition, record, config.model, choice, rows)
+        cut |= _cut_condition(condition, record, model, choice, rows)
     return cut
 
 

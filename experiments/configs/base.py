@@ -21,8 +21,9 @@ def stage(**changes) -> ConfigDict:
             "ratios": conditions.complete_ratios({"text": 0.9, "reference": 0.7}),
             "latent_frames": 0,  # noisy latent frames T; 0 = data.latent_frames, 1 = images
             "motion_ratio": 0.75,  # share of windows that continue from motion frames
-            # Checkpoint or exported directory (experiments.import_weights) whose parameters the stage starts from; "" =
-            # the stage before.
+            "bucket_weights": "",  # "12x12=2,16x10=1": latent HxW = share of the steps; empty = by the data
+            # Checkpoint or exported directory (experiments.import_weights) whose parameters the run's first stage
+            # starts from; a later stage only with --replace_parameters_at.
             "init_from": "",
         }
     )

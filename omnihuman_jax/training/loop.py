@@ -7,7 +7,7 @@ the step, so a resume is the train state and a step number.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,20 @@ from omnihuman_jax.training.held_out import HeldOutLoss
 from omnihuman_jax.training.metrics import MetricsWriter, RatioCounter
 from omnihuman_jax.training.profile import Profile
 from omnihuman_jax.training.run_config import config_digest, shared_digest, write_config
-from omnihuman_jax.training.stages import Stage, continued, curriculum, last_steps, stage_at
+from omnihuman_jax.training.stages import (
+    Stage,
+    begins_stage,
+    changes,
+    continued,
+    curriculum,
+    ends_stage,
+    from_json,
+    last_steps,
+    learning_rate_at,
+    loads_init_from,
+    stage_at,
+    to_json,
+)
 from omnihuman_jax.training.state import (
     TrainState,
     abstract_state,
@@ -67,11 +80,8 @@ class InputPipeline(Protocol):
     def describe(self, step: int) -> dict[str, Any]:
         """`records`, `active` and `scheduled`: record id and condition names of every global row of a step."""
 
-    def plan(self) -> list[dict[str, Any]]:
-        """JSON of the stage table in use, which every checkpoint holds."""
-
-    def continue_from(self, plan: list[dict[str, Any]], done: int) -> list[str]:
-        """Keeps what a saved plan did in steps 1 … done, and tells what the config changes from there on."""
+    def use_stages(self, stages: Sequence[Stage]) -> None:
+        """Draws every step by this table; UserError where the data set cannot."""
 
     def fingerprint(self) -> str:
         """Hex digest of what the data set says of itself and of every record."""
@@ -97,6 +107,7 @@ def train(
     input_pipeline: InputPipeline,
     sample: SampleHook | None,
     *,
+    replace_parameters_at: Collection[str] = (),
     started: float | None = None,
 ) -> None:
     """Trains through the stages of `config`; called again on the same workdir it continues.
@@ -109,6 +120,7 @@ def train(
       workdir: run directory.
       input_pipeline: source of batches.
       sample: writes a video at every stage's end; None for none.
+      replace_parameters_at: stages whose `init_from` may replace what the run has trained; see `loads_init_from`.
       started: `time.time()` of the process's start, for the goodput.
 
     Raises:
@@ -119,6 +131,7 @@ def train(
     mesh = mesh_lib.training_mesh(config)
     with jax.set_mesh(mesh), StopSignal() as stop:
         run = _Run(config, plain_config, stages, mesh, input_pipeline, workdir, sample, stop, started or time.time())
+        run.replace_parameters_at = replace_parameters_at
         try:
             run.start()
         except BaseException:
@@ -167,6 +180,7 @@ class _Run:
         self.pending: dict[str, Any] | None = None
         self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
         self.repeated_until, self.claimed = 0, 0.0
+        self.replace_parameters_at: Collection[str] = ()
 
     def log(self, message: str) -> None:
         """A line above the progress bar, once for all processes."""
@@ -175,11 +189,11 @@ class _Run:
 
     def start(self) -> None:
         """Restores or initialises, then runs the steps that are left."""
-        last = self.stages[-1].last_step
         self.watchdog.start()
         with self.watchdog:
             check_same_on_all("data set", self.data)
             check_same_on_all("config", shared_digest(self.plain_config))
+            check_same_on_all("--replace_parameters_at", config_digest({"stages": sorted(self.replace_parameters_at)}))
             restored = self.checkpoints.restore_latest(
                 abstract_state(self.config, self.mesh, self.network), self.config
             )
@@ -192,6 +206,7 @@ class _Run:
             write_config(self.workdir, self.plain_config, restored.meta["config"] if restored else None)
         with self.watchdog:
             self.checkpoints.mend_stages(done)
+        last = self.stages[-1].last_step
         if restored and done <= last:
             self.after_save(state, done, stage_at(self.stages, done), resumed=True)
         if done >= last:
@@ -220,23 +235,34 @@ class _Run:
 
     def restore_counters(self, path: Path, meta: dict[str, Any]) -> RatioCounter:
         """Takes up what a checkpoint says besides the arrays; one line tells what, others what changes from there."""
-        done, last = meta["step"], self.stages[-1].last_step
-        self.repeated_until = metrics_lib.last_logged_step(self.workdir)
+        done = meta["step"]
+        lines = self.continue_stages(from_json(meta["stages"]), done)
+        self.repeated_until, last = metrics_lib.last_logged_step(self.workdir), self.stages[-1].last_step
         self.log(
             f"continuing {self.workdir} after step {done} of {last}, in {meta['stage']}: parameters, optimizer, EMA, "
             f"data position and ratio counts from {path}; {max(0, self.repeated_until - done)} logged steps come "
             f"again; {jax.process_count()} process(es), mesh {dict(self.mesh.shape)}"
         )
         self.bad_steps.total, self.bad_steps.in_a_row = meta.get("bad_steps", (0, 0))
-        self.stages = continued(self.stages, done, meta["stage"])
-        self.checkpoints.end_stages(last_steps(self.stages))
-        for line in self.input_pipeline.continue_from(meta.get("data_plan", []), done):
+        for line in lines:
             self.log(line)
         if meta.get("data") != self.data:
             self.log("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
-        # Other ratios from here on are counted from here on.
-        changed = any(row["first_step"] == done + 1 for row in self.input_pipeline.plan())
-        return RatioCounter() if changed else RatioCounter(**meta.get("counter", {}))
+        return RatioCounter(**meta.get("counter", {}))
+
+    def continue_stages(self, saved: Sequence[Stage], done: int) -> list[str]:
+        """Makes `stages` the table that goes on after step `done` of a saved one; returns what the config changes."""
+        own, table = self.stages, continued(saved, self.stages, done)
+        try:
+            self.input_pipeline.use_stages(table)
+        except UserError as error:  # of the saved rows: those of the config have been planned over this data set
+            return [
+                f"the data set at hand cannot give what steps 1 to {done} drew ({error}); they count as drawn by the "
+                f"stages of this config, so records may repeat or be left out once"
+            ]
+        self.stages = table
+        self.checkpoints.end_stages(last_steps(table))
+        return changes(saved, own, done)
 
     def steps(self, state: TrainState, done: int, counter: RatioCounter) -> None:
         """Runs steps done + 1 … last, or until told to stop."""
@@ -246,7 +272,8 @@ class _Run:
         for step in range(done + 1, last + 1):
             stage = stage_at(self.stages, step)
             if step == stage.first_step:
-                counter = RatioCounter()
+                counter = RatioCounter()  # other ratios are counted from here on
+            if begins_stage(self.stages, step):
                 with self.watchdog:
                     state = self.enter_stage(state, stage)
             self.profile.before(step)
@@ -254,7 +281,7 @@ class _Run:
             with self.goodput.cause("data"):
                 batch = next(batches)
             waited = time.perf_counter() - waited
-            state, metrics = self.dispatch(state, batch, stage.learning_rate_at(step))
+            state, metrics = self.dispatch(state, batch, learning_rate_at(self.stages, step))
             told = self.input_pipeline.describe(step)
             counter.add(told)
             self.flush()  # reads the metrics of the step before, so the host never stalls the device
@@ -268,7 +295,7 @@ class _Run:
                 "bucket": batch["latents"].shape[1:4],
             }
             stop = self.stop_consensus.reached(bool(self.stop.name))
-            if step == stage.last_step or self.checkpoints.due(step) or stop:
+            if ends_stage(self.stages, step) or self.checkpoints.due(step) or stop:
                 self.save(state, step, stage, counter)
             if not stop:  # the time that is left before a kill is for saving; these are made up for
                 self.after_save(state, step, stage)
@@ -294,15 +321,20 @@ class _Run:
         return self.compiled[shape](*arguments)
 
     def enter_stage(self, state: TrainState, stage: Stage) -> TrainState:
-        """The state that a stage starts from: the stage before, or the parameters of `init_from`."""
+        """The state that a stage starts from: that of the stage before, or parameters from `init_from`."""
         self.log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        if stage.init_from:
+        if loads_init_from(self.stages, stage.first_step, self.replace_parameters_at):
             raw = None if export.is_exported(stage.init_from) else False  # an exported directory holds one kind
             _, params, info = export.load(stage.init_from, use_ema=raw, shardings=shardings.params)
             self.log(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
             fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
             return fresh._replace(step=state.step)
+        if stage.init_from:
+            self.log(
+                f"{stage.name}: keeps the parameters trained so far; --replace_parameters_at={stage.name} would load "
+                f"those of init_from={stage.init_from}"
+            )
         if stage.first_step > 1 and self.config.optimizer.reset_at_stage:
             fresh = jax.jit(make_optimizer(self.config).init, out_shardings=shardings.opt_state)(state.params)
             return state._replace(opt_state=fresh)
@@ -312,7 +344,7 @@ class _Run:
         """Writes the running checkpoint, and before it at a stage's end the one kept for good."""
         self.flush()
         with self.watchdog, self.goodput.cause("save"):
-            ends = stage.name if step == stage.last_step else ""
+            ends = stage.name if ends_stage(self.stages, step) else ""
             self.checkpoints.save(step, state, self.meta(step, stage, counter), ends=ends)
         self.start_clock()
 
@@ -323,7 +355,7 @@ class _Run:
             "stage": stage.name,
             "seed": self.config.seed,
             "next_data_step": step + 1,
-            "data_plan": self.input_pipeline.plan(),
+            "stages": to_json(self.stages),
             "data": self.data,
             "bad_steps": [self.bad_steps.total, self.bad_steps.in_a_row],
             "config": self.plain_config,
@@ -336,7 +368,7 @@ class _Run:
         sample, every = self.sample, self.config.evaluation.every
         if (
             sample
-            and step == stage.last_step
+            and ends_stage(self.stages, step)
             and not (resumed and broadcast_from_main(sample.path(step, stage).exists()))
         ):
             self.sample_stage(state, step, stage)
@@ -394,7 +426,7 @@ class _Run:
         self.checkpoints.check()
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} {seconds:.2f} s/step", refresh=False)
-        if step % self.config.log_every and step not in (1, stage.last_step):
+        if step % self.config.log_every and step != 1 and not ends_stage(self.stages, step):
             return
         frames, rows, columns = p["bucket"]
         batch, model = self.config.global_batch_size, self.network.config
@@ -414,7 +446,7 @@ class _Run:
             "grad_norm": grad_norm,
             "grad_norm_by_part": {name: float(norm) for name, norm in metrics["grad_norm_by_part"].items()},
             "skipped_steps": self.bad_steps.total,
-            "learning_rate": stage.learning_rate_at(step),
+            "learning_rate": learning_rate_at(self.stages, step),
             "step_seconds": seconds,
             "data_seconds": p["data_seconds"],
             "tokens_per_second": batch * frames * rows * columns // math.prod(model.patch_size) / seconds,

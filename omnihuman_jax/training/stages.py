@@ -1,28 +1,37 @@
-"""The stages as a table: name, steps, ratios, learning rate, window, where a stage starts from."""
+"""The stage table: what each stage trains on and for how long, and what becomes of it when the config changes.
+
+A run's table is what was really trained: a change in the middle of a stage ends its row and begins another of the same
+name. Rows of one name that follow each other directly are one stage. The position of every data source follows from the
+rows, so a checkpoint that holds the table and its step needs to hold nothing else about the data.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions
-from omnihuman_jax.errors import UserError
+from omnihuman_jax.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One row of the curriculum.
+    """One row of the stage table.
 
     Attributes:
       name: stage name; also the folder under `stages/`.
-      first_step: first global step of the stage, counted from 1.
-      steps: number of optimizer steps.
+      first_step: first global step of the row, counted from 1.
+      steps: number of optimizer steps, at least 1.
       learning_rate: peak learning rate after the warm-up.
       warmup_steps: steps of linear warm-up at the start of the stage.
-      ratios: condition name -> share of the samples that keep it.
-      latent_frames: latent frames T of the noisy window (1 = text-to-image).
+      ratios: condition name -> share of the samples it is scheduled for.
+      latent_frames: latent frames T of the noisy window (1 = text-to-image); shorter clips are left out.
       motion_ratio: share of the windows that continue from motion frames instead of starting at the clip's first frame.
-      init_from: checkpoint whose parameters the stage starts from; empty = the stage before.
+      batch_size: samples of a step, over all hosts.
+      init_from: checkpoint whose parameters the stage may start from, see `loads_init_from`; "" = none.
+      source_weights: source -> share of the samples; None = by the data.
+      bucket_weights: latent (H, W) -> share of the steps; None = by the data.
     """
 
     name: str
@@ -33,25 +42,27 @@ class Stage:
     ratios: Mapping[str, float]
     latent_frames: int
     motion_ratio: float
-    init_from: str
+    batch_size: int
+    init_from: str = ""
+    source_weights: Mapping[str, float] | None = None
+    bucket_weights: Mapping[tuple[int, int], float] | None = None
 
     @property
     def last_step(self) -> int:
-        """Last global step of the stage."""
+        """Last global step of the row."""
         return self.first_step + self.steps - 1
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a global step of this stage: linear warm-up, then constant."""
-        done = step - self.first_step + 1
-        return self.learning_rate * min(1.0, done / max(1, self.warmup_steps))
 
 
 def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
     """The stage table of a resolved config, in `stage_order`, without stages of zero steps.
 
     Raises:
-      UserError: ratios against principle 2 or outside 0..1, negative steps, no stage left to train.
+      UserError: ratios against principle 2 or outside 0..1, negative steps, weights that cannot be read, no stage left
+        to train.
     """
+    if config.global_batch_size < 1:
+        raise UserError(f"global_batch_size={config.global_batch_size}: must be at least 1")
+    sources = _parse_weights(config.data.source_weights, "data.source_weights", str.strip, "source=weight")
     stages, first = [], 1
     for name in config.stage_order:
         row = config.stages[name]
@@ -62,6 +73,7 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
             raise UserError(f"{where}.motion_ratio={row.motion_ratio}: must lie between 0 and 1")
         ratios = row.ratios.to_dict()
         conditions.check_ratios(ratios, where=f"{where}.ratios", allow_inverted=config.allow_inverted_ratios)
+        buckets = _parse_weights(row.bucket_weights, f"{where}.bucket_weights", _parse_size, "HEIGHTxWIDTH=weight")
         if not row.steps:
             continue
         stages.append(
@@ -74,7 +86,10 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
                 ratios=ratios,
                 latent_frames=row.latent_frames or config.data.latent_frames,
                 motion_ratio=row.motion_ratio,
+                batch_size=config.global_batch_size,
                 init_from=row.init_from,
+                source_weights=sources,
+                bucket_weights=buckets,
             )
         )
         first += row.steps
@@ -83,35 +98,206 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
-    """The stage that a global step (from 1) belongs to."""
+def _parse_weights(text: str, where: str, key: Callable[[str], Any], form: str) -> dict[Any, float] | None:
+    """ "real=2,synthetic=1" -> {"real": 2.0, "synthetic": 1.0}; "" -> None."""
+    if not text:
+        return None
+    try:
+        return {key(name): float(weight) for name, weight in (item.split("=") for item in text.split(","))}
+    except ValueError as error:
+        raise UserError(f"{where}={text!r}: write it as {form},{form}") from error
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """The row that a global step (from 1) belongs to."""
     for stage in stages:
         if step <= stage.last_step:
             return stage
     raise ValueError(f"step {step} is after the last stage, which ends at {stages[-1].last_step}")
 
 
-def last_steps(stages: tuple[Stage, ...]) -> dict[str, int]:
+def begins_stage(stages: Sequence[Stage], step: int) -> bool:
+    """Whether a step is the first of its stage."""
+    return step == 1 or stage_at(stages, step).name != stage_at(stages, step - 1).name
+
+
+def ends_stage(stages: Sequence[Stage], step: int) -> bool:
+    """Whether a step is the last of its stage."""
+    return step == stages[-1].last_step or begins_stage(stages, step + 1)
+
+
+def last_steps(stages: Sequence[Stage]) -> dict[str, int]:
     """Stage name -> its last step."""
     return {stage.name: stage.last_step for stage in stages}
 
 
-def continued(stages: tuple[Stage, ...], done: int, current: str) -> tuple[Stage, ...]:
-    """The stage table of a run whose step `done` was one of stage `current`.
+def learning_rate_at(stages: Sequence[Stage], step: int) -> float:
+    """Learning rate of a step: linear warm-up from the first step of its stage, then constant."""
+    stage = stage_at(stages, step)
+    first = stage.first_step
+    while not begins_stage(stages, first):
+        first = stage_at(stages, first - 1).first_step
+    return stage.learning_rate * min(1.0, (step - first + 1) / max(1, stage.warmup_steps))
 
-    Where the config has moved the border between two stages behind the run, the stage that was trained ends with `done`
-    and the one that the config has at the next step begins there; unmoved, the table is the same.
+
+def loads_init_from(stages: Sequence[Stage], step: int, replace_parameters_at: Collection[str]) -> bool:
+    """Whether the parameters of `init_from` are loaded before a step.
+
+    They are at the first step of a run and where a stage begins that the user has named in `replace_parameters_at`.
+    Anywhere else they would replace what the run has trained so far.
     """
-    if not done or done >= stages[-1].last_step:
-        return stages
-    following = stage_at(stages, done + 1)
-    if following.name == current or following.first_step == done + 1:
-        return stages
-    table = []
+    stage = stage_at(stages, step)
+    named = step == 1 or stage.name in replace_parameters_at
+    return bool(stage.init_from) and named and begins_stage(stages, step)
+
+
+def check_init_from(stages: Sequence[Stage], replace_parameters_at: Collection[str], *, fresh: bool) -> None:
+    """Checks `init_from` of every stage against the stages named in --replace_parameters_at.
+
+    Args:
+      stages: the config's own table.
+      replace_parameters_at: the stages named.
+      fresh: whether the run starts at step 1.
+
+    Raises:
+      UserError: a name that is no stage of the table, one without `init_from`, or, in a fresh run, an `init_from` that
+        would never be loaded.
+    """
+    sources = {stage.name: stage.init_from for stage in stages}
+    for name in replace_parameters_at:
+        if name not in sources:
+            raise UserError(f"--replace_parameters_at={name}: no such stage with steps{nearest(name, sources)}")
+        if not sources[name]:
+            raise UserError(
+                f"--replace_parameters_at={name}: stages.{name}.init_from is empty; set it, or leave {name} out of the "
+                f"flag"
+            )
+    for stage in stages[1:] if fresh else ():
+        if stage.init_from and stage.name not in replace_parameters_at:
+            raise UserError(
+                f"stages.{stage.name}.init_from={stage.init_from} would not be loaded, since {stage.name} is not the "
+                f"first stage; clear it, or start with --replace_parameters_at={stage.name} to replace what the stages "
+                f"before have trained"
+            )
+
+
+def to_json(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The rows as plain JSON; latent sizes are written "HxW"."""
+    rows = []
     for stage in stages:
-        if stage.name == current and stage.first_step <= done:
-            stage = dataclasses.replace(stage, steps=done - stage.first_step + 1)
-        elif stage is following:
-            stage = dataclasses.replace(stage, first_step=done + 1, steps=stage.last_step - done)
-        table.append(stage)
-    return tuple(table)
+        row = dataclasses.asdict(stage)
+        for name in ("ratios", "source_weights", "bucket_weights"):
+            row[name] = row[name] and {_key(k): float(v) for k, v in row[name].items()}
+        rows.append(row)
+    return rows
+
+
+def _key(name: str | tuple[int, int]) -> str:
+    return name if isinstance(name, str) else f"{name[0]}x{name[1]}"
+
+
+def from_json(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+    """The inverse of `to_json`.
+
+    Raises:
+      UserError: rows that are damaged or do not follow each other.
+    """
+    stages, expected = [], 1
+    for row in rows:
+        try:
+            weights = row["bucket_weights"]
+            sizes = weights and {_parse_size(size): share for size, share in weights.items()}
+            stage = Stage(**{**row, "bucket_weights": sizes})
+            if stage.first_step != expected or stage.steps < 1:
+                raise ValueError(f"{stage.name} starts at step {stage.first_step}, expected {expected}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the checkpoint's stage table, row {len(stages) + 1}, cannot be read "
+                f"({type(error).__name__}: {error}); continue from another checkpoint"
+            ) from error
+        expected += stage.steps
+        stages.append(stage)
+    return tuple(stages)
+
+
+def _data_settings(stage: Stage) -> Stage:
+    """What decides the data of a row besides its place; other changes need no new row."""
+    return dataclasses.replace(stage, first_step=0, steps=0, learning_rate=0.0, warmup_steps=0, init_from="")
+
+
+def continued(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> tuple[Stage, ...]:
+    """The table of a run that has trained steps 1 … done by `saved` and goes on by `own`, the config's.
+
+    A stage whose data stay the same stays one row, so an unchanged table stays what it is.
+    """
+    past = [
+        dataclasses.replace(stage, steps=min(stage.last_step, done) - stage.first_step + 1)
+        for stage in saved
+        if stage.first_step <= done
+    ]
+    future = [
+        dataclasses.replace(stage, first_step=begin, steps=stage.last_step - begin + 1)
+        for stage in own
+        if stage.last_step >= (begin := max(stage.first_step, done + 1))
+    ]
+    if past and future and _data_settings(past[-1]) == _data_settings(future[0]):
+        first = past.pop().first_step
+        future[0] = dataclasses.replace(future[0], first_step=first, steps=future[0].last_step - first + 1)
+    return (*past, *future)
+
+
+def changes(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> list[str]:
+    """What `continued` changes after step `done`, a line a stage, for the person at the terminal."""
+    lines = []
+    left = [stage for stage in own if stage.last_step > done]
+    for stage in left:
+        named = [old for old in saved if old.name == stage.name]
+        if not named:
+            lines.append(f"{stage.name}: new, steps {max(stage.first_step, done + 1)} to {stage.last_step}")
+            continue
+        # What was planned for it from here on, else what it last was.
+        before = next((old for old in named if old.last_step > done), named[-1])
+        goes_on = before.first_step <= done <= before.last_step
+        differences = [
+            f"{what} {old} until step {done}, {new} from there" if goes_on else f"{what} {new} instead of {old}"
+            for what, old, new in _differences(before, stage)
+        ]
+        if differences:
+            differences += ["every source goes on where it was"] * goes_on
+            lines.append(f"{stage.name}: {'; '.join(differences)}")
+        if before.last_step != stage.last_step:
+            lines.append(f"{stage.name}: ends at step {stage.last_step} instead of {before.last_step}")
+    names = [stage.name for stage in left]
+    for stage in saved:
+        if stage.last_step > done and stage.name not in names:
+            what = "left out" if stage.first_step > done else f"ends at step {done} instead of {stage.last_step}"
+            lines.append(f"{stage.name}: {what}")
+    return lines
+
+
+def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
+    """(what, before, now) of each setting in which two rows differ."""
+    pairs = [(f"{name} ratio", old.ratios.get(name), new.ratios.get(name)) for name in {**old.ratios, **new.ratios}]
+    pairs += [
+        ("source weights", old.source_weights, new.source_weights),
+        ("bucket weights", old.bucket_weights, new.bucket_weights),
+        ("latent frames of a window", old.latent_frames, new.latent_frames),
+        ("share of windows with motion frames", old.motion_ratio, new.motion_ratio),
+        ("global batch size", old.batch_size, new.batch_size),
+        ("learning rate", old.learning_rate, new.learning_rate),
+        ("warm-up steps", old.warmup_steps, new.warmup_steps),
+    ]
+    return [(what, _text(a), _text(b)) for what, a, b in pairs if a != b]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "by the data"
+    if isinstance(value, Mapping):
+        return ",".join(f"{_key(name)}={share:g}" for name, share in value.items())
+    return f"{value:g}"

@@ -104,3 +104,16 @@ def test_a_stage_that_has_begun_no_longer_needs_what_it_started_from(tmp_path):
         train.check_start(config, curriculum(config), tmp_path)
     (tmp_path / "checkpoints" / "100" / "meta").mkdir(parents=True)
     train.check_start(config, curriculum(config), tmp_path)
+
+
+def test_what_a_named_stage_is_to_load_is_looked_at_before_training(tmp_path):
+    config = demo.get_config()
+    config.stages.stage3.init_from = str(tmp_path / "gone")
+    with pytest.raises(UserError, match="would not be loaded"):
+        train.check_start(config, curriculum(config), tmp_path)
+    with pytest.raises(UserError, match="gone: no such checkpoint"):
+        train.check_start(config, curriculum(config), tmp_path, ["stage3"])
+    (tmp_path / "checkpoints" / "1" / "meta").mkdir(parents=True)
+    with pytest.raises(UserError, match="gone: no such checkpoint"):
+        train.check_start(config, curriculum(config), tmp_path, ["stage3"])
+    train.check_start(config, curriculum(config), tmp_path)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.input_pipeline.schedule import Schedule
-from data_pipelines.input_pipeline.stage_table import StagePlan
 from omnihuman_jax import conditions
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding.rules import path_name
 from omnihuman_jax.training.step import sample_losses
+from tests.training.stage_rows import in_sequence, stage_row
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden.json").read_text())
 SIZES = ((12, 12), (16, 10), (10, 14))
@@ -47,22 +47,20 @@ def make_index(count: int = 150) -> list[dict]:
 
 def make_schedule(name: str) -> Schedule:
     weights, steps, recipe = TABLES[name]
-    stages, first = [], 1
-    for stage, count in steps.items():
-        stages.append(
-            StagePlan(
-                name=stage,
-                first_step=first,
-                num_steps=count,
-                ratios=conditions.complete_ratios(conditions.RECIPES[recipe][stage]),
-                source_weights=weights or None,
-                window_frames=8 if stage == "stage3" else 6,
-                first_share=0.25,
-                batch_size=24,
-            )
+    stages = [
+        stage_row(
+            stage,
+            1,
+            count,
+            conditions.complete_ratios(conditions.RECIPES[recipe][stage]),
+            source_weights=weights or None,
+            latent_frames=8 if stage == "stage3" else 6,
+            batch_size=24,
         )
-        first += count
-    return Schedule(stages, make_index(), global_batch_size=24, seed=11, guidance_dropout={"text": 0.1, "audio": 0.05})
+        for stage, count in steps.items()
+    ]
+    stages = in_sequence(*stages)
+    return Schedule(stages, make_index(), seed=11, guidance_dropout={"text": 0.1, "audio": 0.05})
 
 
 @pytest.mark.parametrize("name", TABLES)

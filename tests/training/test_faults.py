@@ -62,12 +62,12 @@ class Troubled:
         return getattr(self._feed, name)
 
 
-def train(whole, name, trouble, config=None, sample=None):
+def train(whole, name, trouble, config=None, sample=None, **settings):
     root, dataset, default = whole
     config = config or default
     (root / name).mkdir(exist_ok=True)
     input_pipeline = Troubled(InputPipeline.from_config(config, curriculum(config), dataset), trouble)
-    loop.train(config, cli.to_plain(config), root / name, input_pipeline, sample)
+    loop.train(config, cli.to_plain(config), root / name, input_pipeline, sample, **settings)
     return root / name
 
 
@@ -530,7 +530,7 @@ def test_a_border_between_stages_may_move_behind_the_run(whole, capsys):
     config = tiny_config(root / "data", steps=(2, 6, 0))
     config.stages.stage2.init_from = str(root / "whole" / "stages" / "stage2")
     config.stages.stage2.learning_rate = 0.0
-    train(whole, "moved", lambda *_: None, config)
+    train(whole, "moved", lambda *_: None, config, replace_parameters_at=("stage2",))
     said = capsys.readouterr().out
     assert "stage2: steps 5–8" in said and "stage2: parameters from" in said
     assert [line["stage"] for line in lines(workdir)] == ["stage1"] * 4 + ["stage2"] * 4

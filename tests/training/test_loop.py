@@ -150,6 +150,28 @@ def test_a_stage_starts_from_an_exported_directory(run):
     jax.tree.map(np.testing.assert_array_equal, params, here)
 
 
+def test_a_stage_that_comes_again_keeps_the_parameters_trained_so_far(run, capsys):
+    """Stage 1, which started from a base, is made longer when stage 2 has begun: the base does not come again."""
+    root, dataset, _ = run
+    before, after = (tiny_config(root / "data", steps=steps) for steps in ((2, 2, 0), (5, 2, 0)))
+    for config in (before, after):
+        config.checkpoint.keep = 9
+        config.stages.stage1.init_from = str(root / "whole" / "stages" / "stage3")
+    train_tiny(before, root / "longer", dataset)
+    for stage in ("stage1", "stage2"):
+        after.stages[stage].learning_rate = 0.0
+    capsys.readouterr()
+    train_tiny(after, root / "longer", dataset)
+    assert [line["stage"] for line in lines(root / "longer")] == [f"stage{i}" for i in (1, 1, 2, 2, 1, 2, 2)]
+    said = capsys.readouterr().out
+    assert said.count("stage1: keeps the parameters trained so far") == 1
+    assert "stage2: keeps" not in said and "parameters from" not in said.replace("parameters, optimizer", "")
+    _, trained, _ = load_for_inference(root / "longer" / "checkpoints" / "4", use_ema=False)
+    _, now, info = load_for_inference(root / "longer", use_ema=False)
+    assert info["step"] == 7
+    jax.tree.map(np.testing.assert_array_equal, trained, now)
+
+
 def test_find_checkpoint_names_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint directory"):
         find_checkpoint(tmp_path / "nothing")
@@ -233,10 +255,15 @@ def test_ratios_that_change_during_a_stage_are_told_and_hold_from_there(run, cap
 
 def test_another_data_set_is_told(run, tmp_path, capsys):
     root, dataset, _ = run
-    train_tiny(tiny_config(root / "data", steps=(2, 0, 0)), tmp_path / "run", dataset)
-    other = write_fake_dataset(tmp_path / "data", 13, shapes=((7, 4, 4),))
+    config = tiny_config(root / "data", steps=(2, 0, 0))
+    config.data.source_weights = "real=1"
+    train_tiny(config, tmp_path / "run", dataset)
+    other = write_fake_dataset(tmp_path / "data", 13, shapes=((7, 4, 4),), sources={"other": 1})
     train_tiny(tiny_config(tmp_path / "data", steps=(3, 0, 0)), tmp_path / "run", other)
-    assert "the data set differs from the one the checkpoint was trained on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the data set differs from the one the checkpoint was trained on" in said
+    assert "the data set at hand cannot give what steps 1 to 2 drew (data.source_weights.real" in said
+    assert [row["first_step"] for row in read_meta(tmp_path / "run" / "checkpoints" / "3")["stages"]] == [1]
 
 
 def test_a_steps_metrics_are_read_after_the_next_step_was_started(run, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from experiments.common import cli
 from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.training.stages import curriculum, to_json
 from omnihuman_jax.training.state import abstract_state
 from tests.training import launch
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
@@ -72,7 +73,8 @@ def written(tmp_path_factory):
     values = values._replace(step=np.int32(DONE))
     checkpoints = Checkpoints(root, every=100, keep=2)
     state = jax.tree.map(lambda x, wanted: jax.device_put(x, wanted.sharding), values, abstract)
-    checkpoints.save(DONE, state, {"step": DONE, "stage": "stage2", "config": cli.to_plain(config)})
+    meta = {"step": DONE, "stage": "stage2", "stages": to_json(curriculum(config)), "config": cli.to_plain(config)}
+    checkpoints.save(DONE, state, meta)
     checkpoints.close()
     return root, values
 

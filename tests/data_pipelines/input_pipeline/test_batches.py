@@ -11,21 +11,26 @@ import pytest
 
 from data_pipelines.input_pipeline.batches import Batches, usable_records
 from data_pipelines.input_pipeline.loader import make_dataset, make_loader
-from data_pipelines.input_pipeline.stage_table import StagePlan
-from data_pipelines.input_pipeline.windows import WindowConfig, cut_window, window_start
+from data_pipelines.input_pipeline.windows import cut_window, window_start
 from omnihuman_jax.conditions import names
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import window_frames
 from omnihuman_jax.models.dit.config import ModelConfig
 from tests.data_pipelines.fake_dataset import fake_meta, fake_record, write_fake_dataset
+from tests.training.stage_rows import FULL, stage_row
 
 MODEL = ModelConfig(motion_frames=2, audio_context=2, text_len=6, audio_dim=6, text_dim=5, latent_channels=4)
-WINDOW = WindowConfig(4, MODEL)
-FULL = {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25}
+
+
+def _row(*arguments, **settings):
+    """A stage of windows of four latent frames."""
+    return stage_row(*arguments, **({"latent_frames": 4, "batch_size": 8} | settings))
+
+
 STAGES = (
-    StagePlan("stage1", 1, 10, {**FULL, "audio": 0.0, "pose": 0.0}),
-    StagePlan("stage2", 11, 10, {**FULL, "pose": 0.0}),
-    StagePlan("stage3", 21, 1000, FULL),
+    _row("stage1", 1, 10, {**FULL, "audio": 0.0, "pose": 0.0}),
+    _row("stage2", 11, 10, {**FULL, "pose": 0.0}),
+    _row("stage3", 21, 1000, FULL),
 )
 
 
@@ -38,9 +43,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batches(dataset):
-    return Batches.open(
-        dataset, STAGES, WINDOW, global_batch_size=8, seed=0, guidance_dropout={"text": 0.1, "audio": 0.1}
-    )
+    return Batches.open(dataset, STAGES, MODEL, seed=0, guidance_dropout={"text": 0.1, "audio": 0.1})
 
 
 def _equal(a, b):
@@ -95,7 +98,7 @@ def test_a_row_holds_the_right_slices_of_its_record():
     record["audio"] = np.arange(33)[:, None] * np.ones((33, 6))
     record["keypoints"] = np.arange(33)[:, None, None] * np.ones((33, 28, 3))
     # 0.99 is past the share of first windows, 0.5 of the starts 2..5 is 4; 0.6 of four references is the third.
-    row = cut_window(record, 4, WINDOW, np.array([0.99, 0.5]), 0.6)
+    row = cut_window(record, 4, 0.75, MODEL, np.array([0.99, 0.5]), 0.6)
     assert row["latents"][:, 0, 0, 0].tolist() == [4, 5, 6, 7]
     assert row["motion"][:, 0, 0, 0].tolist() == [2, 3]
     assert row["has_motion"]
@@ -105,7 +108,7 @@ def test_a_row_holds_the_right_slices_of_its_record():
     np.testing.assert_array_equal(row["text"][:4], record["text"].astype(np.float32))
     assert row["text_mask"].tolist() == [True] * 4 + [False] * 2 and not row["text"][4:].any()
 
-    first = cut_window(record, 4, WINDOW, np.array([0.1, 0.5]), 0.0)
+    first = cut_window(record, 4, 0.75, MODEL, np.array([0.1, 0.5]), 0.0)
     assert first["latents"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert not first["has_motion"] and not first["motion"].any()
     assert first["keypoints"][:, 0, 0].tolist() == [0, 0, 0, 0, *range(1, 13)]
@@ -113,7 +116,7 @@ def test_a_row_holds_the_right_slices_of_its_record():
 
 def test_long_captions_are_cut_and_missing_conditions_are_zeros():
     record = fake_record(np.random.default_rng(0), fake_meta(), "r", audio=False, pose=False, tokens=9)
-    row = cut_window(record, 4, WINDOW, np.array([0.0, 0.0]), 0.0)
+    row = cut_window(record, 4, 0.75, MODEL, np.array([0.0, 0.0]), 0.0)
     assert row["text_mask"].all()
     assert row["audio"].shape == (20, 6) and not row["audio"].any()
     assert row["keypoints"].shape == (16, 28, 3) and not row["keypoints"].any()
@@ -121,19 +124,19 @@ def test_long_captions_are_cut_and_missing_conditions_are_zeros():
 
 def test_window_starts_are_the_first_frame_a_quarter_of_the_time_and_else_uniform():
     draws = np.random.default_rng(0).random((20_000, 2))
-    starts = np.array([window_start(10, 4, WINDOW, draw) for draw in draws])
+    starts = np.array([window_start(10, 4, 2, 0.75, draw) for draw in draws])
     counts = np.bincount(starts, minlength=10) / len(starts)
     assert set(starts) == {0, 2, 3, 4, 5, 6}
     assert abs(counts[0] - 0.25) < 0.015
     assert np.abs(counts[2:7] - 0.15).max() < 0.015
-    assert {window_start(5, 4, WINDOW, draw) for draw in draws[:100]} == {0}, "no room for motion frames"
-    assert {window_start(6, 4, WINDOW, draw) for draw in draws[:100]} == {0, 2}
+    assert {window_start(5, 4, 2, 0.75, draw) for draw in draws[:100]} == {0}, "no room for motion frames"
+    assert {window_start(6, 4, 2, 0.75, draw) for draw in draws[:100]} == {0, 2}
 
 
 def test_an_image_stage_trains_on_single_image_latents():
     record = fake_record(np.random.default_rng(0), fake_meta(), "r", shape=(7, 4, 4))
     for draws in np.random.default_rng(1).random((50, 3)):
-        row = cut_window(record, 1, WINDOW, draws[:2], draws[2])
+        row = cut_window(record, 1, 0.75, MODEL, draws[:2], draws[2])
         matches = [np.array_equal(row["latents"][0], r) for r in record["references"].astype(np.float32)]
         assert sum(matches) == 1 and not row["has_motion"]
         assert not np.array_equal(row["latents"][0], row["reference"])
@@ -143,8 +146,11 @@ def test_an_image_stage_trains_on_single_image_latents():
 
 
 def test_stages_may_have_windows_of_their_own(dataset):
-    stages = [StagePlan("images", 1, 2, STAGES[0].ratios, window_frames=1), StagePlan("stage1", 3, 2, STAGES[0].ratios)]
-    batches = Batches.open(dataset, stages, WINDOW, global_batch_size=2, seed=0)
+    stages = [
+        _row("images", 1, 2, STAGES[0].ratios, latent_frames=1, batch_size=2),
+        _row("stage1", 3, 2, STAGES[0].ratios, batch_size=2),
+    ]
+    batches = Batches.open(dataset, stages, MODEL, seed=0)
     assert [batches.batch(step)["latents"].shape[1] for step in (1, 2, 3, 4)] == [1, 1, 4, 4]
 
 
@@ -218,8 +224,7 @@ def test_a_small_cache_changes_nothing_and_stays_small(dataset, batches):
     small = Batches.open(
         dataset,
         STAGES,
-        WINDOW,
-        global_batch_size=8,
+        MODEL,
         seed=0,
         guidance_dropout={"text": 0.1, "audio": 0.1},
         cache_bytes=20_000,
@@ -257,13 +262,11 @@ def test_a_batch_takes_a_few_milliseconds_once_records_are_cached(batches):
 
 def test_clips_too_short_for_motion_frames_are_told(tmp_path, caplog):
     data = write_fake_dataset(tmp_path, 6, shapes=((5, 4, 4), (9, 4, 4)))
-    window = WindowConfig(4, dataclasses.replace(MODEL, motion_frames=2))
     with caplog.at_level("WARNING", logger="absl"):
         Batches.open(
             data,
-            [StagePlan("a", 1, 4, {"text": 0.9, "reference": 0.7, "audio": 0.0, "pose": 0.0})],
-            window,
-            global_batch_size=2,
+            [_row("a", 1, 4, {"text": 0.9, "reference": 0.7, "audio": 0.0, "pose": 0.0}, batch_size=2)],
+            MODEL,
             seed=0,
         )
     assert "3 of 6 training clips are shorter than 21 frames" in caplog.text
@@ -271,11 +274,11 @@ def test_clips_too_short_for_motion_frames_are_told(tmp_path, caplog):
 
 def test_a_later_stages_longer_window_takes_no_clip_from_an_earlier_stage(tmp_path, caplog):
     data = write_fake_dataset(tmp_path / "mixed", 12, shapes=((5, 4, 4), (9, 4, 4)), audio_share=1, pose_share=1)
-    window = WindowConfig(4, dataclasses.replace(MODEL, motion_frames=0))
-    short, long = StagePlan("stage1", 1, 6, FULL), StagePlan("stage2", 7, 6, FULL, window_frames=9)
-    alone = Batches.open(data, [short], window, global_batch_size=4, seed=0)
+    window = dataclasses.replace(MODEL, motion_frames=0)
+    short, long = _row("stage1", 1, 6, batch_size=4), _row("stage2", 7, 6, latent_frames=9, batch_size=4)
+    alone = Batches.open(data, [short], window, seed=0)
     with caplog.at_level("WARNING", logger="absl"):
-        both = Batches.open(data, [short, long], window, global_batch_size=4, seed=0)
+        both = Batches.open(data, [short, long], window, seed=0)
     assert (
         "6 of 12 train clips are shorter than 33 frames (the training window of stage2) and are left out" in caplog.text
     )
@@ -287,12 +290,7 @@ def test_a_later_stages_longer_window_takes_no_clip_from_an_earlier_stage(tmp_pa
     with pytest.raises(UserError, match=r"all 12 train clips are shorter than the training window of stage2, stage3"):
         Batches.open(
             data,
-            [
-                short,
-                StagePlan("stage2", 7, 1, FULL, window_frames=12),
-                StagePlan("stage3", 8, 1, FULL, window_frames=12),
-            ],
+            [short, _row("stage2", 7, 1, latent_frames=12), _row("stage3", 8, 1, latent_frames=12)],
             window,
-            global_batch_size=4,
             seed=0,
         )

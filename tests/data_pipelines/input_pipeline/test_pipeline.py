@@ -1,6 +1,7 @@
 """What the loop pulls from: continues through changes of the config, reads patiently, knows its data set."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from experiments.configs import demo
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.stages import curriculum
+from omnihuman_jax.training.stages import changes, continued, curriculum, from_json, to_json
 from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 
 
@@ -21,19 +22,19 @@ def dataset(tmp_path_factory):
     return write_fake_dataset(tmp_path_factory.mktemp("data") / "fake", 24, sources={"a": 1, "b": 2}, heldout=4)
 
 
-def _config(**changes):
+def _config(**settings):
     """The demo preset on fake data: three stages of 6 steps of 4."""
     config = demo.get_config()
     config.global_batch_size = 4
     config.data.latent_frames = 4
     for name in ("stage1", "stage2", "stage3"):
         config.stages[name].steps = 6
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(settings)
     return config
 
 
-def _feed(dataset, **changes):
-    config = _config(**changes)
+def _feed(dataset, **settings):
+    config = _config(**settings)
     return InputPipeline.from_config(config, curriculum(config), dataset)
 
 
@@ -43,16 +44,19 @@ def _equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def _saved(input_pipeline):
-    return json.loads(json.dumps(input_pipeline.plan()))
+def _continue(input_pipeline, saved, own, done):
+    """What the loop does with a checkpoint's table; the table and the lines it logs."""
+    saved = from_json(json.loads(json.dumps(to_json(saved))))
+    table = continued(saved, own, done)
+    input_pipeline.use_stages(table)
+    return table, changes(saved, own, done)
 
 
 def test_an_unchanged_config_continues_bit_for_bit_from_any_step(dataset):
     whole = list(_feed(dataset).iterate(1, slice(None)))
     for done in (0, 3, 6, 17, 18):
-        input_pipeline = _feed(dataset)
-        assert input_pipeline.continue_from(_saved(_feed(dataset)), done) == []
-        assert input_pipeline.plan() == _feed(dataset).plan()
+        input_pipeline, own = _feed(dataset), curriculum(_config())
+        assert _continue(input_pipeline, own, own, done) == (own, [])
         for a, b in zip(whole[done:], input_pipeline.iterate(done + 1, slice(None)), strict=True):
             _equal(a, b)
 
@@ -61,7 +65,8 @@ def test_changed_ratios_continue_every_source(dataset):
     """Counted over records: across the change no clip comes twice before all of its kind have come."""
     before, ratio = _feed(dataset), {"stages.stage3.ratios.audio": 0.3}
     after = _feed(dataset, **ratio)
-    lines = after.continue_from(_saved(before), 14)
+    own = curriculum(_config(**ratio))
+    table, lines = _continue(after, curriculum(_config()), own, 14)
     assert lines == ["stage3: audio ratio 0.5 until step 14, 0.3 from there; every source goes on where it was"]
     for step in range(1, 15):
         assert after.describe(step) == before.describe(step)
@@ -76,38 +81,39 @@ def test_changed_ratios_continue_every_source(dataset):
         for start in range(0, len(drawn[cell.name]), len(cell.records)):
             epoch = drawn[cell.name][start : start + len(cell.records)]
             assert len(set(epoch)) == len(epoch)
-    again = _feed(dataset, **ratio)
-    assert again.continue_from(_saved(after), 16) == [], "continuing twice is continuing once"
-    assert again.plan() == after.plan()
+    assert _continue(_feed(dataset, **ratio), table, own, 16) == (table, []), "continuing twice is continuing once"
 
 
 def test_a_changed_batch_size_and_window_hold_from_the_step_on(dataset):
-    input_pipeline = _feed(dataset, **{"global_batch_size": 6, "stages.stage1.latent_frames": 7})
-    lines = input_pipeline.continue_from(_saved(_feed(dataset)), 2)
+    settings = {"global_batch_size": 6, "stages.stage1.latent_frames": 7}
+    input_pipeline = _feed(dataset, **settings)
+    table, lines = _continue(input_pipeline, curriculum(_config()), curriculum(_config(**settings)), 2)
     assert [line.split(":")[0] for line in lines] == ["stage1", "stage2", "stage3"]
     assert "latent frames of a window 4 until step 2, 7 from there; global batch size 4 until step 2, 6" in lines[0]
     assert len(input_pipeline.describe(2)["records"]) == 4 and len(input_pipeline.describe(3)["records"]) == 6
     batch = next(input_pipeline.iterate(3, slice(3, 6)))
     assert batch["latents"].shape[:2] == (3, 7)
     assert len(input_pipeline.held_out(1, slice(None))[0]["latents"]) == 6
-    assert {frames for frames, *_ in input_pipeline.buckets()} == {4, 7}
+    assert {row.latent_frames for row in table if row.last_step > 2} == {4, 7}
 
 
 def test_a_run_beyond_the_configs_end_has_no_more_steps(dataset):
-    input_pipeline = _feed(dataset, **{"stages.stage3.steps": 0})
-    assert input_pipeline.continue_from(_saved(_feed(dataset)), 15) == ["stage3: ends at step 15 instead of 18"]
-    assert input_pipeline.plan()[-1]["num_steps"] == 3
+    shorter = {"stages.stage3.steps": 0}
+    input_pipeline = _feed(dataset, **shorter)
+    table, lines = _continue(input_pipeline, curriculum(_config()), curriculum(_config(**shorter)), 15)
+    assert lines == ["stage3: ends at step 15 instead of 18"]
+    assert table[-1].steps == 3
     assert not list(input_pipeline.iterate(16, slice(None)))
-    assert input_pipeline.buckets() == []
 
 
-def test_a_plan_that_the_data_cannot_give_is_told_and_the_config_counts(dataset):
-    plan = _saved(_feed(dataset))
-    plan[0]["source_weights"] = {"a": 1.0, "gone": 1.0}
+def test_a_table_that_the_data_cannot_give_leaves_the_one_in_use(dataset):
+    own = curriculum(_config())
+    saved = (dataclasses.replace(own[0], source_weights={"a": 1.0, "gone": 1.0}), *own[1:])
     input_pipeline = _feed(dataset)
-    (line,) = input_pipeline.continue_from(plan, 3)
-    assert "cannot give what steps 1 to 3 drew" in line and "gone" in line
-    assert input_pipeline.plan() == _feed(dataset).plan()
+    with pytest.raises(UserError, match="gone"):
+        _continue(input_pipeline, saved, own, 3)
+    for step in range(1, 19):
+        assert input_pipeline.describe(step) == _feed(dataset).describe(step)
 
 
 def test_held_out_clips_are_read_again_after_a_failure(dataset, monkeypatch):
