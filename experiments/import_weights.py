@@ -15,6 +15,7 @@ from experiments.common import cli
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import Network
+from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.formats import FORMATS
@@ -103,6 +104,7 @@ def main(_: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None:
         raise UserError("--config is missing; give the base's preset, as --config=experiments/configs/motif_2b.py")
+    config_ranges.check(values.config)
     values.config.simulated_devices = 1  # files are converted on the host
     cli.setup_platform(values.config)
     values.config.simulated_devices = 0

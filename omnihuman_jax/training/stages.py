@@ -50,16 +50,12 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
     """The stage table of a resolved config, in `stage_order`, without stages of zero steps.
 
     Raises:
-      UserError: ratios against principle 2 or outside 0..1, negative steps, no stage left to train.
+      UserError: ratios against principle 2 or outside 0..1, no stage left to train.
     """
     stages, first = [], 1
     for name in config.stage_order:
         row = config.stages[name]
         where = f"stages.{name}"
-        if row.steps < 0:
-            raise UserError(f"{where}.steps={row.steps}: must not be negative; 0 leaves the stage out")
-        if not 0 <= row.motion_ratio <= 1:
-            raise UserError(f"{where}.motion_ratio={row.motion_ratio}: must lie between 0 and 1")
         ratios = row.ratios.to_dict()
         conditions.check_ratios(ratios, where=f"{where}.ratios", allow_inverted=config.allow_inverted_ratios)
         if not row.steps:
