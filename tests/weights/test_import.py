@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from experiments.import_weights import fresh_conditions, import_base
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.export import to_tensors
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit.config import BASE_ONLY_INPUTS, ModelConfig
 from omnihuman_jax.sharding.rules import tree_shardings
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
@@ -186,6 +188,13 @@ def test_the_command_reports_a_mistake_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(errors) == 1 and "is a pickle" in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_docs_tell_of_every_input_that_only_a_base_has():
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for setting, line in BASE_ONLY_INPUTS.items():
+        assert hasattr(ModelConfig(), setting)
+        assert f"| `{setting}` | {line.split('; here')[0]}" in page
 
 
 def test_missing_arguments_are_named(tmp_path):
