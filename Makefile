@@ -30,7 +30,7 @@ install = { $(1)/bin/pip install -q $(UV) \
   && UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(1)/bin/uv pip install -q --python $(1)/bin/python $(2); } \
   || { echo "==> $(1): uv could not install it, using pip (slower)"; $(1)/bin/pip install -q $(2); }
 
-.PHONY: help demo test test-all lint format build-files lock clean-runs prepare-environment
+.PHONY: help demo test test-all lint format lock clean-runs prepare-environment
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of:"
@@ -56,9 +56,6 @@ lint: .venv/.done  ## ruff: rules and format
 format: .venv/.done  ## ruff: fix and format
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
-
-build-files: .venv/.done  ## write the Bazel BUILD files anew from the imports
-	@.venv/bin/python -m tools.build_files
 
 lock: .venv/.done  ## resolve requirements.in into requirements.txt
 	@UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile -q --universal --python-version 3.11 \

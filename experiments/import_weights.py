@@ -15,6 +15,7 @@ from experiments.common import cli
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import Network
+from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.formats import FORMATS
@@ -42,7 +43,7 @@ def import_base(config: ConfigDict, source: str, naming: str, output: str) -> No
 
     Args:
       config: resolved config of a preset of this base.
-      source: safetensors file, index, or directory with either.
+      source: safetensors file, shard, index, or directory with them. A prefix of all tensor names is left out.
       naming: one of `weights.formats.FORMATS`.
       output: directory to make.
 
@@ -55,12 +56,14 @@ def import_base(config: ConfigDict, source: str, naming: str, output: str) -> No
     formats.check_format(naming)
     folder = export.check_output(output)
     network = make_network(config)
-    files = open_files(source)
+    files = formats.without_prefix(open_files(source), network.config, network.abstract_params)
     entries = formats.base_entries(naming, network.config, network.abstract_params)
     formats.check_files(naming, files, entries, network.config, network.abstract_params)
     dtypes = Counter(str(stored.dtype) for stored in files.stored.values())
     told = ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
     print(f"{files.path}: {len(entries)} tensors ({told}), written as {network.config.param_dtype}")
+    if files.prefix:
+        print(f"{files.path}: every tensor's name begins with {files.prefix}, which is left out")
     print(f"licence: {NOTICES[naming]}")
     base = Cast(Source(files, entries), jnp.dtype(network.config.param_dtype))
     tensors = ChainMap(base, export.to_tensors(fresh_conditions(network, config.seed)))
@@ -91,7 +94,7 @@ def fresh_conditions(network: Network, seed: int) -> dict[str, Any]:
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     cli.define_config_flag()
-    flags.DEFINE_string("input", None, "A safetensors file, the index of several, or the directory with them.")
+    flags.DEFINE_string("input", None, "A safetensors file, one of its shards, their index, or the directory.")
     flags.DEFINE_string("format", None, f"Whose names its tensors have: {', '.join(FORMATS)}.")
     flags.DEFINE_string("output", None, "Directory to make; must not exist, or be empty.")
 
@@ -101,6 +104,7 @@ def main(_: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None:
         raise UserError("--config is missing; give the base's preset, as --config=experiments/configs/motif_2b.py")
+    config_ranges.check(values.config)
     values.config.simulated_devices = 1  # files are converted on the host
     cli.setup_platform(values.config)
     values.config.simulated_devices = 0

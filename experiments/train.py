@@ -29,7 +29,7 @@ from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.sharding.mesh import training_mesh
-from omnihuman_jax.training import loop
+from omnihuman_jax.training import config_ranges, loop
 from omnihuman_jax.training.metrics import write_gif
 from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
 from omnihuman_jax.training.state import make_network
@@ -109,17 +109,11 @@ def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
 def check_start(
     config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
 ) -> None:
-    """What a run would otherwise only find out hours in: intervals, sampling settings, the stages' starting points.
+    """What a run would otherwise only find out hours in: sampling settings, the stages' starting points.
 
     Raises:
       UserError: one of them is wrong.
     """
-    values = {"log_every": config.log_every} | {f"checkpoint.{k}": config.checkpoint[k] for k in ("every", "keep")}
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
-    if config.checkpoint.keep_every < 0:
-        raise UserError(f"checkpoint.keep_every={config.checkpoint.keep_every}: must be 0 (none) or more")
     Settings.from_config(config)
     done = max(running_steps(workdir), default=0)
     check_init_from(stages, replace_parameters_at, fresh=not done)
@@ -140,6 +134,7 @@ def main(_: list[str]) -> None:
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config is missing; give a preset such as --config=experiments/configs/demo.py")
+    config_ranges.check(config)
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing; give the directory this run should live in")
     if not config.data.dir:

@@ -30,7 +30,7 @@ from experiments.common import cli
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae.vae import VAEConfig, save_vae
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training import vae_train
+from omnihuman_jax.training import config_ranges, vae_train
 from omnihuman_jax.weights import lpips
 
 
@@ -53,11 +53,11 @@ def buckets_of(config: ConfigDict, devices: int) -> list[Bucket]:
             raise UserError(f"data.buckets: {tuple(row)} is not (frames, height, width, batch, share)")
         bucket = Bucket(*(int(n) for n in row[:4]), float(row[4]))
         settings.check_clip(bucket.frames, bucket.height, bucket.width)
-        if bucket.batch < 1 or bucket.batch % devices:
+        if bucket.batch % devices:
             raise UserError(f"data.buckets: batch {bucket.batch} is not divisible by the {devices} devices")
         buckets.append(bucket)
-    if sum(bucket.share for bucket in buckets) <= 0 or any(bucket.share < 0 for bucket in buckets):
-        raise UserError("data.buckets: shares must not be negative, and one must be positive")
+    if not any(bucket.share for bucket in buckets):
+        raise UserError("data.buckets: every share is 0; one must be above")
     return buckets
 
 
@@ -237,6 +237,7 @@ def main(_: list[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if config is None:
         raise UserError("--config is missing; give a preset such as --config=experiments/configs/demo_vae.py")
+    config_ranges.check(config, config_ranges.VAE_RANGES)
     if not workdir:
         raise UserError("--workdir is missing; give the directory this run should live in")
     if not config.data.dir:

@@ -2,22 +2,19 @@
 
 load("@rules_python//python:defs.bzl", _py_test = "py_test")
 
-def py_test(name, srcs, deps = [], data = [], **kwargs):
-    """A test whose sources pytest collects.
+def py_test(name, srcs):
+    """A test whose sources pytest collects; it may import every room and the helpers of the tests.
 
     Args:
       name: name of the target.
       srcs: test files.
-      deps: what they import.
-      data: what they read.
-      **kwargs: passed on to the rule.
     """
     _py_test(
         name = name,
+        timeout = "eternal",
         srcs = srcs + ["//tests:pytest_main.py"],
-        main = "//tests:pytest_main.py",
         args = ["$(location %s)" % src for src in srcs],
-        data = data + ["//:pyproject.toml"],
-        deps = deps + ["//tests:conftest"],
-        **kwargs
+        data = ["//:pyproject.toml"],
+        main = "//tests:pytest_main.py",
+        deps = ["//tests"],
     )

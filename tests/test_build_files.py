@@ -1,7 +1,5 @@
-"""BUILD files: every module in one target, every label resolves, and a real Bazel builds and tests them."""
+"""BUILD files: every module in a library, every command a binary, and a real Bazel builds and tests them."""
 
-import ast
-import collections
 import os
 import pathlib
 import shutil
@@ -12,77 +10,56 @@ import tarfile
 import pytest
 
 from tests import bazel_stubs
-from tools import build_files
+from tests.import_graph import ROOMS, ROOT, python_files
 
-ROOT = build_files.ROOT
 BAZEL = "@bazel/bazel-linux_x64@2.1.0"
 BUILDIFIER = "@bazel/buildifier@8.2.1"
-RULES = {"py_library", "py_binary", "py_test", "filegroup"}
 
 
-def parsed_targets() -> list[tuple[str, str, dict]]:
-    """(package, rule, attributes) of every target, read by Python's own parser: BUILD files are Python expressions."""
-    targets = []
-    for room in build_files.ROOMS:
-        for path in sorted((ROOT / room).rglob("BUILD")):
-            package = path.parent.relative_to(ROOT).as_posix()
-            for node in ast.parse(path.read_text()).body:
-                call = node.value
-                if call.func.id in RULES:
-                    attributes = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-                    targets.append((package, call.func.id, attributes))
-    return targets
+def targets_of(room: str) -> list[tuple[str, dict]]:
+    """(rule, attributes) of every target in a room's BUILD file, run as the Python that it is."""
+    found = []
+
+    def rule(name):
+        return lambda *_, **attributes: found.append((name, attributes))
+
+    def glob(include, exclude=()):
+        paths = {pattern: set((ROOT / room).glob(pattern)) for pattern in (*include, *exclude)}
+        kept = set().union(*(paths[i] for i in include)).difference(*(paths[e] for e in exclude))
+        return sorted(path.relative_to(ROOT / room).as_posix() for path in kept)
+
+    names = {name: rule(name) for name in ("py_library", "py_binary", "py_test", "package", "exports_files")}
+    exec((ROOT / room / "BUILD").read_text(), {"load": lambda *_: None, "glob": glob, **names})
+    return found
 
 
-def test_build_files_agree_with_the_imports():
-    stale = [
-        str(path)
-        for path, text in build_files.build_files().items()
-        if not (ROOT / path).exists() or (ROOT / path).read_text() != text
-    ]
-    assert not stale, f"run `make build-files`; stale: {stale}"
-
-
-def test_every_module_is_in_exactly_one_target():
-    holders = collections.Counter(
-        f"{package}/{source}"
-        for package, rule, attributes in parsed_targets()
-        if rule.startswith("py_")
-        for source in attributes.get("srcs", ())
-    )
-    files = {path.as_posix() for room in build_files.ROOMS for path in _tracked_python(room)}
-    assert {name: count for name, count in holders.items() if count != 1} == {}
-    assert set(holders) == files
-
-
-def _tracked_python(room: str) -> list[pathlib.Path]:
-    found = (path.relative_to(ROOT) for path in (ROOT / room).rglob("*.py"))
-    return [path for path in found if "__pycache__" not in path.parts]
-
-
-def test_every_dependency_and_data_file_exists():
-    targets = parsed_targets()
-    names = {(package, attributes["name"]) for package, _, attributes in targets}
-    missing = []
-    for package, rule, attributes in targets:
-        labels = [*attributes.get("deps", ()), *attributes.get("data", ())]
-        for text in labels:
-            where, _, name = text.removeprefix("//").partition(":")
-            if (where or package, name) not in names:
-                missing.append(f"{package}:{attributes['name']} -> {text}")
-        if rule == "filegroup":
-            missing += [source for source in attributes["srcs"] if not (ROOT / package / source).is_file()]
-    assert missing == []
-
-
-def test_imports_are_resolved_to_modules():
-    modules = {
-        name: pathlib.PurePath(path)
-        for name, path in {"a": "a/__init__.py", "a.b": "a/b.py", "a.c": "a/c.py", "a.d": "a/d/__init__.py"}.items()
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_one_library_of_all_its_modules(room):
+    (library,) = (attributes for rule, attributes in targets_of(room) if rule == "py_library")
+    assert library["name"] == room
+    assert set(library["srcs"]) == {
+        path.relative_to(room).as_posix() for path in python_files(ROOT) if path.parts[0] == room
     }
-    source = "import a.b\nimport numpy\nfrom a import c, f\nfrom . import b\ndef g():\n    from .d import x\n"
-    found = build_files.imported_modules(source, pathlib.PurePath("a/e.py"), modules)
-    assert found == {"a", "a.b", "a.c", "a.d"}
+    assert list((ROOT / room).rglob("BUILD")) == [ROOT / room / "BUILD"]  # one below would cut the globs
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "tests"])
+def test_every_command_is_a_binary(room):
+    binaries = [attributes for rule, attributes in targets_of(room) if rule == "py_binary"]
+    commands = [
+        path.relative_to(room).as_posix()
+        for path in python_files(ROOT)
+        if path.parts[0] == room and '__name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")
+    ]
+    assert sorted(source for binary in binaries for source in binary["srcs"]) == commands
+    for binary in binaries:
+        assert binary["srcs"] == [binary.get("main", f"{binary['name']}.py")]
+
+
+def test_every_test_file_is_in_one_test():
+    listed = [source for rule, attributes in targets_of("tests") if rule == "py_test" for source in attributes["srcs"]]
+    tests = [path for path in python_files(ROOT) if path.parts[0] == "tests" and path.name.startswith("test_")]
+    assert sorted([*listed, "test_build_files.py"]) == sorted(path.relative_to("tests").as_posix() for path in tests)
 
 
 def npm_binary(package: str, pattern: str, directory: pathlib.Path) -> pathlib.Path:
@@ -118,7 +95,7 @@ def test_bazel_builds_everything_and_runs_a_test(tmp_path):
     flags += ["--symlink_prefix=/", "--noshow_progress", "--color=no"]
     for command in (
         ["build", "//..."],
-        ["test", "//tests/data_pipelines:test_schema", "--test_env=PATH", "--test_output=errors"],
+        ["test", "//tests:test_checkpoints", "--test_env=PATH", "--test_output=errors"],
     ):
         done = subprocess.run(
             [*start, command[0], *flags, *command[1:]],
@@ -129,7 +106,7 @@ def test_bazel_builds_everything_and_runs_a_test(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
-    assert "//tests/data_pipelines:test_schema" in done.stdout + done.stderr
+    assert "//tests:test_checkpoints" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -139,7 +116,7 @@ def test_bazel_builds_everything_and_runs_a_test(tmp_path):
 def test_buildifier_has_nothing_to_change(tmp_path):
     buildifier = npm_binary(BUILDIFIER, "buildifier-linux_amd64", tmp_path)
     files = ["BUILD", "WORKSPACE", "MODULE.bazel", "tests/pytest.bzl"]
-    files += [str(path) for room in build_files.ROOMS for path in (ROOT / room).rglob("BUILD")]
+    files += [f"{room}/BUILD" for room in ROOMS]
     done = subprocess.run(
         [buildifier, "-mode=check", "-lint=warn", *files], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -4,25 +4,14 @@ import pathlib
 
 import pytest
 
-from tools import build_files
+from tests.import_graph import ROOT, import_graph, imported_modules, python_files
 
-ROOT = build_files.ROOT
 ALLOWED = {
     "omnihuman_jax": {"omnihuman_jax"},
     "data_pipelines": {"data_pipelines", "omnihuman_jax"},
     "experiments": {"experiments", "data_pipelines", "omnihuman_jax"},
     "tpu": {"tpu", "experiments", "data_pipelines", "omnihuman_jax"},
 }
-
-
-def import_graph() -> dict[str, set[str]]:
-    """Module -> first-party modules it imports, for every room."""
-    paths = build_files.python_files(ROOT)
-    modules = {build_files.module_name(path): path for path in paths}
-    return {
-        name: build_files.imported_modules((ROOT / path).read_text(encoding="utf-8"), path, modules)
-        for name, path in modules.items()
-    }
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -56,7 +45,17 @@ def test_no_module_imports_itself_in_a_circle():
 def test_no_source_file_names_a_path_of_one_machine():
     homes = ("/ho" + "me/", "/wo" + "rk/", "/ro" + "ot/")
     wrong = []
-    for path in build_files.python_files(ROOT):
-        text = (ROOT / pathlib.Path(path)).read_text(encoding="utf-8")
+    for path in python_files(ROOT):
+        text = (ROOT / path).read_text(encoding="utf-8")
         wrong += [f"{path}: {home}" for home in homes if home in text]
     assert wrong == []
+
+
+def test_imports_are_resolved_to_modules():
+    modules = {
+        name: pathlib.PurePath(path)
+        for name, path in {"a": "a/__init__.py", "a.b": "a/b.py", "a.c": "a/c.py", "a.d": "a/d/__init__.py"}.items()
+    }
+    source = "import a.b\nimport numpy\nfrom a import c, f\nfrom . import b\ndef g():\n    from .d import x\n"
+    found = imported_modules(source, pathlib.PurePath("a/e.py"), modules)
+    assert found == {"a", "a.b", "a.c", "a.d"}

@@ -30,6 +30,7 @@ from omnihuman_jax.models.dit import flops as flops_lib
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state, make_network
 from omnihuman_jax.training.step import jit_train_step
@@ -279,6 +280,7 @@ def main(argv: list[str]) -> int:
     del argv
     if flags.FLAGS.config is None:
         raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
+    config_ranges.check(flags.FLAGS.config)
     if not flags.FLAGS.topology:
         raise UserError("--topology is missing; give one, as --topology=v5p:2x2x2")
     output = Path(flags.FLAGS.output) if flags.FLAGS.output else None

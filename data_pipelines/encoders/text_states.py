@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.weights.write import save_tensors
 
 PREFIX = "states:"
 
@@ -71,4 +71,4 @@ def write(path: str | Path, states: Mapping[str, np.ndarray]) -> None:
         with np.errstate(over="ignore"):
             half = value.astype(np.float16)
         tensors[str(i)] = half if np.array_equal(half.astype(np.float32), value) else value
-    safetensors.numpy.save_file(tensors, path, metadata={"captions": json.dumps(list(states))})
+    save_tensors(path, tensors, {"captions": json.dumps(list(states))})

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.weights.write import save_tensors
 
 MOUTH_POINTS = ("mouth_left", "mouth_right", "mouth_top", "mouth_bottom")
 LOOKS = 8  # attention maps from which appearance is read
@@ -269,7 +269,7 @@ def save_probe(path: str | Path, probe: Probe) -> None:
     arrays = {".".join(map(str, name)): np.asarray(value[...], np.float16) for name, value in state}
     metadata = {"config": json.dumps(dataclasses.asdict(probe.config)), "header": json.dumps(probe.header)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, str(path), metadata)
+    save_tensors(path, arrays, metadata)
 
 
 def load_probe(path: str | Path) -> Probe:

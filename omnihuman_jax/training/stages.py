@@ -57,20 +57,13 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
     """The stage table of a resolved config, in `stage_order`, without stages of zero steps.
 
     Raises:
-      UserError: ratios against principle 2 or outside 0..1, negative steps, weights that cannot be read, no stage left
-        to train.
+      UserError: ratios against principle 2 or outside 0..1, weights that cannot be read, no stage left to train.
     """
-    if config.global_batch_size < 1:
-        raise UserError(f"global_batch_size={config.global_batch_size}: must be at least 1")
     sources = _parse_weights(config.data.source_weights, "data.source_weights", str.strip, "source=weight")
     stages, first = [], 1
     for name in config.stage_order:
         row = config.stages[name]
         where = f"stages.{name}"
-        if row.steps < 0:
-            raise UserError(f"{where}.steps={row.steps}: must not be negative; 0 leaves the stage out")
-        if not 0 <= row.motion_ratio <= 1:
-            raise UserError(f"{where}.motion_ratio={row.motion_ratio}: must lie between 0 and 1")
         ratios = row.ratios.to_dict()
         conditions.check_ratios(ratios, where=f"{where}.ratios", allow_inverted=config.allow_inverted_ratios)
         buckets = _parse_weights(row.bucket_weights, f"{where}.bucket_weights", _parse_size, "HEIGHTxWIDTH=weight")

@@ -1,6 +1,8 @@
 """The formats by name: what an importer or exporter is asked for."""
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ FORMATS: dict[str, ModuleType] = {
     "hunyuan15_diffusers": hunyuan15_diffusers,
 }
 CONFIG_FILE = "config.json"
+LORA = re.compile(r"\blora_(A|B|up|down)\b|\.lora\.(up|down)\.|\.alpha$")
 
 
 def check_format(name: str, flag: str = "--format") -> None:
@@ -49,20 +52,43 @@ def base_entries(name: str, config: ModelConfig, abstract: Any) -> list[Entry]:
     return entries
 
 
+def without_prefix(files: Files, config: ModelConfig, abstract: Any) -> Files:
+    """The checkpoint without a prefix that all its names share (`model.diffusion_model.`), if formats' names follow it.
+
+    Args:
+      files: the checkpoint.
+      config: the model's configuration.
+      abstract: its parameter tree, of anything with a shape.
+    """
+    shared = os.path.commonprefix([name.split(".")[:-1] for name in files.stored])
+    if not shared:
+        return files
+    known = {theirs for theirs_of in _names(config, abstract).values() for theirs in theirs_of}
+    prefixes = ["", *(".".join(shared[:n]) + "." for n in range(1, len(shared) + 1))]
+    best = max(prefixes, key=lambda prefix: sum(name.removeprefix(prefix) in known for name in files.stored))
+    return Files(files.path, {name.removeprefix(best): stored for name, stored in files.stored.items()}, best)
+
+
 def check_files(name: str, files: Files, entries: list[Entry], config: ModelConfig, abstract: Any) -> None:
     """Checks a checkpoint of a base against the model, before any tensor is read.
 
     Raises:
-      UserError: tensors missing, left over or misshapen; another layout or format; a config.json beside the weights
-        that says something else than the model's config.
+      UserError: tensors missing, left over or misshapen; another layout or format; a LoRA; a config.json beside the
+        weights that says something else than the model's config.
     """
+    if lora := next(filter(LORA.search, files.stored), None):
+        raise UserError(
+            f"{files.path}: is a LoRA (it has {lora}), which changes a base and is none; give the base's own weights, "
+            "or the base with the LoRA merged into it"
+        )
     if any(getattr(FORMATS[name], "OTHER_LAYOUT", "\0") in tensor for tensor in files.stored):
         raise UserError(
             f"{files.path}: has the older layout with {FORMATS[name].OTHER_LAYOUT}, which computes something else; "
             "get the diffusers one"
         )
     _check_config(files.path.parent / CONFIG_FILE, files.settings(CONFIG_FILE), FORMATS[name].class_config(config))
-    account(entries, files.shapes, files.path, _hint(name, files.stored.keys(), config, abstract))
+    where = f"{files.path} (names without {files.prefix})" if files.prefix else files.path
+    account(entries, files.shapes, where, _hint(name, files.stored.keys(), config, abstract))
 
 
 def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -77,12 +103,18 @@ def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, A
         )
 
 
-def _hint(name: str, found: Any, config: ModelConfig, abstract: Any) -> str:
+def _names(config: ModelConfig, abstract: Any) -> dict[str, set[str]]:
+    """Format -> the names that it has for this model's tensors."""
+    shapes = our_shapes(abstract)
+    return {
+        name: {entry.theirs for entry in expand(module.rows(config), shapes, config.patch_size)}
+        for name, module in FORMATS.items()
+    }
+
+
+def _hint(name: str, found: Iterable[str], config: ModelConfig, abstract: Any) -> str:
     """Which format the names are, when they are not this one's; else what may be wrong."""
-    fits = {}
-    for other, module in FORMATS.items():
-        entries = expand(module.rows(config), our_shapes(abstract), config.patch_size)
-        fits[other] = sum(entry.theirs in found for entry in entries)
+    fits = {other: len(theirs.intersection(found)) for other, theirs in _names(config, abstract).items()}
     best = max(fits, key=fits.get)
     if fits[best] > 2 * fits[name]:
         return f"these are names of --format={best}"

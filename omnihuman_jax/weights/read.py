@@ -1,4 +1,4 @@
-"""Reading safetensors from disk, a tensor or some of its rows at a time: one file, or shards with an index.
+"""Reading safetensors from disk, a tensor or some of its rows at a time: one file, or shards with or without an index.
 
 The header is read here rather than by the safetensors package, so that a damaged file is reported with the tensor it
 hits, and so that rows of a tensor can be read without the rest of it. Pickles are never opened. Every importer
@@ -26,6 +26,8 @@ DTYPES = {
 }
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+MISSING_LISTED = 12  # missing shards named in an error
 MAX_HEADER_BYTES = 10**8  # the format's own limit
 
 
@@ -44,10 +46,11 @@ class Files:
     Attributes:
       path: the file or index that was opened; named in errors.
       stored: name -> where it lies.
+      prefix: what the names in the file begin with and those in `stored` do not.
     """
 
-    def __init__(self, path: Path, stored: Mapping[str, Stored]):
-        self.path, self.stored = path, stored
+    def __init__(self, path: Path, stored: Mapping[str, Stored], prefix: str = ""):
+        self.path, self.stored, self.prefix = path, stored, prefix
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -92,11 +95,11 @@ def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
     """Opens a safetensors file, an index of shards, or a directory with either; reads headers only.
 
     Args:
-      path: the file, index, or directory.
+      path: the file, index, or directory. A shard (model-00001-of-00004.safetensors) stands for all of them.
       unused: regular expressions (whole names) of tensors that may be there, of any dtype, and are left out.
 
     Raises:
-      UserError: nothing there, a pickle, a damaged file, an index naming what is missing, a dtype that is not read.
+      UserError: nothing there, a pickle, a damaged file, a missing shard, a dtype that is not read.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,11 +107,9 @@ def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
     _check_no_pickle(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a safetensors file, its index, or the directory with them")
-    if not path.name.endswith(".json"):
-        return Files(path, read_header(path, unused))
+    names = _weight_map(path) if path.name.endswith(".json") else {}
     stored: dict[str, Stored] = {}
-    names = _weight_map(path)
-    for file in sorted(set(names.values())):
+    for file in sorted(set(names.values())) or _shards(path):
         for name, where in read_header(path.parent / file, unused).items():
             if name in stored:
                 raise UserError(f"{path}: tensor {name} is in {stored[name].file.name} and in {file}; keep one of them")
@@ -121,6 +122,27 @@ def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
     return Files(path, stored)
 
 
+def _shards(path: Path) -> list[str]:
+    """Names of the files that make up a checkpoint with this one: its shards where it is one, else itself.
+
+    Raises:
+      UserError: shards are missing.
+    """
+    match = SHARD.fullmatch(path.name)
+    if not match:
+        return [path.name]
+    stem, number, count = match.groups()
+    names = [f"{stem}-{i:0{len(number)}d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - MISSING_LISTED} more" if len(missing) > MISSING_LISTED else ""
+        raise UserError(
+            f"{path}: is one of {int(count)} shards; beside it {', '.join(missing[:MISSING_LISTED])}{more} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; get {'it' if len(missing) == 1 else 'them'} too"
+        )
+    return names
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
@@ -128,7 +150,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _in_directory(folder: Path) -> Path:
     for pattern in (f"*{INDEX}", "*.safetensors"):
         found = sorted(folder.glob(pattern))
-        if len(found) == 1:
+        series = {match.group(1, 3) if (match := SHARD.fullmatch(file.name)) else file for file in found}
+        if len(series) == 1:
             return found[0]
         if found:
             raise UserError(f"{folder}: holds {', '.join(file.name for file in found)}; name the one to read")

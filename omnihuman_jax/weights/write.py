@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -44,6 +45,25 @@ def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
     return files
 
 
+def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes one safetensors file beside itself, then renames it.
+
+    It gets the mode that any new file gets here: safetensors itself writes files that only their owner can read.
+
+    Args:
+      path: the file, in a directory that exists.
+      tensors: name -> contiguous array.
+      metadata: strings for the header.
+    """
+    partial = Path(f"{path}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
+    safetensors.numpy.save_file(dict(tensors), partial, metadata=dict(metadata))
+    partial.chmod(mode)
+    os.replace(partial, path)
+
+
 def write_files(
     folder: Path,
     tensors: Mapping[str, np.ndarray],
@@ -53,8 +73,6 @@ def write_files(
     metadata: Mapping[str, str],
 ) -> int:
     """Writes STEM.safetensors, or STEM-00001-of-0000N.safetensors … with an index; holds one file's tensors at a time.
-
-    A file is written beside itself first, then renamed.
 
     Args:
       folder: directory, which exists.
@@ -74,10 +92,7 @@ def write_files(
     where = {}
     for i, names in enumerate(files, 1):
         file = f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else f"{stem}.safetensors"
-        part = {name: np.ascontiguousarray(tensors[name]) for name in names}
-        partial = folder / f"{file}.partial"
-        safetensors.numpy.save_file(part, partial, metadata=dict(metadata))
-        os.replace(partial, folder / file)
+        save_tensors(folder / file, {name: np.ascontiguousarray(tensors[name]) for name in names}, metadata)
         where |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

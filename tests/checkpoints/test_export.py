@@ -1,6 +1,7 @@
 """Exported directories: bit-exact there and back, complete or absent, and refused when damaged."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.state import TrainState, make_network
 from tests.inference import tiny
+from tests.weights.bases import FORMS, network_of, random_params
 
 INFO = {"step": 12, "stage": "stage2", "path": "somewhere"}
 
@@ -40,6 +42,21 @@ def test_parameters_come_back_bit_for_bit(tmp_path, config, max_bytes):
     assert make_network(loaded).config == make_network(config).config
     files = sorted(file.name for file in made.glob("model*"))
     assert (files == ["model.safetensors"]) == (max_bytes > 20_000)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+@pytest.mark.parametrize("naming", ["", "motif"])
+def test_what_is_written_has_the_mode_of_new_files(tmp_path, config, naming, mask):
+    config = tiny.config(tmp_path, **FORMS[naming]) if naming else config
+    before = os.umask(mask)
+    try:
+        params = random_params(network_of(naming)) if naming else tiny.params()
+        made = export.save(tmp_path / "out", config, params, INFO, ema=True, naming=naming, max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    for path in (made, *made.rglob("*")):
+        mode = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == mode & ~mask, path
 
 
 def test_bfloat16_parameters_come_back_bit_for_bit(tmp_path, config):

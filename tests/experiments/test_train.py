@@ -12,6 +12,7 @@ from experiments import train
 from experiments.common import cli
 from experiments.configs import base, demo
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config
@@ -90,11 +91,19 @@ def test_compute_is_bfloat16_on_float32_parameters_by_default():
 
 
 @pytest.mark.parametrize(("key", "value"), [("keep", 0), ("keep", -1), ("every", 0), ("keep_every", -2)])
-def test_intervals_that_mean_nothing_are_refused(tmp_path, key, value):
+def test_intervals_that_mean_nothing_are_refused(key, value):
     config = demo.get_config()
     config.checkpoint[key] = value
     with pytest.raises(UserError, match=f"checkpoint.{key}={value}: must be"):
-        train.check_start(config, curriculum(config), tmp_path)
+        config_ranges.check(config)
+
+
+def test_a_number_out_of_its_range_is_one_line_and_status_2(tmp_path):
+    flags = ("--config.optimizer.eps=nan", f"--config.data.dir={tmp_path}")
+    done = run(f"--config={PRESET}", f"--workdir={tmp_path}/run", *flags)
+    assert done.returncode == 2
+    assert done.stderr == "error: optimizer.eps=nan: must be a finite number above 0\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_that_has_begun_no_longer_needs_what_it_started_from(tmp_path):

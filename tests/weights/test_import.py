@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from experiments.import_weights import fresh_conditions, import_base
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.export import to_tensors
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit.config import BASE_ONLY_INPUTS, ModelConfig
 from omnihuman_jax.sharding.rules import tree_shardings
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
@@ -104,6 +106,62 @@ def test_what_is_wrong_with_a_base_is_one_line(spoil, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.", "transformer.", "module."])
+def test_a_prefix_of_all_names_is_left_out_and_named(prefix, tmp_path, capsys):
+    config, path = config_of("hunyuan", tmp_path), tmp_path / "base.safetensors"
+    params = random_params(network_of("hunyuan"))
+    tensors = write_base(path, "hunyuan", params)
+    safetensors.numpy.save_file({prefix + name: value for name, value in tensors.items()}, path)
+    import_base(config, str(path), "hunyuan", str(tmp_path / "out"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "begins with" in line]
+    assert told == [f"{path}: every tensor's name begins with {prefix}, which is left out"]
+    loaded = to_tensors(export.load(tmp_path / "out")[1])
+    for name, value in to_tensors(params).items():
+        if not is_condition(name):
+            np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+
+
+def test_errors_of_a_checkpoint_with_a_prefix_are_as_without_it(tmp_path):
+    path, network = tmp_path / "base.safetensors", network_of("hunyuan")
+    tensors = write_base(path, "hunyuan", random_params(network))
+    tensors.pop("final_layer.linear.bias")
+    safetensors.numpy.save_file({f"model.{name}": value for name, value in tensors.items()}, path)
+    with pytest.raises(
+        UserError,
+        match=r"\(names without model\.\): tensor final_layer\.linear\.bias \(here final\.proj",
+    ):
+        import_base(config_of("hunyuan", tmp_path), str(path), "hunyuan", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"these are names of --format=hunyuan$"):
+        import_base(config_of("hunyuan", tmp_path), str(path), "hunyuan_diffusers", str(tmp_path / "out"))
+
+
+def test_what_all_names_share_stays_where_the_formats_have_it(tmp_path):
+    path, network = tmp_path / "base.safetensors", network_of("hunyuan")
+    tensors = write_base(path, "hunyuan", random_params(network))
+    part = {name: value for name, value in tensors.items() if name.startswith("double_blocks.")}
+    for prefix in ("", "model."):
+        safetensors.numpy.save_file({prefix + name: value for name, value in part.items()}, path)
+        files = formats.without_prefix(open_files(path), network.config, network.abstract_params)
+        assert files.prefix == prefix and set(files.stored) == set(part)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("transformer.single_blocks.0.linear1.lora_A.weight", "transformer.single_blocks.0.linear1.lora_B.weight"),
+        ("lora_unet_single_blocks_0_linear1.lora_down.weight", "lora_unet_single_blocks_0_linear1.alpha"),
+        ("single_blocks.0.linear1.lora.up.weight", "double_blocks.0.linear1.lora.down.weight"),
+        ("diffusion_model.img_in.hada_w1_a", "diffusion_model.img_in.alpha"),
+    ],
+)
+def test_a_lora_is_refused_by_its_name(names, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file({name: np.zeros((2, 2), np.float32) for name in names}, path)
+    with pytest.raises(UserError, match=r"lora\.safetensors: is a LoRA .*; give the base's own weights") as caught:
+        import_base(config_of("hunyuan", tmp_path), str(path), "hunyuan", str(tmp_path / "out"))
+    assert "missing" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_a_base_of_another_preset_or_format_says_so(tmp_path):
     params = random_params(network_of("hunyuan"))
     path = tmp_path / "base.safetensors"
@@ -130,6 +188,13 @@ def test_the_command_reports_a_mistake_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(errors) == 1 and "is a pickle" in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_docs_tell_of_every_input_that_only_a_base_has():
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for setting, line in BASE_ONLY_INPUTS.items():
+        assert hasattr(ModelConfig(), setting)
+        assert f"| `{setting}` | {line.split('; here')[0]}" in page
 
 
 def test_missing_arguments_are_named(tmp_path):

@@ -57,6 +57,39 @@ def test_one_file_its_directory_an_index_and_its_directory_read_the_same(file, t
     assert_reads(tmp_path / "shards", tensors)
 
 
+def write_series(folder, tensors):
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"model-{i:05d}-of-{len(tensors):05d}.safetensors" for i in range(1, len(tensors) + 1)]
+    for file, (name, value) in zip(files, tensors.items(), strict=True):
+        safetensors.numpy.save_file({name: value}, file)
+    return files
+
+
+def test_shards_without_an_index_are_read_together(tensors, tmp_path):
+    files = write_series(tmp_path / "shards", tensors)
+    assert_reads(tmp_path / "shards", tensors)
+    assert_reads(files[2], tensors)
+
+
+def test_missing_shards_are_named(tensors, tmp_path):
+    files = write_series(tmp_path / "shards", tensors)
+    files[1].unlink()
+    for given in (files[0], tmp_path / "shards"):
+        with pytest.raises(UserError, match=r"one of 4 shards; beside it model-00002-of-00004\.safetensors is missing"):
+            open_files(given)
+    files[0].unlink()
+    files[2].unlink()
+    with pytest.raises(UserError, match=r"model-00001-of-00004.*, model-00003-of-00004\.safetensors are missing"):
+        open_files(tmp_path / "shards")
+
+
+def test_shards_of_two_checkpoints_are_not_mixed(tensors, tmp_path):
+    write_series(tmp_path / "shards", tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "shards" / "other.safetensors")
+    with pytest.raises(UserError, match="name the one to read"):
+        open_files(tmp_path / "shards")
+
+
 def test_rows_are_read_alone(file, tensors):
     np.testing.assert_array_equal(open_files(file).read("a", slice(1, 3)), tensors["a"][1:3])
 

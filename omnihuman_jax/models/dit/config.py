@@ -21,10 +21,20 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 
+# Inputs of open bases that no data set here holds: the setting that gives the network one -> what feeds it at inference
+# in the original, and what it is in training and generation here. The weights behind one are loaded and exported.
+BASE_ONLY_INPUTS = {
+    "pooled_text_dim": "HunyuanVideo: CLIP's pooled vector of the prompt; here zero",
+    "guidance_embed": "HunyuanVideo: the scale of its distilled guidance; here always `guidance_default`",
+    "text2_dim": "HunyuanVideo-1.5: Glyph-ByT5 states of the words to be written in the picture; here absent",
+    "image_embed_dim": "Motif-Video, HunyuanVideo-1.5: an image encoder's states of the first frame; here absent",
+    "first_frame_channels": "Motif-Video, HunyuanVideo-1.5: the first frame's latents and a mask; here zero",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of `OmniHuman`; the defaults are demo-sized.
+    """Sizes and switches of `OmniHuman`; the defaults are demo-sized. Those in `BASE_ONLY_INPUTS` are for open bases.
 
     Attributes:
       family: the network class, a name of `models.registry`.
@@ -57,7 +67,7 @@ class ModelConfig:
         with projections of their own, in the dual or the single blocks (Motif-Video); never in the decoder tail.
       text2_dim: width of a second text encoder's token states in the batch's `text2`, which join the text tokens
         (HunyuanVideo-1.5: Glyph-ByT5 states of the words to be written in the picture; 0: none).
-      first_frame_channels: channels stacked on the noisy latents from the batch's `condition` (Motif-Video: 16 of the
+      first_frame_channels: channels stacked on the noisy latents from the batch's `first_frame` (Motif-Video: 16 of the
         first frame's latents and a mask; HunyuanVideo-1.5: 32 and a mask); left out of the batch they are zero, which
         is text-to-video.
       image_embed_dim: width of the image encoder's states in the batch's `image`, which join the text tokens (0: none).

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax import lax
 
@@ -28,6 +27,7 @@ from omnihuman_jax.models.vae.layers import (
     Stream,
     Upsample,
 )
+from omnihuman_jax.weights.write import save_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,15 +319,12 @@ def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mappi
       dtype: storage type of the parameters, "float32" or "float16".
       notes: further header entries (how it was trained).
     """
-    path = Path(path)
     tensors = {}
     for keys, value in nnx.to_flat_state(nnx.state(vae, nnx.Param)):
         tensors[".".join(map(str, keys))] = np.ascontiguousarray(np.asarray(value[...]).astype(dtype))
     config = {**dataclasses.asdict(vae.config), "dtype": "float32"}
     metadata = {**(notes or {}), "format": "omnihuman_jax.vae", "config": json.dumps(config)}
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(tensors, partial, metadata=metadata)
-    partial.rename(path)
+    save_tensors(path, tensors, metadata)
 
 
 def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:

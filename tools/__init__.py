@@ -1,1 +1,0 @@
-"""Tools for working on the repository itself."""
