@@ -10,10 +10,10 @@ from data_pipelines.keypoints import INDEX, KEYPOINTS
 from data_pipelines.raw import media
 from experiments.train_probe import __main__, training
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.evaluation import probe as obs
+from omnihuman_jax.evaluation import probe as probe_lib
 
 SIZE = (96, 80)
-CONFIG = obs.ProbeConfig(KEYPOINTS, ("a",), (0.0,), (1.0,), widths=(8, 8, 8, 8), canvas=48, crop=16)
+CONFIG = probe_lib.ProbeConfig(KEYPOINTS, ("a",), (0.0,), (1.0,), widths=(8, 8, 8, 8), canvas=48, crop=16)
 FACE = {"left_eye": (50, 30), "right_eye": (30, 30), "chin": (40, 56), "mouth_left": (46, 46), "mouth_right": (34, 46)}
 FACE |= {"mouth_top": (40, 44), "mouth_bottom": (40, 48)}
 
@@ -81,7 +81,7 @@ def test_a_mistake_in_the_thread_reaches_the_trainer():
 def test_training_lowers_every_part_of_the_loss():
     clips = [face_clip(np.random.default_rng(i)) for i in range(8)]
     batch = next(training.batches(clips, CONFIG, 16, seed=1))
-    fresh = obs.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))
+    fresh = probe_lib.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))
     trained = training.train(CONFIG, clips, steps=60, batch=16, seed=0, rate=1e-2)
     _, before = training.loss(fresh, batch)
     _, after = training.loss(trained, batch)
@@ -89,15 +89,15 @@ def test_training_lowers_every_part_of_the_loss():
         assert after[name] < 0.75 * before[name], name
 
 
-def test_accuracy_of_a_perfect_observer_is_perfect():
+def test_accuracy_of_a_perfect_probe_is_perfect():
     clips = [face_clip(np.random.default_rng(i), frames=12) for i in range(3)]
 
-    class Perfect(obs.Probe):
-        def observe(self, frames):
+    class Perfect(probe_lib.Probe):
+        def read(self, frames):
             clip = next(c for c in clips if c.frames is frames)
-            return obs.Observation(clip.keypoints, clip.mouth, np.zeros((len(frames), 1)), 20.0)
+            return probe_lib.Reading(clip.keypoints, clip.mouth, np.zeros((len(frames), 1)), 20.0)
 
-    accuracy = training.accuracy_on(Perfect(CONFIG, obs.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))), clips)
+    accuracy = training.accuracy_on(Perfect(CONFIG, probe_lib.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))), clips)
     assert accuracy["mouth_clips"] == 3
     assert (accuracy["mouth_correlation"], accuracy["visibility_accuracy"]) == (1, 1)
     assert accuracy["keypoint_error_percent"] == accuracy["mouth_error"] == 0
