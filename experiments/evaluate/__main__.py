@@ -13,6 +13,7 @@ from absl import flags
 
 from data_pipelines.schema import Dataset
 from experiments.common import cli, files
+from experiments.evaluate import checkpoint as checkpoint_lib
 from experiments.evaluate.checkpoint import Options, evaluate_checkpoint, setup_devices
 from experiments.evaluate.rendered import heldout_indices
 from omnihuman_jax.errors import UserError
@@ -61,6 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Prepared data with held-out rendered clips.")
     flags.DEFINE_string("output", None, "The JSON file to write.")
     Options.define_flags()
+    flags.adopt_module_key_flags(checkpoint_lib)  # so that --help lists them
 
 
 def main(_: list[str]) -> None:

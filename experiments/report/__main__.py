@@ -11,6 +11,7 @@ from absl import flags
 
 from data_pipelines.schema import Dataset
 from experiments.common import cli
+from experiments.evaluate import checkpoint as checkpoint_lib
 from experiments.evaluate.checkpoint import Options, evaluate_checkpoint, setup_devices
 from experiments.report.write import write_report
 from omnihuman_jax.errors import UserError
@@ -21,6 +22,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Run directory, as given to experiments.train.")
     flags.DEFINE_string("data", "", "Prepared data; empty = the run's data.dir.")
     Options.define_flags()
+    flags.adopt_module_key_flags(checkpoint_lib)  # so that --help lists them
 
 
 def main(_: list[str]) -> None:

@@ -73,7 +73,7 @@ def metric_section(metric: Metric, measure: Mapping[str, Any], strips: Sequence[
         interval = "-" if row["low"] is None else f"{number(row['low'])} … {number(row['high'])}"
         numbers = [number(row["mean"]), number(row["std"]), interval, str(row["n"]), str(row["left_out"])]
         rows.append([labels[name], *numbers])
-    head = ("generated with / read in", "mean", "std", "95 % interval of the mean", "clips", "left out")
+    head = ("frames", "mean", "std", "95 % interval of the mean", "clips", "left out")
     parts = [f"<h3>{escape(metric.title)}</h3><p>{escape(metric.explanation)}</p>"]
     if "gap" in measure:
         parts.append(f'<p class="verdict">{escape(verdict(measure["gap"]))}</p>')
@@ -118,11 +118,12 @@ def evaluation_section(evaluation: Mapping[str, Any] | None, strips: Mapping[str
         f"<p>On held-out <b>rendered</b> (synthetic) speakers and sentences that were not in the training data: "
         f"{evaluation['frames']} frames ({evaluation['frames'] / 25:.2f} s) of each clip, generated with its own "
         f"conditions and again with one condition of another clip, always compared with its own truth. "
-        f"{escape(sampling)}.</p>",
-        "<p>A small network, the <i>probe</i>, reads these numbers in the frames; it was trained on rendered frames. "
-        "They are proxies for rendered people at this size; they are not the published metrics and cannot be compared "
-        "with other work. Two rows show the limits: what the probe reads in the real frames, and in the real frames "
-        "through the VAE, which no model on these latents can beat.</p>",
+        f"Settings: {escape(sampling)}.</p>",
+        "<p>The numbers come from a small network, the <i>probe</i>, which reads keypoints, mouth opening and "
+        "appearance in the frames. It was trained on rendered frames, so they are proxies for rendered people at this "
+        "size; they are not the published metrics and cannot be compared with other work. Two rows show the limits: "
+        "what the probe reads in the real frames, and in the real frames through the VAE, which no model on these "
+        "latents can beat.</p>",
         probe_table(evaluation.get("probe", {})),
     ]
     for note in evaluation["notes"]:
@@ -142,8 +143,8 @@ def probe_table(header: Mapping[str, Any]) -> str:
         "mouth correlation",
         "mouth error (0 to 1)",
         "keypoint error, % of diagonal",
-        "visibility right",
-        "appearance numbers it can read",
+        "visibility correct",
+        "attributes it can read",
         "clips",
     )
     names = {"rendered": "as rendered", "reconstructed": "through the VAE"}

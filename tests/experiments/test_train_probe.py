@@ -1,6 +1,8 @@
 """The probe's training examples are geometrically right, repeatable, and teach it something."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,19 +113,36 @@ def test_a_directory_without_rendered_clips_is_one_line(tmp_path):
         __main__.read_clips(tmp_path, {"clips": []}, "heldout")
 
 
+def write_clips(folder, **splits: training.Clip) -> None:
+    """Clips by split, as data_pipelines.synthetic writes them."""
+    (folder / "annotations").mkdir()
+    entries = []
+    for split, clip in splits.items():
+        media.write_mp4(folder / "clips" / f"{split}.mp4", clip.frames)
+        np.savez(
+            folder / "annotations" / f"{split}.npz",
+            truth_keypoints=clip.keypoints,
+            mouth=clip.mouth,
+            attributes=clip.attributes,
+            attribute_names=np.array(["a"]),
+        )
+        entries.append({"file": f"clips/{split}.mp4", "annotations": f"annotations/{split}.npz", "split": split})
+    (folder / "manifest.json").write_text(json.dumps({"clips": entries}))
+
+
 def test_clips_are_read_with_their_exact_keypoints(tmp_path):
     clip = face_clip(np.random.default_rng(0))
-    media.write_mp4(tmp_path / "clips" / "0.mp4", clip.frames)
-    (tmp_path / "annotations").mkdir()
-    np.savez(
-        tmp_path / "annotations" / "0.npz",
-        truth_keypoints=clip.keypoints,
-        mouth=clip.mouth,
-        attributes=clip.attributes,
-        attribute_names=np.array(["a"]),
-    )
-    entry = {"file": "clips/0.mp4", "annotations": "annotations/0.npz", "split": "train"}
-    (tmp_path / "manifest.json").write_text(json.dumps({"clips": [entry]}))
+    write_clips(tmp_path, train=clip)
     (read,) = __main__.read_clips(tmp_path, __main__.read_manifest(tmp_path), "train")
     np.testing.assert_array_equal(read.keypoints, clip.keypoints)
     assert read.frames.shape == clip.frames.shape and read.attribute_names == ("a",)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_probe_with_its_accuracy(tmp_path):
+    rng = np.random.default_rng(0)
+    write_clips(tmp_path, train=face_clip(rng), heldout=face_clip(rng, frames=12))
+    output = tmp_path / "probe.safetensors"
+    words = ["experiments.train_probe", f"--data={tmp_path}", f"--output={output}", "--steps=1", "--batch=2"]
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=280)
+    assert probe_lib.load_probe(output).header["accuracy"]["rendered"]["clips"] == 1

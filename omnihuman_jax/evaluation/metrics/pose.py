@@ -26,7 +26,7 @@ def measure(sample: Sample) -> float:
 METRIC = Metric(
     name="pose",
     title="Pose: are the keypoints where the pose puts them?",
-    explanation="Distance between the keypoints that the probe finds and those of the right clip, over visible ones.",
+    explanation="Mean distance of the keypoints that the probe finds from those of the right clip, over visible ones.",
     unit="mean keypoint distance in % of the frame diagonal",
     better="lower",
     eligibility=Eligibility("of one size have keypoints and audio", _has_pose),
