@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 
 
@@ -18,8 +19,7 @@ def keypoint_error(predicted: np.ndarray, truth: np.ndarray, size: tuple[int, in
     """
     height, width = size
     predicted, truth = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
-    if predicted.shape[:2] != truth.shape[:2]:
-        raise ValueError(f"keypoints of one shape are needed, not {predicted.shape} and {truth.shape}")
+    chex.assert_equal_shape_prefix([predicted, truth], 2)
     distance = np.hypot(*np.moveaxis((predicted[..., :2] - truth[..., :2]) * (width, height), -1, 0))
     counted = visible(truth)
     return float(100 * distance[counted].mean() / np.hypot(height, width)) if counted.any() else float("nan")

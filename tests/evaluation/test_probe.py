@@ -1,6 +1,6 @@
 """The probe's geometry against exact cases, its file, and its reading of frames."""
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,9 +51,9 @@ def test_a_reading_has_frame_units_for_any_frame_size_and_number(small):
     for size in ((96, 96), (128, 80), (112, 176)):
         frames = np.random.default_rng(0).integers(0, 256, (probe_lib.BATCH + 3, *size, 3), dtype=np.uint8)
         seen = small.read(frames)
-        assert seen.keypoints.shape == (len(frames), len(KEYPOINTS), 3)
-        assert seen.mouth.shape == (len(frames),) and ((seen.mouth >= 0) & (seen.mouth <= 1)).all()
-        assert seen.attributes.shape == (len(frames), 2)
+        shapes = [(len(frames), len(KEYPOINTS), 3), (len(frames),), (len(frames), 2)]
+        chex.assert_shape([seen.keypoints, seen.mouth, seen.attributes], shapes)
+        assert ((seen.mouth >= 0) & (seen.mouth <= 1)).all()
         # The letterbox is undone: points lie on the canvas, whose middle strip is the frame.
         reach = 0.5 * max(size) / np.array(size[::-1]) + 1e-3
         assert (np.abs(seen.keypoints[..., :2] - 0.5) <= reach).all()
@@ -70,8 +70,7 @@ def test_a_saved_probe_reads_the_same(small, tmp_path):
     probe_lib.save_probe(path, small)
     again = probe_lib.load_probe(path)
     assert again.config == small.config and again.header == small.header
-    for a, b in zip(jax.tree.leaves(nnx.state(small.network)), jax.tree.leaves(nnx.state(again.network))):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)  # float16
+    chex.assert_trees_all_close(nnx.state(small.network), nnx.state(again.network), rtol=1e-3, atol=1e-6)  # float16
 
 
 def test_a_file_that_is_no_probe_is_one_line(tmp_path):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import numpy as np
 import pytest
 from flax import nnx
@@ -69,8 +70,7 @@ def test_batches_are_a_function_of_seed_and_step():
     first, again, other = (training.batches(clips, CONFIG, 4, seed) for seed in (0, 0, 1))
     for _ in range(3):
         a, b, c = next(first), next(again), next(other)
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+        chex.assert_trees_all_equal(a, b)
         assert not np.array_equal(a["canvas"], c["canvas"])
 
 
