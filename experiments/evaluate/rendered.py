@@ -273,10 +273,10 @@ class _Group:
         if other is None:
             return None
         foreign = {source.foreign: other.record}
-        reference, audio, pose = (foreign.get(name, clip.record) for name in ("reference", "audio", "pose"))
+        text, reference, audio, pose = (foreign.get(name, clip.record) for name in conditions.CONDITIONS)
         return Conditions(
             reference=reference["references"][-1],
-            text=clip.record["text"],
+            text=text["text"],
             audio=audio["audio"],
             keypoints=pose["keypoints"] if source.pose else None,
             seed=self.seed + clip.index,

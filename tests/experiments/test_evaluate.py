@@ -124,6 +124,12 @@ def test_only_the_generations_that_the_metrics_need_are_made_and_each_once(datas
     assert list(both.comparisons) == ["colour"]  # the strips of identity would be the same
 
 
+def test_a_condition_that_no_clip_can_supply_is_refused():
+    for wrong in ({"foreign": "keypoints", "differs_in": "id"}, {"foreign": "pose"}):
+        with pytest.raises(ValueError, match="foreign must be one of"):
+            Generated(**wrong)
+
+
 def brightness(sample) -> float:
     return float(sample.frames.mean())
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from omnihuman_jax.conditions import CONDITIONS
 from omnihuman_jax.evaluation.probe import Probe, Reading
 
 MIN_FACE = 18.0  # pixels from eyes to chin; the probe misreads the mouth of a smaller face
@@ -53,13 +54,17 @@ class Generated:
 
     Attributes:
       pose: also give keypoints.
-      foreign: the condition that another clip supplies: "reference", "audio" or "pose"; "" for none.
+      foreign: the condition that another clip supplies; "" for none.
       differs_in: the record field in which that other clip must differ from this one.
     """
 
     pose: bool = False
     foreign: str = ""
     differs_in: str = ""
+
+    def __post_init__(self):
+        if self.foreign not in ("", *CONDITIONS) or bool(self.foreign) != bool(self.differs_in):
+            raise ValueError(f"{self}: foreign must be one of {', '.join(CONDITIONS)} and comes with differs_in")
 
 
 class Limit(enum.Enum):
