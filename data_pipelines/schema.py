@@ -169,6 +169,18 @@ def _check(record: Mapping[str, Any], meta: Meta) -> None:
         raise ValueError(f"record {name}: split is {record['split']!r}, expected one of {SPLITS}")
 
 
+def check_sizes(dataset: Dataset, model: Any) -> None:
+    """Raises UserError where the features of a data set have other sizes than the model's config says."""
+    keys = [key for condition in conditions.table() for key in condition.sizes if key in dataset.meta.sizes]
+    for key in ("latent_channels", *keys):
+        size = dataset.meta.latent_channels if key == "latent_channels" else dataset.meta.sizes[key]
+        if model[key] != size:
+            raise UserError(
+                f"model.{key}={model[key]}, but the data set {dataset.directory} has {size}; set "
+                f"--config.model.{key}={size}, or prepare the data with the encoders this preset expects"
+            )
+
+
 class DatasetWriter:
     """Writes a data set directory; use as a context manager.
 

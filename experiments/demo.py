@@ -29,7 +29,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
 _CONFIG = flags.DEFINE_string("config", "experiments/configs/demo.py", "Preset to train, PRESET.py[:ARG].")
 _CLIPS = flags.DEFINE_integer("clips", 160, "Rendered clips to make.", lower_bound=8)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
-_EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per measure in the report.")
+_EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per metric in the report.")
 
 
 @dataclasses.dataclass
@@ -155,14 +155,14 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
 
 
 def write_report(workdir: Path, jobs: list[dict[str, str]], journal: Journal, *, config: Any) -> None:
-    """Evaluates the newest checkpoint on held-out rendered clips and writes write.html."""
-    from experiments.report import write  # after the flags are parsed: it brings in JAX and the model
+    """Evaluates the newest checkpoint on held-out rendered clips and writes report.html."""
+    # After the flags are parsed, because these import JAX and the model.
+    from experiments.evaluate.checkpoint import Options, evaluate_checkpoint
+    from experiments.report import write
 
     dataset = Dataset.open(workdir / "data")
     with journal.phase("evaluation"):
-        evaluation = write.evaluate_checkpoint(
-            workdir, dataset, clips=_EVALUATION_CLIPS.value, frames=21, steps=config.sample.steps
-        )
+        evaluation = evaluate_checkpoint(workdir, dataset, Options(clips=_EVALUATION_CLIPS.value))
     videos = [write.Video(Path(job["path"]), job["title"], job["text"]) for job in jobs]
     notes = [
         "Rendered people are synthetic. Captions of the real clips were written by hand.",

@@ -8,7 +8,6 @@ Audio alone drives the speech, pose alone the movement, both together both; neit
 
 import dataclasses
 import math
-import os
 import time
 import zipfile
 from collections.abc import Collection, Mapping
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from data_pipelines.encoders import pose as pose_encoder
 from data_pipelines.encoders import speech, text
 from data_pipelines.raw import media
-from experiments.common import cli
+from experiments.common import cli, files
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.diffusion import guidance, sampler
@@ -126,13 +125,9 @@ def check_options(options: Options) -> None:
     for name in ("checkpoint", "reference", "output"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing; see --help")
-    output = Path(options.output).absolute()
-    if output.suffix.lower() != ".mp4":
-        raise UserError(f"--output={output}: the name must end in .mp4")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: the directory {output.parent} does not exist; make it first")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output={output}: cannot be written; name another file")
+    if Path(options.output).suffix.lower() != ".mp4":
+        raise UserError(f"--output={options.output}: the name must end in .mp4")
+    files.check_output(options.output)
     if options.seconds is not None and not (math.isfinite(options.seconds) and options.seconds > 0):
         raise UserError(f"--seconds={options.seconds}: must be a positive number")
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
-from data_pipelines.schema import Dataset, given
+from data_pipelines.schema import Dataset, check_sizes, given
 from experiments.common import cli
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
@@ -94,18 +94,6 @@ def define_flags() -> None:
     cli.define_process_flags()
 
 
-def check_sizes(config: ConfigDict, dataset: Dataset) -> None:
-    """Raises UserError where the data set's feature sizes are not what the model takes."""
-    keys = [key for condition in conditions.table() for key in condition.sizes]
-    sizes = {key: dataset.meta.sizes[key] for key in keys if key in dataset.meta.sizes}
-    for key, size in {"latent_channels": dataset.meta.latent_channels, **sizes}.items():
-        if config.model[key] != size:
-            raise UserError(
-                f"model.{key}={config.model[key]}, but the data set {config.data.dir} has {size}; set "
-                f"--config.model.{key}={size}, or prepare the data with the encoders this preset expects"
-            )
-
-
 def check_start(
     config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
 ) -> None:
@@ -142,7 +130,7 @@ def main(_: list[str]) -> None:
     stages = curriculum(config)
     check_start(config, stages, Path(flags.FLAGS.workdir), flags.FLAGS.replace_parameters_at)
     dataset = Dataset.open(config.data.dir)
-    check_sizes(config, dataset)
+    check_sizes(dataset, config.model)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     input_pipeline = InputPipeline.from_config(config, stages, dataset)
     num_processes = cli.join_processes()

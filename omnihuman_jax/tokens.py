@@ -7,6 +7,7 @@ P tokens of one latent frame, D width of a token.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,9 @@ def pack_visual(
     Returns:
       Tokens with N = (pt-patches of 1 + M + T frames) * P; the video tokens are the last ones.
     """
-    b, t, h, w, _ = video.shape
+    b, t, h, w, c = video.shape
+    chex.assert_shape([reference, motion], [(b, h, w, c), (b, None, h, w, c)])
+    chex.assert_shape([has_reference, has_motion], (b,))
     pt, ph, pw = patch
     rows, columns = h // ph, w // pw
     frames = [

@@ -1,3 +1,4 @@
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ def latents(*shape, seed=0):
 def test_unpatchify_undoes_patchify(patch):
     x = latents(2, 4, 4, 6, 3)
     cut = tokens.patchify(jnp.asarray(x), patch)
-    assert cut.shape == (2, x[0].size // (3 * np.prod(patch)), 3 * np.prod(patch))
+    chex.assert_shape(cut, (2, x[0].size // (3 * np.prod(patch)), 3 * np.prod(patch)))
     np.testing.assert_array_equal(tokens.unpatchify(cut, (4, 4, 6), patch), x)
 
 
@@ -47,7 +48,7 @@ def packed(slot=0):
 @pytest.mark.parametrize("slot", [0, -1, 30])
 def test_the_sequence_is_reference_then_motion_then_video(slot):
     row, video, reference, motion = packed(slot)
-    assert row.value.shape == (2, 24, 8)
+    chex.assert_shape(list(row), [(2, 24, 8), (1, 24, 3), (2, 24), (1, 24)])
     assert list(np.asarray(row.position)[0, ::4, 0]) == [slot, -2, -1, 0, 1, 2]
     np.testing.assert_array_equal(np.asarray(row.position)[0, :4, 1:], [[0, 0], [0, 1], [1, 0], [1, 1]])
     np.testing.assert_array_equal(row.value[0, :4], tokens.patchify(jnp.asarray(reference[:, None]), (1, 2, 2))[0])
@@ -65,6 +66,13 @@ def test_absent_parts_have_segment_zero_and_no_value():
 def test_padding_is_segment_zero():
     row, *_ = packed()
     longer = tokens.pad(row, 7)
-    assert longer.value.shape[1] == longer.position.shape[1] == longer.clean.shape[1] == 28
+    chex.assert_shape(list(longer), [(2, 28, 8), (1, 28, 3), (2, 28), (1, 28)])
     assert not np.asarray(longer.segment)[:, 24:].any()
     assert tokens.pad(row, 8) is row
+
+
+def test_parts_of_another_size_are_refused_where_they_would_shift_the_tokens():
+    video, motion, present = latents(2, 3, 4, 4, 2), latents(2, 2, 4, 4, 2), np.ones(2, bool)
+    for reference in (latents(2, 4, 8, 2), latents(1, 4, 4, 2)):
+        with pytest.raises(AssertionError, match="shape"):
+            tokens.pack_visual(video, reference, motion, has_reference=present, has_motion=present, patch=(1, 2, 2))

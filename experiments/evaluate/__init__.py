@@ -1,1 +1,1 @@
-"""How well each condition is obeyed on held-out clips."""
+"""Evaluation of checkpoints on held-out rendered clips."""

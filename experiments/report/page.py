@@ -1,4 +1,4 @@
-"""report.html from the plain data of report.json and pictures already drawn: no numbers are made here."""
+"""report.html from the plain data of report.json, the words of the metrics, and plots already drawn."""
 
 from __future__ import annotations
 
@@ -7,53 +7,9 @@ from html import escape
 from typing import Any
 
 from experiments.report import plots
+from omnihuman_jax.evaluation.metrics.metric import Metric
+from omnihuman_jax.evaluation.metrics.registry import METRICS
 
-ROWS = {
-    "mouth": {
-        "right": "right audio",
-        "wrong": "another sentence's audio",
-        "real": "real frames (limit of the probe)",
-        "reconstruction": "real frames through the VAE",
-    },
-    "pose": {
-        "right": "right pose",
-        "wrong": "another clip's pose",
-        "real": "real frames (limit of the probe)",
-        "reconstruction": "real frames through the VAE",
-        "still": "reference picture held still",
-    },
-    "colour": {
-        "right": "right reference",
-        "wrong": "another person's reference",
-        "real": "real frames (limit)",
-        "reconstruction": "real frames through the VAE",
-        "other person": "the other person's picture itself",
-    },
-}
-ROWS["identity"] = ROWS["colour"]
-TITLES = {
-    "mouth": ("Audio: does the mouth follow the voice?", "mouth"),
-    "pose": ("Pose: are the keypoints where they were asked to be?", "keypoints"),
-    "colour": ("Reference: are the colours those of the picture?", "colours"),
-    "identity": ("Reference: is it the same person?", "appearance"),
-}
-EXPLAIN = {
-    "mouth": (
-        "For each clip, the mouth opening that the probe reads off the generated frames is correlated with the true "
-        "opening that belongs to the right audio. Clips whose true mouth hardly moves are left out and counted; a "
-        "generated mouth that does not move counts as 0."
-    ),
-    "pose": "Distance between the keypoints that the probe finds and those of the right clip, over visible ones.",
-    "colour": (
-        "Mean colour of skin, hair, clothes and background, in boxes placed by the observed keypoints, against the "
-        "same boxes of the right reference picture. About 2 is just noticeable."
-    ),
-    "identity": (
-        "The probe's reading of the person (listed below the table) against the true numbers of the right person, "
-        "in units of their spread over people: 0 is the same person, about 1.4 a random other one. It is a proxy: it "
-        "knows rendered people only. With the wrong reference the caption is still the right one."
-    ),
-}
 STYLE = """
 :root { color-scheme: light; --ink: #23262b; --soft: #5c636e; --line: #e3e6ea; --accent: #1f6fb2; }
 * { box-sizing: border-box; }
@@ -92,46 +48,39 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def verdict(name: str, measure: Mapping[str, Any]) -> str:
-    """One plain sentence on whether right differs from wrong, and whether the aim of the longer preset is met."""
-    gap, rows = measure["gap"], measure["rows"]
+def verdict(gap: Mapping[str, Any]) -> str:
+    """One plain sentence on whether right differs from wrong, from the gap of a metric."""
     if gap["low"] is None:
-        return "Too few pairs of clips to say whether this condition is obeyed."
+        return "Too few pairs of clips to say whether the model follows this condition."
     span = f"{number(gap['mean'])} (95 % interval {number(gap['low'])} to {number(gap['high'])}, {gap['n']} clips)"
     if gap["low"] > 0:
-        text = f"Right is better than wrong by {span}: the condition has a measurable effect."
-    elif gap["high"] < 0:
-        text = f"Right is worse than wrong, by {span}: something is off."
-    else:
-        text = f"Right and wrong differ by {span}: no measurable effect of this condition in this run."
-    right, wrong = rows["right"]["mean"], rows["wrong"]["mean"]
-    if name == "mouth":
-        met = "reached" if right >= 0.6 and wrong <= 0.2 else "not reached"
-        text += f" The aim of the longer preset (right at least 0.6, wrong at most 0.2) is {met} here."
-    if name == "pose":
-        met = "reached" if right < 0.5 * wrong else "not reached"
-        text += f" The aim of the longer preset (right under half of wrong) is {met} here."
-    return text
+        return f"Right is better than wrong by {span}: the condition has a measurable effect."
+    if gap["high"] < 0:
+        return f"Right is worse than wrong (difference {span}): something is off."
+    return f"Right and wrong differ by {span}: no measurable effect of this condition in this run."
 
 
-def measure_section(name: str, measure: Mapping[str, Any], strips: Sequence[Mapping[str, Any]]) -> str:
-    """A measure: what it is, the verdict, the table, the dots, and strips of frames."""
-    labels = ROWS[name]
-    rows, classes = [], []
-    for key, label in labels.items():
-        row = measure["rows"].get(key)
-        if row is None:
-            continue
+def metric_section(metric: Metric, measure: Mapping[str, Any], strips: Sequence[Mapping[str, Any]]) -> str:
+    """A metric: what it is, the verdict, the table, the dots, and strips of frames.
+
+    Args:
+      metric: the words.
+      measure: the numbers, as in `evaluate_rendered`.
+      strips: as for `strip_figure`.
+    """
+    labels, rows = {row.name: row.label for row in metric.rows}, []
+    for name, row in measure["rows"].items():
         interval = "-" if row["low"] is None else f"{number(row['low'])} … {number(row['high'])}"
-        rows.append([label, number(row["mean"]), number(row["std"]), interval, str(row["n"]), str(row["left_out"])])
-        classes.append(key if key in ("right", "wrong") else "")
-    head = ("generated with / seen in", "mean", "std", "95 % interval of the mean", "clips", "left out")
-    parts = [
-        f"<h3>{escape(TITLES[name][0])}</h3><p>{escape(EXPLAIN[name])}</p>",
-        f'<p class="verdict">{escape(verdict(name, measure))}</p>',
-        f'<p class="soft">{escape(measure["unit"])}; {escape(measure["better"])} is better.</p>',
-        table(head, rows, classes),
-        plots.measure_dots(measure, labels),
+        numbers = [number(row["mean"]), number(row["std"]), interval, str(row["n"]), str(row["left_out"])]
+        rows.append([labels[name], *numbers])
+    head = ("frames", "mean", "std", "95 % interval of the mean", "clips", "left out")
+    parts = [f"<h3>{escape(metric.title)}</h3><p>{escape(metric.explanation)}</p>"]
+    if "gap" in measure:
+        parts.append(f'<p class="verdict">{escape(verdict(measure["gap"]))}</p>')
+    parts += [
+        f'<p class="soft">{escape(metric.unit)}; {metric.better} is better.</p>',
+        table(head, rows, list(measure["rows"])),
+        plots.metric_dots(measure, labels),
     ]
     if "attributes" in measure:
         parts.append(f'<p class="soft">Compared: {escape(", ".join(measure["attributes"]))}.</p>')
@@ -160,26 +109,27 @@ def video_cards(videos: Sequence[Mapping[str, str]]) -> str:
 
 
 def evaluation_section(evaluation: Mapping[str, Any] | None, strips: Mapping[str, Sequence[Any]]) -> str:
-    """The section on how well conditions are obeyed."""
+    """The section on how well the model follows each condition."""
     if evaluation is None:
-        return '<h2 id="obeyed">How well is each condition obeyed?</h2><p>Not measured in this run.</p>'
+        return '<h2 id="conditions">How well does the model follow each condition?</h2><p>Not measured in this run.</p>'
     sampling = ", ".join(f"{key} {value}" for key, value in evaluation.get("sampling", {}).items())
     parts = [
-        '<h2 id="obeyed">How well is each condition obeyed?</h2>',
-        f"<p>On held-out <b>rendered</b> (synthetic) speakers and sentences that training never saw: "
-        f"{evaluation['frames']} frames ({evaluation['frames'] / 25:.2f} s) of each clip, generated once with its own "
-        f"conditions and once with a foreign one, always compared with its own truth. {escape(sampling)}.</p>",
-        "<p>The numbers are read off the frames by a small network, the <i>probe</i>, trained on rendered frames. "
-        "They are proxies for rendered people at this size; they are not the published metrics and cannot be compared "
-        "with other work. Two kinds of rows show the limits: what the probe reads in the real frames, and in the "
-        "real frames after the VAE, which no model on these latents can beat.</p>",
+        '<h2 id="conditions">How well does the model follow each condition?</h2>',
+        f"<p>On held-out <b>rendered</b> (synthetic) speakers and sentences that were not in the training data: "
+        f"{evaluation['frames']} frames ({evaluation['frames'] / 25:.2f} s) of each clip, generated with its own "
+        f"conditions and again with one condition of another clip, always compared with its own truth. "
+        f"Settings: {escape(sampling)}.</p>",
+        "<p>The numbers come from a small network, the <i>probe</i>, which reads keypoints, mouth opening and "
+        "appearance in the frames. It was trained on rendered frames, so they are proxies for rendered people at this "
+        "size; they are not the published metrics and cannot be compared with other work. Two rows show the limits: "
+        "what the probe reads in the real frames, and in the real frames through the VAE, which no model on these "
+        "latents can beat.</p>",
         probe_table(evaluation.get("probe", {})),
     ]
     for note in evaluation["notes"]:
         parts.append(f'<p class="verdict">Not measured: {escape(note)}.</p>')
-    for name in TITLES:
-        if name in evaluation["measures"]:
-            parts.append(measure_section(name, evaluation["measures"][name], strips.get(name, ())))
+    for name, measure in evaluation["measures"].items():
+        parts.append(metric_section(METRICS[name], measure, strips.get(name, ())))
     return "".join(parts)
 
 
@@ -193,8 +143,8 @@ def probe_table(header: Mapping[str, Any]) -> str:
         "mouth correlation",
         "mouth error (0 to 1)",
         "keypoint error, % of diagonal",
-        "visibility right",
-        "appearance numbers it can read",
+        "visibility correct",
+        "attributes it can read",
         "clips",
     )
     names = {"rendered": "as rendered", "reconstructed": "through the VAE"}
@@ -252,20 +202,21 @@ def training_section(training: Mapping[str, Any], loss_svg: str, ratio_svg: str)
 
 
 def data_section(data: Mapping[str, Any]) -> str:
-    """What was trained on."""
+    """The training data."""
     rows = [
-        [g["source"], g["split"], str(g["clips"]), str(g["audio"]), str(g["pose"]), f"{g['seconds']:.0f}", g["sizes"]]
+        [g["source"], g["split"], str(g["clips"]), *map(str, g["with"].values()), f"{g['seconds']:.0f}", g["sizes"]]
         for g in data["groups"]
     ]
-    head = ("source", "split", "clips", "with audio", "with pose", "seconds", "sizes (height x width)")
-    missing = "; ".join(data["missing"]) or "none, everything could be had"
+    having = [f"with {name}" for name in data["groups"][0]["with"]]
+    head = ("source", "split", "clips", *having, "seconds", "sizes (height x width)")
+    encoders = "; ".join(f"{name} by <b>{escape(encoder)}</b>" for name, encoder in data["encoders"].items())
+    missing = "; ".join(data["missing"]) or "none"
     return (
         '<h2 id="data">Data</h2><p>“real” clips are recordings of people; “synthetic” clips are rendered people who '
         "speak synthesised speech, with exact keypoints and mouth opening.</p>"
         + table(head, rows)
-        + f"<p>Speech features: <b>{escape(data['audio_encoder'])}</b>. Text features: "
-        f"<b>{escape(data['text_encoder'])}</b>. Captions of the real clips were written by hand; those of rendered "
-        f"clips are made from the renderer's settings.</p><p>Packages or clips that could not be had: "
+        + f"<p>Features: {encoders}. Captions of the real clips were written by hand; those of rendered "
+        f"clips are made from the renderer's settings.</p><p>Packages or clips that could not be fetched: "
         f"{escape(missing)}.</p>"
     )
 
@@ -277,7 +228,7 @@ def page(
 
     Args:
       report: the content of report.json.
-      strips: measure -> strips as for `strip_figure`.
+      strips: metric -> strips as for `strip_figure`.
       loss_svg, ratio_svg, time_svg: drawn plots.
     """
     total = sum(report["phases"].values())
@@ -287,10 +238,10 @@ def page(
 <title>{escape(report["title"])}</title><style>{STYLE}</style></head><body><main>
 <h1>{escape(report["title"])}</h1>
 <p class="soft">{escape(report["device"])} · {total / 60:.1f} minutes in all · {escape(report["model"])}</p>
-<nav><a href="#videos">Videos</a><a href="#obeyed">Conditions</a><a href="#training">Training</a>
+<nav><a href="#videos">Videos</a><a href="#conditions">Conditions</a><a href="#training">Training</a>
 <a href="#data">Data</a><a href="#time">Time</a></nav>
 <p>A small model of the OmniHuman-1 design, trained for minutes rather than for days: it shows that every part is there
-and works together, not how good the method is at full size. What follows says how far it got.</p>
+and works together, not how good the method is at full size. The numbers below say how far it got.</p>
 {f"<ul>{notes}</ul>" if notes else ""}
 <h2 id="videos">Generated videos</h2>
 {video_cards(report["videos"]) if report["videos"] else "<p>None were generated in this run.</p>"}

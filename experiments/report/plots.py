@@ -97,24 +97,23 @@ def ratio_bars(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         return _svg(figure)
 
 
-def measure_dots(measure: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """Every clip as a dot, the mean as a bar with its 95 % interval, a line for each row of a measure."""
-    rows = [name for name in labels if name in measure["rows"]]
+def metric_dots(measure: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """The rows of a metric, top to bottom: a dot for each clip, the mean as a bar, its 95 % interval as a line."""
     colours = {"right": RIGHT, "wrong": WRONG}
     rng = np.random.default_rng(0)  # spreads dots that would lie on one another
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 0.42 * len(rows) + 0.7))
+        figure = Figure(figsize=(6.4, 0.42 * len(measure["rows"]) + 0.7))
         axes = figure.subplots()
-        for y, name in enumerate(rows):
-            row, colour = measure["rows"][name], colours.get(name, LIMIT)
+        for y, (name, row) in enumerate(measure["rows"].items()):
+            colour = colours.get(name, LIMIT)
             values = [v for v in row["values"] if v is not None]
             axes.scatter(values, y + rng.uniform(-0.16, 0.16, len(values)), s=14, color=colour, alpha=0.45, linewidth=0)
             if row["mean"] is not None:
                 axes.plot([row["mean"]] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.5)
             if row["low"] is not None:
                 axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
-        axes.set_yticks(range(len(rows)), [labels[name] for name in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(measure["rows"])), [labels[name] for name in measure["rows"]])
+        axes.set_ylim(len(measure["rows"]) - 0.5, -0.5)
         axes.set_xlabel(f"{measure['unit']} ({measure['better']} is better)")
         axes.grid(axis="x", alpha=0.25)
         return _svg(figure)

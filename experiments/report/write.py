@@ -1,10 +1,4 @@
-"""Writes report.html and report.json of a run.
-
-    python -m experiments.report --workdir=runs/demo [--clips=6] [--frames=21] [--steps=8]
-
-evaluates the run's newest checkpoint on held-out rendered clips and writes the report anew. `make demo` calls the same
-functions with its own videos and times.
-"""
+"""Writes report.html and report.json of a run, and what they show under media/."""
 
 from __future__ import annotations
 
@@ -13,85 +7,36 @@ import json
 import os
 import platform
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from data_pipelines import schema
 from data_pipelines.raw import media
-from experiments.common import cli
-from experiments.evaluate.rendered import Comparison, Evaluation, ModelGenerator, evaluate_rendered
+from experiments.common.files import write_whole
+from experiments.evaluate.rendered import Comparison, Evaluation
 from experiments.report import page, plots
-from omnihuman_jax.checkpoints.read import load_for_inference
+from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.evaluation.probe import load_probe
 from omnihuman_jax.frames import FPS
-from omnihuman_jax.inference.sampling import Settings
-from omnihuman_jax.models.vae.vae import load_vae
-from omnihuman_jax.training.state import make_network
 
-PROBE = Path(__file__).parents[1] / "assets" / "probe.safetensors"
-STRIPS = 3  # clips shown per measure
+STRIPS = 3  # clips shown per metric
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A generated mp4 to show: where it is, a title, and in plain words what drove it."""
+    """A generated mp4 to show: where it is, a title, and what drove it in plain words."""
 
     path: Path
     title: str
     text: str
 
 
-def evaluate_checkpoint(
-    checkpoint: str | Path,
-    dataset: schema.Dataset,
-    *,
-    clips: int,
-    frames: int,
-    steps: int,
-    seed: int = 0,
-    probe: str | Path = PROBE,
-    progress: Callable[[str], None] = print,
-) -> Evaluation:
-    """Measures a checkpoint (EMA) on held-out rendered clips; see `evaluate_rendered`.
-
-    Args:
-      checkpoint: workdir, `checkpoints/STEP` or `stages/NAME`.
-      dataset: prepared data with held-out rendered clips.
-      clips: clips per measure.
-      frames: pixel frames of each generation, 1 + 4n.
-      steps: sampling steps.
-      seed: of choices and noise.
-      probe: weights of the probe.
-      progress: called with a line before each part.
-    """
-    if (frames - 1) % 4 or frames < 5:
-        raise UserError(f"frames={frames}: the VAE makes 1 + 4n frames; take {max(5, frames - (frames - 1) % 4)}")
-    config, params, info = load_for_inference(checkpoint)
-    network, vae = make_network(config), load_vae(config.vae.to_dict())
-    settings = Settings.from_config(config, steps=steps)
-    generate = ModelGenerator(network, params, vae, settings, batch=clips)
-    found = evaluate_rendered(
-        generate, dataset, vae, load_probe(probe), clips=clips, frames=frames, seed=seed, progress=progress
-    )
-    scale = settings.guidance
-    found.result["sampling"] = {
-        "checkpoint of": f"{info['stage']}, step {info['step']} (EMA)",
-        "sampling steps": steps,
-        "guidance": f"{scale.scale:g} falling to {scale.final_scale:g}",
-        "seed": seed,
-    }
-    return found
-
-
 def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Counts of clips by source and split, and the encoders; `missing` names what could not be had."""
+    """Counts of clips by source and split, and the encoders; `missing` names what could not be fetched."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in dataset.index:
         groups.setdefault((entry["source"], entry["split"]), []).append(entry)
@@ -103,14 +48,12 @@ def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict
                 "source": source,
                 "split": split,
                 "clips": len(entries),
-                "audio": sum(e["audio"] for e in entries),
-                "pose": sum(e["pose"] for e in entries),
+                "with": {name: sum(e.get(name, False) for e in entries) for name in conditions.selecting()},
                 "seconds": sum(e["frames"] for e in entries) / FPS,
                 "sizes": ", ".join(f"{h}x{w}" for h, w in sizes),
             }
         )
-    encoders = {f"{name}_encoder": encoder for name, encoder in dataset.meta.encoders.items()}
-    return {"groups": rows, "missing": list(missing), **encoders}
+    return {"groups": rows, "missing": list(missing), "encoders": dict(dataset.meta.encoders)}
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -151,7 +94,7 @@ def summarise_training(lines: Sequence[Mapping[str, Any]], config: Mapping[str, 
 
 
 def describe_device() -> str:
-    """The machine in words: devices and cores."""
+    """Devices and cores of this machine, in words."""
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = devices[0].device_kind if devices[0].platform != "cpu" else f"CPU ({platform.machine()})"
@@ -162,7 +105,7 @@ def describe_device() -> str:
 def write_comparisons(
     workdir: Path, dataset: schema.Dataset, evaluation: Evaluation
 ) -> dict[str, list[dict[str, Any]]]:
-    """Strips and side-by-side videos of the first clips, under media/; measure -> descriptions of its strips."""
+    """Strips and side-by-side videos of the first clips, under media/; metric -> descriptions of its strips."""
     strips: dict[str, list[dict[str, Any]]] = {}
     for name, comparisons in evaluation.comparisons.items():
         strips[name] = [_write_comparison(workdir, dataset, name, i, c) for i, c in enumerate(comparisons[:STRIPS])]
@@ -205,17 +148,17 @@ def write_report(
     device: str | None = None,
     title: str | None = None,
 ) -> Path:
-    """Writes report.json, report.html and what it shows under media/.
+    """Writes report.json, report.html and the media that it shows.
 
     Args:
       workdir: of the run; config.json and metrics.jsonl are read from it.
-      dataset: what was trained on.
-      evaluation: from `evaluate_checkpoint`; None says that nothing was measured.
+      dataset: the training data.
+      evaluation: from `evaluate_checkpoint`, or None if nothing was measured.
       videos: generated videos to embed.
       phases: wall seconds of each phase, in order.
-      missing: packages or clips that could not be had.
+      missing: packages or clips that could not be fetched.
       notes: sentences for the top of the page.
-      device: the machine in words; by default what JAX sees now.
+      device: the machine, in words; by default what JAX sees now.
       title: of the page.
 
     Returns:
@@ -252,48 +195,6 @@ def write_report(
         ratio_svg=plots.ratio_bars(training["stages"]),
         time_svg=plots.time_bar(report["phases"]) if report["phases"] else "<p>Not recorded.</p>",
     )
-    _write(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    _write(workdir / "report.html", html)
+    write_whole(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_whole(workdir / "report.html", html)
     return workdir / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
-    flags.DEFINE_string("workdir", None, "Run directory, as given to experiments.train.")
-    flags.DEFINE_string("data", "", "Prepared data; empty = the run's data.dir.")
-    flags.DEFINE_string("probe", str(PROBE), "Weights of the probe.")
-    flags.DEFINE_integer("clips", 6, "Clips per measure.", lower_bound=2)
-    flags.DEFINE_integer("frames", 21, "Frames to generate of each clip, 1 + 4n.", lower_bound=5)
-    flags.DEFINE_integer("steps", 8, "Sampling steps.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Chooses clips and noise.")
-
-
-def main(_: list[str]) -> None:
-    f = flags.FLAGS
-    if not f.workdir:
-        raise UserError("--workdir is not given; name the run directory of experiments.train")
-    workdir = Path(f.workdir)
-    try:
-        config = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--workdir={workdir} holds no readable config.json; name the directory of a run") from error
-    if config["simulated_devices"]:
-        jax.config.update("jax_platforms", "cpu")
-    dataset = schema.Dataset.open(f.data or config["data"]["dir"])
-    started = time.perf_counter()
-    evaluation = evaluate_checkpoint(
-        workdir, dataset, clips=f.clips, frames=f.frames, steps=f.steps, seed=f.seed, probe=f.probe
-    )
-    seconds = {"evaluation": time.perf_counter() - started}
-    print(f"wrote {write_report(workdir, dataset, evaluation=evaluation, phases=seconds)}")
-
-
-if __name__ == "__main__":
-    define_flags()
-    cli.run_main(main)

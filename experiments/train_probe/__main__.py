@@ -2,8 +2,8 @@
 
     python -m experiments.train_probe --data=DIR --output=experiments/assets/probe.safetensors --steps=900
 
-DIR is what `python -m data_pipelines.synthetic` writes. Frames are degraded on purpose (blur, noise, blotches, and with
---vae also reconstructions by the VAE), because the probe has to read frames that a generator made.
+DIR is the output of `python -m data_pipelines.synthetic`. Frames are degraded on purpose (blur, noise, blotches, and
+with --vae also reconstructions by the VAE), because the probe has to read frames that a generator made.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ from absl import flags
 from data_pipelines.keypoints import KEYPOINTS
 from data_pipelines.raw import media
 from experiments.common import cli
+from experiments.train_probe import training
 from experiments.train_probe.training import Clip
-from omnihuman_jax import pixels
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.evaluation import probe as obs
+from omnihuman_jax.evaluation import probe as probe_lib
 from omnihuman_jax.frames import STRIDE
 from omnihuman_jax.models.vae.vae import compiled, load_vae
+from omnihuman_jax.pixels import to_model, to_pixels
 
 
 def define_flags() -> None:
@@ -33,7 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch", 48, "Frames a step.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of weights, choices and degradations.")
     flags.DEFINE_integer("every", 2, "Use every n-th frame of a training clip.", lower_bound=1)
-    flags.DEFINE_string("vae", "", "VAE weights: reconstructed training clips are used beside the rendered ones.")
+    flags.DEFINE_string("vae", "", "VAE weights: also train on reconstructed clips.")
 
 
 def main(_: list[str]) -> None:
@@ -42,29 +43,29 @@ def main(_: list[str]) -> None:
         raise UserError("--data is not given; make it with `python -m data_pipelines.synthetic --output=DIR`")
     started = time.perf_counter()
     manifest = read_manifest(Path(f.data))
-    training = read_clips(Path(f.data), manifest, "train")
+    trained = read_clips(Path(f.data), manifest, "train")
     heldout = read_clips(Path(f.data), manifest, "heldout")
-    print(f"{len(training)} training and {len(heldout)} held-out clips read in {time.perf_counter() - started:.0f} s")
-    attributes = np.stack([clip.attributes for clip in training])
-    config = obs.ProbeConfig(
+    print(f"{len(trained)} training and {len(heldout)} held-out clips read in {time.perf_counter() - started:.0f} s")
+    attributes = np.stack([clip.attributes for clip in trained])
+    config = probe_lib.ProbeConfig(
         keypoints=KEYPOINTS,
-        attributes=training[0].attribute_names,
+        attributes=trained[0].attribute_names,
         attribute_mean=tuple(attributes.mean(0).tolist()),
         attribute_std=tuple(np.maximum(attributes.std(0), 1e-2).tolist()),
     )
-    used = [clip.every(f.every) for clip in training + (reconstruct(training, f.vae) if f.vae else [])]
+    used = [clip.every(f.every) for clip in trained + (reconstruct(trained, f.vae) if f.vae else [])]
     network = training.train(config, used, steps=f.steps, batch=f.batch, seed=f.seed)
-    probe = obs.Probe(config, network)
+    probe = probe_lib.Probe(config, network)
     accuracy = {"rendered": training.accuracy_on(probe, heldout)}
     if f.vae:
         accuracy["reconstructed"] = training.accuracy_on(probe, reconstruct(heldout, f.vae))
     probe.header = {
         "made_by": f"experiments.train_probe --steps={f.steps} --batch={f.batch} --seed={f.seed} --every={f.every}",
-        "data": {"training_clips": len(training), **manifest.get("arguments", {})},
+        "data": {"training_clips": len(trained), **manifest.get("arguments", {})},
         "through_vae": bool(f.vae),
         "accuracy": accuracy,
     }
-    obs.save_probe(f.output, probe)
+    probe_lib.save_probe(f.output, probe)
     print(json.dumps(probe.header, indent=1))
     print(f"wrote {f.output} in {time.perf_counter() - started:.0f} s")
 
@@ -97,7 +98,7 @@ def read_clips(directory: Path, manifest: dict, split: str) -> list[Clip]:
         frames = media.read_video(directory / entry["file"])
         with np.load(directory / entry["annotations"], allow_pickle=False) as arrays:
             fields = {name: np.asarray(arrays[name], np.float32) for name in ("mouth", "attributes")}
-            # Also for clips whose keypoints are kept from the training of the generator.
+            # The true ones: they exist also for clips whose keypoints the generator does not see in training.
             fields["keypoints"] = np.asarray(arrays["truth_keypoints"], np.float32)
             names = tuple(str(name) for name in arrays["attribute_names"])
         count = min(len(frames), len(fields["mouth"]))
@@ -114,7 +115,7 @@ def reconstruct(clips: list[Clip], path: str) -> list[Clip]:
     made = []
     for clip in clips:
         count = min(49, len(clip.frames) - (len(clip.frames) - 1) % STRIDE)
-        frames = pixels.to_pixels(np.asarray(decode(encode(pixels.to_model(clip.frames[:count])[None]))[0]))
+        frames = to_pixels(np.asarray(decode(encode(to_model(clip.frames[:count])[None]))[0]))
         made.append(
             dataclasses.replace(clip, frames=frames, keypoints=clip.keypoints[:count], mouth=clip.mouth[:count])
         )

@@ -18,13 +18,15 @@ from flax import nnx
 from tqdm import tqdm
 
 from data_pipelines.keypoints import FLIP, INDEX, KEYPOINTS
-from omnihuman_jax.evaluation import measures
-from omnihuman_jax.evaluation import probe as obs
+from omnihuman_jax.evaluation import keypoints
+from omnihuman_jax.evaluation import probe as probe_lib
+from omnihuman_jax.evaluation.metrics import mouth
+from omnihuman_jax.evaluation.metrics.metric import MIN_FACE
+from omnihuman_jax.evaluation.statistics import pearson
 
-MIN_FACE = 10.0  # pixels from eyes to chin below which a mouth teaches nothing
-READ_FACE = 18.0  # the same, below which no mouth is measured
+MIN_TRAINING_FACE = 10.0  # pixels from eyes to chin below which a mouth teaches nothing
 FLIPPED = np.array(FLIP)
-FACE = [INDEX[name] for name in (*obs.MOUTH_POINTS, "left_eye", "right_eye", "chin")]
+FACE = [INDEX[name] for name in (*probe_lib.MOUTH_POINTS, "left_eye", "right_eye", "chin")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,40 +70,42 @@ def degrade(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def random_view(size: tuple[int, int], canvas: int, rng: np.random.Generator) -> np.ndarray:
     """Affine (2,3) of the letterbox of a (height, width) frame, moved, turned and zoomed a little."""
-    base = obs.letterbox(size, canvas)
+    base = probe_lib.letterbox(size, canvas)
     zoom, angle = np.exp(rng.uniform(-0.2, 0.25)), rng.normal(0, 0.06)
     turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shift = canvas / 2 + rng.uniform(-0.08, 0.08, 2) * canvas - turn @ np.full(2, canvas / 2)
     return np.concatenate([turn @ base[:, :2], (turn @ base[:, 2] + shift)[:, None]], 1)
 
 
-def sample(clips: Sequence[Clip], config: obs.ProbeConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def sample(clips: Sequence[Clip], config: probe_lib.ProbeConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One training example: a random frame of a random clip, degraded, half of the time mirrored."""
     clip = clips[rng.integers(len(clips))]
     f = rng.integers(len(clip.frames))
-    frame, points, seen = degrade(clip.frames[f], rng), clip.points[f], measures.visible(clip.keypoints[f])
+    frame, points, seen = degrade(clip.frames[f], rng), clip.points[f], keypoints.visible(clip.keypoints[f])
     if rng.random() < 0.5:
         frame = np.ascontiguousarray(frame[:, ::-1])
         points = (points * (-1, 1) + (frame.shape[1], 0))[FLIPPED]
         seen = seen[FLIPPED]
     view = random_view(frame.shape[:2], config.canvas, rng)
     on_canvas = points @ view[:, :2].T + view[:, 2]
-    centre, side = obs.mouth_geometry(points[None], KEYPOINTS)
-    usable = bool(side[0] >= MIN_FACE and seen[FACE].all())
+    centre, side = probe_lib.mouth_geometry(points[None], KEYPOINTS)
+    usable = bool(side[0] >= MIN_TRAINING_FACE and seen[FACE].all())
     # The locator errs, so the reader must bear crops that are a little off.
     centre, side = centre[0] + rng.normal(0, 0.06, 2) * side[0], side[0] * np.exp(rng.normal(0, 0.12))
     return {
-        "canvas": obs.warp(frame, view, config.canvas),
+        "canvas": probe_lib.warp(frame, view, config.canvas),
         "points": (on_canvas / config.canvas).astype(np.float32),
         "seen": seen & (on_canvas > 0).all(-1) & (on_canvas < config.canvas).all(-1),
-        "crop": obs.warp(frame, obs.mouth_crop_affine(centre, side, config.crop), config.crop),
+        "crop": probe_lib.warp(frame, probe_lib.mouth_crop_affine(centre, side, config.crop), config.crop),
         "mouth": np.float32(clip.mouth[f]),
         "mouth_usable": np.float32(usable),
         "attributes": ((clip.attributes - config.attribute_mean) / config.attribute_std).astype(np.float32),
     }
 
 
-def batches(clips: Sequence[Clip], config: obs.ProbeConfig, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    clips: Sequence[Clip], config: probe_lib.ProbeConfig, size: int, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches, each a pure function of (seed, step), made one ahead in a thread."""
 
     def batch(step: int) -> dict[str, np.ndarray]:
@@ -127,16 +131,16 @@ def batches(clips: Sequence[Clip], config: obs.ProbeConfig, size: int, seed: int
         yield item
 
 
-def loss(network: obs.ProbeNetwork, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(network: probe_lib.ProbeNetwork, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy of heatmaps against Gaussians of one cell, of visibility; squared errors of the rest."""
-    logits, visible, attributes = network.locator(obs.to_input(batch["canvas"]))
+    logits, visible, attributes = network.locator(probe_lib.to_input(batch["canvas"]))
     _, h, w, k = logits.shape
     cells = (jnp.stack(jnp.meshgrid(jnp.arange(w), jnp.arange(h)), -1).reshape(-1, 2) + 0.5) / jnp.array([w, h])
     squared = ((cells[None, :, None] - batch["points"][:, None]) ** 2 * jnp.array([w, h]) ** 2).sum(-1)
     target = jax.nn.softmax(-squared / 2, axis=1)
     heat = -(target * jax.nn.log_softmax(logits.reshape(-1, h * w, k), axis=1)).sum(1)
     seen = batch["seen"].astype(jnp.float32)
-    opening = jax.nn.sigmoid(network.reader(obs.to_input(batch["crop"])))
+    opening = jax.nn.sigmoid(network.reader(probe_lib.to_input(batch["crop"])))
     usable = batch["mouth_usable"]
     parts = {
         "heat": (heat * seen).sum() / seen.sum(),
@@ -147,8 +151,10 @@ def loss(network: obs.ProbeNetwork, batch: dict[str, jax.Array]) -> tuple[jax.Ar
     return parts["heat"] + parts["visible"] + 20 * parts["mouth"] + 0.3 * parts["attributes"], parts
 
 
-def train(config: obs.ProbeConfig, clips: Sequence[Clip], *, steps: int, batch: int, seed: int, rate: float = 3e-3):
-    """Trains an `ProbeNetwork` with AdamW, a cosine schedule and the mean of the last weights.
+def train(
+    config: probe_lib.ProbeConfig, clips: Sequence[Clip], *, steps: int, batch: int, seed: int, rate: float = 3e-3
+):
+    """Trains a `ProbeNetwork` with AdamW, a cosine schedule and the mean of the last weights.
 
     Args:
       config: of the probe.
@@ -158,7 +164,7 @@ def train(config: obs.ProbeConfig, clips: Sequence[Clip], *, steps: int, batch: 
       seed: of weights and batches.
       rate: peak learning rate.
     """
-    network = obs.ProbeNetwork(config, rngs=nnx.Rngs(seed))
+    network = probe_lib.ProbeNetwork(config, rngs=nnx.Rngs(seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(50, steps // 10), steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.02))
     optimizer = nnx.Optimizer(network, tx, wrt=nnx.Param)
@@ -178,24 +184,24 @@ def train(config: obs.ProbeConfig, clips: Sequence[Clip], *, steps: int, batch: 
     return network
 
 
-def accuracy_on(probe: obs.Probe, clips: Sequence[Clip]) -> dict[str, float]:
+def accuracy_on(probe: probe_lib.Probe, clips: Sequence[Clip]) -> dict[str, float]:
     """How well the probe reads clips (held-out ones): the upper bound of everything measured with it.
 
     Returns:
-      mouth_correlation (mean and std over clips with a face of `READ_FACE` pixels, per clip over frames), its number of
+      mouth_correlation (mean and std over clips with a face of `MIN_FACE` pixels, per clip over frames), its number of
       clips, mouth_error (mean absolute), keypoint_error_percent (of the diagonal), visibility_accuracy (share),
       attribute_r2 (attribute -> share of its variance over the clips that is explained).
     """
     rows: dict[str, list[Any]] = {name: [] for name in ("mouth", "error", "points", "seen", "attributes")}
     for clip in clips:
-        found = probe.observe(clip.frames)
-        rows["points"].append(measures.keypoint_error(found.keypoints, clip.keypoints, clip.frames.shape[1:3]))
-        rows["seen"].append(((found.keypoints[..., 2] > 0.5) == measures.visible(clip.keypoints)).mean())
+        found = probe.read(clip.frames)
+        rows["points"].append(keypoints.keypoint_error(found.keypoints, clip.keypoints, clip.frames.shape[1:3]))
+        rows["seen"].append(((found.keypoints[..., 2] > 0.5) == keypoints.visible(clip.keypoints)).mean())
         rows["attributes"].append((found.attributes.mean(0), clip.attributes))
-        facing = measures.visible(clip.keypoints)[:, FACE].all(1)
-        _, side = obs.mouth_geometry(clip.points, KEYPOINTS)
-        if facing.all() and np.median(side) >= READ_FACE and clip.mouth.std() >= 0.05:
-            rows["mouth"].append(measures.pearson(found.mouth, clip.mouth))
+        facing = keypoints.visible(clip.keypoints)[:, FACE].all(1)
+        _, side = probe_lib.mouth_geometry(clip.points, KEYPOINTS)
+        if facing.all() and np.median(side) >= MIN_FACE and clip.mouth.std() >= mouth.MIN_STD:
+            rows["mouth"].append(pearson(found.mouth, clip.mouth))
             rows["error"].append(np.abs(found.mouth - clip.mouth).mean())
     return {
         "clips": len(clips),

@@ -9,6 +9,7 @@ Some public code runs time the other way round; convert there, never here.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +28,7 @@ def interpolate(x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
       eps: standard normal noise, the same shape.
       t: time in [0, 1], (B,) or a scalar.
     """
+    chex.assert_equal_shape([x0, eps])
     t = _per_sample(t, x0)
     return (1.0 - t) * x0 + t * eps
 
@@ -59,6 +61,7 @@ def flow_loss(pred: jax.Array, target: jax.Array, weight: jax.Array | None = Non
     Returns:
       (B,) float32.
     """
+    chex.assert_equal_shape([pred, target])  # (B, 1) against (B,) would broadcast to (B, B)
     error = jnp.square(pred.astype(jnp.float32) - target.astype(jnp.float32))
     axes = tuple(range(1, error.ndim))
     if weight is None:

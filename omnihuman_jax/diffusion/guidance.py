@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +116,7 @@ def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progres
     Returns:
       (B, ...), the dtype of `velocities`.
     """
+    chex.assert_axis_dimension(velocities, 0, len(rows))
     if len(rows) == 1:
         return velocities[0]
     scale = annealed(guidance.scale, guidance.final_scale, progress, guidance.schedule)

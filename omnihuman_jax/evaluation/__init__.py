@@ -1,1 +1,1 @@
-"""How well a generated video obeys its conditions."""
+"""How well generated video follows its conditions."""

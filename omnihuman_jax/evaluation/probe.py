@@ -1,8 +1,8 @@
-"""The probe: a small network that reads keypoints, mouth opening and appearance off frames of rendered people.
+"""The probe: a small network that reads keypoints, mouth opening and appearance in frames of rendered people.
 
-It is trained on rendered frames (`experiments.train_probe`), so it is a measuring instrument for rendered people,
-and a proxy anywhere else. Two parts: the locator sees the whole frame on a square canvas; the reader sees only a crop
-around the mouth that the locator found, cut from the frame at full size, so that the framing hardly matters.
+It is trained on rendered frames (`experiments.train_probe`), so it measures rendered people and is a proxy for anything
+else. It has two parts: the locator sees the whole frame on a square canvas; the reader sees only a crop around the
+mouth that the locator found, cut from the frame at full resolution, so that the framing hardly matters.
 
 Letters: F frames, S canvas size, P crop size, K keypoints, A attributes.
 """
@@ -26,8 +26,8 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.weights.write import save_tensors
 
 MOUTH_POINTS = ("mouth_left", "mouth_right", "mouth_top", "mouth_bottom")
-LOOKS = 8  # attention maps from which appearance is read
-BATCH = 32  # frames observed at a time; fixed, so that one program is compiled
+ATTENTION_MAPS = 8  # for appearance
+BATCH = 32  # frames read at a time; fixed, so that one program is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ProbeConfig:
     Attributes:
       keypoints: names of the K keypoints, in the order of the arrays.
       attributes: names of the A appearance numbers.
-      attribute_mean, attribute_std: (A,) over the people it was trained on.
+      attribute_mean, attribute_std: (A,) over the training people.
       widths: channels at strides 2, 4, 8 and 16.
       canvas: S, pixels; a multiple of 16.
       crop: P, pixels; a multiple of 8.
@@ -57,7 +57,7 @@ def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, size: int = 3, stride: int 
 
 
 class Residual(nnx.Module):
-    """x + conv(relu(norm(x))): the stream itself is not normalised, so absolute colours survive."""
+    """x + conv(relu(norm(x))). The residual stream itself is not normalised, so absolute colours survive."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.norm = nnx.GroupNorm(width, num_groups=8, rngs=rngs)
@@ -78,9 +78,9 @@ class Locator(nnx.Module):
         self.up = nnx.List([_conv(d, c, rngs, size=1), _conv(c, b, rngs, size=1)])
         self.merge = nnx.List([Residual(c, rngs), Residual(b, rngs)])
         self.heat = _conv(b, len(config.keypoints), rngs, size=1)
-        self.attend = _conv(c, LOOKS, rngs, size=1)
+        self.attend = _conv(c, ATTENTION_MAPS, rngs, size=1)
         self.value = _conv(c, 16, rngs, size=1)
-        self.hidden = nnx.Linear(d + LOOKS * (16 + 3), 128, rngs=rngs)
+        self.hidden = nnx.Linear(d + ATTENTION_MAPS * (16 + 3), 128, rngs=rngs)
         self.visible = nnx.Linear(128, len(config.keypoints), rngs=rngs)
         self.attributes = nnx.Linear(128, len(config.attributes), rngs=rngs)
 
@@ -95,19 +95,19 @@ class Locator(nnx.Module):
             x = conv(x)
             x = block(skip + jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
             if skip is levels[2]:
-                pooled.append(self._look(x, image))
+                pooled.append(self._attended(x, image))
         hidden = nnx.relu(self.hidden(jnp.concatenate(pooled, -1)))
         return self.heat(nnx.relu(x)), self.visible(hidden), self.attributes(hidden)
 
-    def _look(self, x: jax.Array, image: jax.Array) -> jax.Array:
-        """Features (B,h,w,c) and the frames' own colours, averaged over the places that each map attends to.
+    def _attended(self, x: jax.Array, image: jax.Array) -> jax.Array:
+        """Features (B,h,w,c) and the pixels of the frames, averaged under each attention map.
 
-        Colours of skin, hair or clothes are then the mean pixel where skin, hair or clothes are.
+        A map that attends to the hair, for example, yields the colour of the hair.
         """
         b, h, w, _ = x.shape
         pixels = image.reshape(b, h, image.shape[1] // h, w, image.shape[2] // w, 3).mean((2, 4))
         x = nnx.relu(x)
-        weights = jax.nn.softmax(self.attend(x).reshape(b, h * w, LOOKS), axis=1)
+        weights = jax.nn.softmax(self.attend(x).reshape(b, h * w, ATTENTION_MAPS), axis=1)
         values = jnp.concatenate([self.value(x), pixels], -1).reshape(b, h * w, -1)
         return jnp.einsum("bnk,bnc->bkc", weights, values).reshape(b, -1)
 
@@ -128,7 +128,7 @@ class Reader(nnx.Module):
 
 
 class ProbeNetwork(nnx.Module):
-    """Both parts; trained together, run one after the other by `Probe`."""
+    """Both parts: trained together; `Probe` runs one after the other."""
 
     def __init__(self, config: ProbeConfig, *, rngs: nnx.Rngs):
         self.locator = Locator(config, rngs=rngs)
@@ -143,7 +143,7 @@ def to_input(frames: np.ndarray) -> jax.Array:
 def heatmap_points(logits: jax.Array) -> jax.Array:
     """Heatmap logits (B,h,w,K) -> x, y in [0,1] of the canvas (B,K,2).
 
-    The mean position under the softmax, within two cells of its peak, so that a second faint peak does not pull.
+    The mean position under the softmax within two cells of its peak, so that a faint second peak has no influence.
     """
     _, h, w, k = logits.shape
     p = jax.nn.softmax(logits.reshape(-1, h * w, k), axis=1)
@@ -187,14 +187,14 @@ def mouth_geometry(points: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarr
 
 
 @dataclasses.dataclass(frozen=True)
-class Observation:
-    """What was seen in F frames.
+class Reading:
+    """What the probe reads in F frames.
 
     Attributes:
       keypoints: (F,K,3) x, y in [0,1] of frame width and height, probability of being visible.
       mouth: (F,) opening of the mouth, 0 shut to 1 wide open.
       attributes: (F,A) appearance numbers in their own units.
-      face: pixels from the eyes to the chin (median over frames): how much the mouth reading can be trusted.
+      face: pixels from the eyes to the chin, median over frames; the mouth of a small face is not read reliably.
     """
 
     keypoints: np.ndarray
@@ -207,7 +207,7 @@ class Probe:
     """A trained probe."""
 
     def __init__(self, config: ProbeConfig, network: ProbeNetwork, header: dict[str, Any] | None = None):
-        """`header`: what is known about the weights (how they were made, accuracy on held-out rendered frames)."""
+        """`header`: how the weights were made, and their accuracy on held-out rendered frames."""
         self.config, self.network, self.header = config, network, dict(header or {})
         graph, state = nnx.split(network)
 
@@ -215,33 +215,33 @@ class Probe:
             logits, visible, attributes = nnx.merge(graph, state).locator(frames)
             return heatmap_points(logits), jax.nn.sigmoid(visible), attributes
 
-        def read(state, crops):
+        def read_mouth(state, crops):
             return jax.nn.sigmoid(nnx.merge(graph, state).reader(crops))
 
         self._locate = functools.partial(jax.jit(locate), state)
-        self._read = functools.partial(jax.jit(read), state)
+        self._read_mouth = functools.partial(jax.jit(read_mouth), state)
 
-    def observe(self, frames: np.ndarray) -> Observation:
-        """Observes the frames (F,height,width,3), uint8 sRGB, of one clip."""
+    def read(self, frames: np.ndarray) -> Reading:
+        """Reads the frames (F,height,width,3), uint8 sRGB, of one clip."""
         config, size = self.config, frames.shape[1:3]
         affine = letterbox(size, config.canvas)
         canvases = np.stack([warp(frame, affine, config.canvas) for frame in frames])
         points, visible, attributes = _batched(self._locate, canvases)
         pixels = (points * config.canvas - affine[:, 2]) / affine[0, 0]
         centre, side = mouth_geometry(pixels, config.keypoints)
-        # One size of crop for the clip: the chin moves with the mouth, the face does not change its size.
+        # One crop size for the whole clip: the chin moves with the mouth, but the size of the face does not change.
         face = float(np.median(side))
         crops = [warp(f, mouth_crop_affine(c, face, config.crop), config.crop) for f, c in zip(frames, centre)]
-        (mouth,) = _batched(lambda x: (self._read(x),), np.stack(crops))
+        (mouth,) = _batched(lambda x: (self._read_mouth(x),), np.stack(crops))
         keypoints = np.concatenate([pixels / (size[1], size[0]), visible[..., None]], -1)
         attributes = attributes * np.array(config.attribute_std) + np.array(config.attribute_mean)
-        return Observation(keypoints.astype(np.float32), mouth, attributes, face)
+        return Reading(keypoints.astype(np.float32), mouth, attributes, face)
 
     @property
     def readable(self) -> np.ndarray:
-        """Mask (A,) of the attributes that it can read: it explains a third of their variance over held-out people.
+        """Mask (A,) of the attributes that it can read: those whose R² over held-out people is at least a third.
 
-        All of them where the header does not say.
+        All of them if the header has no accuracy.
         """
         explained = self.header.get("accuracy", {}).get("rendered", {}).get("attribute_r2")
         if not explained:
@@ -254,7 +254,7 @@ class Probe:
 
 
 def _batched(function: Any, frames: np.ndarray) -> list[np.ndarray]:
-    """Runs uint8 frames through `function` in batches of `BATCH`, the last one filled up by repetition."""
+    """Runs uint8 frames through `function` in batches of `BATCH`, the last one padded by repeating its last frame."""
     parts = []
     for begin in range(0, len(frames), BATCH):
         part = frames[begin : begin + BATCH]
@@ -293,7 +293,7 @@ def load_probe(path: str | Path) -> Probe:
     graph, state = nnx.split(nnx.eval_shape(lambda: ProbeNetwork(config, rngs=nnx.Rngs(0))))
     flat = dict(nnx.to_flat_state(state))
     if {".".join(map(str, name)) for name in flat} != set(arrays):
-        raise UserError(f"probe {path} holds other parameters than this version reads; {remedy}")
+        raise UserError(f"probe {path} holds other parameters than this version expects; {remedy}")
     for name, variable in flat.items():
         variable.set_value(jnp.asarray(arrays[".".join(map(str, name))]))
     return Probe(config, nnx.merge(graph, nnx.from_flat_state(flat)), header)

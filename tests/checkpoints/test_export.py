@@ -92,7 +92,7 @@ def test_the_directory_stands_alone(tmp_path, config):
     assert loaded.vae.checkpoint == str(moved / "vae.safetensors")
     head = json.loads((moved / "config.json").read_text())
     assert head["conditions"] == ["text", "reference", "audio", "pose"]
-    assert head["config"]["dataset"]["audio_encoder"] == "log-mel" and len(head["vae_sha256"]) == 64
+    assert head["config"]["dataset"]["encoders"]["audio"] == "log-mel" and len(head["vae_sha256"]) == 64
 
 
 def test_nothing_is_left_behind_by_a_failed_export(tmp_path, config):

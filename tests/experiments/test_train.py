@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from data_pipelines import schema
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from experiments import train
 from experiments.common import cli
@@ -66,7 +67,7 @@ def test_unknown_keys_name_the_nearest(key, message):
 def test_features_of_another_width_than_the_models_are_refused(tmp_path):
     dataset = write_fake_dataset(tmp_path / "data")
     with pytest.raises(UserError, match=r"model.latent_channels=16, but the data set .* has 4"):
-        train.check_sizes(demo.get_config(), dataset)
+        schema.check_sizes(dataset, demo.get_config().model)
 
 
 def test_ratios_that_the_clips_cannot_give_are_refused_before_training(tmp_path):

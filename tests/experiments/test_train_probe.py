@@ -1,7 +1,10 @@
 """The probe's training examples are geometrically right, repeatable, and teach it something."""
 
 import json
+import subprocess
+import sys
 
+import chex
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,10 +13,10 @@ from data_pipelines.keypoints import INDEX, KEYPOINTS
 from data_pipelines.raw import media
 from experiments.train_probe import __main__, training
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.evaluation import probe as obs
+from omnihuman_jax.evaluation import probe as probe_lib
 
 SIZE = (96, 80)
-CONFIG = obs.ProbeConfig(KEYPOINTS, ("a",), (0.0,), (1.0,), widths=(8, 8, 8, 8), canvas=48, crop=16)
+CONFIG = probe_lib.ProbeConfig(KEYPOINTS, ("a",), (0.0,), (1.0,), widths=(8, 8, 8, 8), canvas=48, crop=16)
 FACE = {"left_eye": (50, 30), "right_eye": (30, 30), "chin": (40, 56), "mouth_left": (46, 46), "mouth_right": (34, 46)}
 FACE |= {"mouth_top": (40, 44), "mouth_bottom": (40, 48)}
 
@@ -67,8 +70,7 @@ def test_batches_are_a_function_of_seed_and_step():
     first, again, other = (training.batches(clips, CONFIG, 4, seed) for seed in (0, 0, 1))
     for _ in range(3):
         a, b, c = next(first), next(again), next(other)
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+        chex.assert_trees_all_equal(a, b)
         assert not np.array_equal(a["canvas"], c["canvas"])
 
 
@@ -81,7 +83,7 @@ def test_a_mistake_in_the_thread_reaches_the_trainer():
 def test_training_lowers_every_part_of_the_loss():
     clips = [face_clip(np.random.default_rng(i)) for i in range(8)]
     batch = next(training.batches(clips, CONFIG, 16, seed=1))
-    fresh = obs.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))
+    fresh = probe_lib.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))
     trained = training.train(CONFIG, clips, steps=60, batch=16, seed=0, rate=1e-2)
     _, before = training.loss(fresh, batch)
     _, after = training.loss(trained, batch)
@@ -89,15 +91,15 @@ def test_training_lowers_every_part_of_the_loss():
         assert after[name] < 0.75 * before[name], name
 
 
-def test_accuracy_of_a_perfect_observer_is_perfect():
+def test_accuracy_of_a_perfect_probe_is_perfect():
     clips = [face_clip(np.random.default_rng(i), frames=12) for i in range(3)]
 
-    class Perfect(obs.Probe):
-        def observe(self, frames):
+    class Perfect(probe_lib.Probe):
+        def read(self, frames):
             clip = next(c for c in clips if c.frames is frames)
-            return obs.Observation(clip.keypoints, clip.mouth, np.zeros((len(frames), 1)), 20.0)
+            return probe_lib.Reading(clip.keypoints, clip.mouth, np.zeros((len(frames), 1)), 20.0)
 
-    accuracy = training.accuracy_on(Perfect(CONFIG, obs.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))), clips)
+    accuracy = training.accuracy_on(Perfect(CONFIG, probe_lib.ProbeNetwork(CONFIG, rngs=nnx.Rngs(0))), clips)
     assert accuracy["mouth_clips"] == 3
     assert (accuracy["mouth_correlation"], accuracy["visibility_accuracy"]) == (1, 1)
     assert accuracy["keypoint_error_percent"] == accuracy["mouth_error"] == 0
@@ -111,19 +113,36 @@ def test_a_directory_without_rendered_clips_is_one_line(tmp_path):
         __main__.read_clips(tmp_path, {"clips": []}, "heldout")
 
 
+def write_clips(folder, **splits: training.Clip) -> None:
+    """Clips by split, as data_pipelines.synthetic writes them."""
+    (folder / "annotations").mkdir()
+    entries = []
+    for split, clip in splits.items():
+        media.write_mp4(folder / "clips" / f"{split}.mp4", clip.frames)
+        np.savez(
+            folder / "annotations" / f"{split}.npz",
+            truth_keypoints=clip.keypoints,
+            mouth=clip.mouth,
+            attributes=clip.attributes,
+            attribute_names=np.array(["a"]),
+        )
+        entries.append({"file": f"clips/{split}.mp4", "annotations": f"annotations/{split}.npz", "split": split})
+    (folder / "manifest.json").write_text(json.dumps({"clips": entries}))
+
+
 def test_clips_are_read_with_their_exact_keypoints(tmp_path):
     clip = face_clip(np.random.default_rng(0))
-    media.write_mp4(tmp_path / "clips" / "0.mp4", clip.frames)
-    (tmp_path / "annotations").mkdir()
-    np.savez(
-        tmp_path / "annotations" / "0.npz",
-        truth_keypoints=clip.keypoints,
-        mouth=clip.mouth,
-        attributes=clip.attributes,
-        attribute_names=np.array(["a"]),
-    )
-    entry = {"file": "clips/0.mp4", "annotations": "annotations/0.npz", "split": "train"}
-    (tmp_path / "manifest.json").write_text(json.dumps({"clips": [entry]}))
+    write_clips(tmp_path, train=clip)
     (read,) = __main__.read_clips(tmp_path, __main__.read_manifest(tmp_path), "train")
     np.testing.assert_array_equal(read.keypoints, clip.keypoints)
     assert read.frames.shape == clip.frames.shape and read.attribute_names == ("a",)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_probe_with_its_accuracy(tmp_path):
+    rng = np.random.default_rng(0)
+    write_clips(tmp_path, train=face_clip(rng), heldout=face_clip(rng, frames=12))
+    output = tmp_path / "probe.safetensors"
+    words = ["experiments.train_probe", f"--data={tmp_path}", f"--output={output}", "--steps=1", "--batch=2"]
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=280)
+    assert probe_lib.load_probe(output).header["accuracy"]["rendered"]["clips"] == 1

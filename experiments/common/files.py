@@ -1,0 +1,27 @@
+"""Output files of commands: checked before the work, written whole."""
+
+import os
+from pathlib import Path
+
+from omnihuman_jax.errors import UserError
+
+
+def check_output(output: str) -> Path:
+    """The absolute path of an output file.
+
+    Raises:
+      UserError: its directory does not exist, or the file cannot be written.
+    """
+    path = Path(output).absolute()
+    if not path.parent.is_dir():
+        raise UserError(f"--output={path}: the directory {path.parent} does not exist; make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output={path}: cannot be written; name another file")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,128 @@
+"""Evaluates a checkpoint on held-out rendered clips."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from data_pipelines import schema
+from data_pipelines.schema import Dataset
+from experiments.common import cli
+from experiments.evaluate.rendered import Evaluation, ModelGenerator, evaluate_rendered
+from omnihuman_jax.checkpoints import export
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.evaluation.metrics.registry import METRICS, select
+from omnihuman_jax.evaluation.probe import load_probe
+from omnihuman_jax.frames import latent_frames, pixel_frames
+from omnihuman_jax.inference.sampling import Settings
+from omnihuman_jax.models.vae.vae import load_vae
+from omnihuman_jax.training.state import make_network
+
+PROBE = Path(__file__).parents[1] / "assets" / "probe.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to evaluate; the flags of the same names describe the fields."""
+
+    clips: int = 6
+    frames: int = 21
+    steps: int | None = None
+    seed: int = 0
+    probe: str | Path = PROBE
+    metrics: tuple[str, ...] = ()
+
+    @staticmethod
+    def define_flags() -> None:
+        """Defines a flag for each field."""
+        flags.DEFINE_integer("clips", Options.clips, "Held-out clips per metric.", lower_bound=2)
+        flags.DEFINE_integer("frames", Options.frames, "Frames to generate of each clip, 1 + 4n.", lower_bound=5)
+        flags.DEFINE_integer("steps", None, "Sampling steps; default: the checkpoint's sample.steps.", lower_bound=1)
+        flags.DEFINE_integer("seed", Options.seed, "Chooses clips and noise.", lower_bound=0)
+        flags.DEFINE_string("probe", str(PROBE), "Weights of the probe.")
+        flags.DEFINE_list("metrics", [], f"Which of {','.join(METRICS)}; default: all.")
+
+    @classmethod
+    def from_flags(cls) -> Self:
+        """The values of the flags."""
+        return cls(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(cls)})
+
+
+def setup_devices(checkpoint: str | Path) -> ConfigDict:
+    """Reads the config of a checkpoint and chooses devices; call before anything touches a JAX backend.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    config = export.load_config(checkpoint)
+    config.simulated_devices = min(config.simulated_devices, 1)  # one device is enough
+    cli.setup_platform(config)
+    return config
+
+
+def check_data(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises UserError if the data was not prepared as the training data of the checkpoint."""
+    cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
+    schema.check_sizes(dataset, config.model)
+    trained = config.get("dataset", ConfigDict()).get("encoders", {})
+    for name, encoder in dataset.meta.encoders.items():
+        if trained.get(name, encoder) != encoder:
+            raise UserError(
+                f"data directory {dataset.directory} has {name} made by {encoder}, the checkpoint was trained with "
+                f"{trained[name]}; prepare the data as the training data"
+            )
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    dataset: Dataset,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    progress: Callable[[str], None] = print,
+) -> Evaluation:
+    """Evaluates a checkpoint on held-out rendered clips; see `evaluate_rendered`.
+
+    Args:
+      checkpoint: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
+      dataset: prepared data with held-out rendered clips.
+      options: what to measure, and on how much.
+      progress: called with a line before each set of generations.
+
+    Raises:
+      UserError: an option is wrong, or checkpoint, data, VAE and probe cannot be read or do not fit together; nothing
+        large is loaded then.
+    """
+    frames = options.frames
+    if pixel_frames(latent_frames(frames)) != frames or frames < 5:
+        fitting = pixel_frames(latent_frames(max(frames, 5)))
+        raise UserError(f"--frames={frames}: the VAE makes 1 + 4n frames; take {fitting}")
+    metrics = select(options.metrics)
+    config = export.load_config(checkpoint)
+    check_data(config, dataset)
+    settings = Settings.from_config(config, steps=options.steps)
+    probe, vae = load_probe(options.probe), load_vae(config.vae.to_dict())
+    _, params, info = export.load(checkpoint)
+    generate = ModelGenerator(make_network(config), params, vae, settings, batch=options.clips)
+    found = evaluate_rendered(
+        generate,
+        dataset,
+        vae,
+        probe,
+        metrics=metrics,
+        clips=options.clips,
+        frames=frames,
+        seed=options.seed,
+        progress=progress,
+    )
+    scale = settings.guidance
+    found.result["sampling"] = {
+        "checkpoint of": f"{info['stage']}, step {info['step']} ({'EMA' if info['ema'] else 'raw'})",
+        "sampling steps": settings.steps,
+        "guidance": f"{scale.scale:g} falling to {scale.final_scale:g}",
+        "seed": options.seed,
+    }
+    return found
