@@ -116,7 +116,7 @@ def read_track(flag: str, name: str, path: str) -> np.ndarray:
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{where}: no {field} can be read ({error}); give an .npz with `{field}` (F,...)") from error
     if rows.ndim != 1 + len(condition.row) or not len(rows) or not np.isfinite(rows).all():
-        raise UserError(f"{where}: {field} have shape {rows.shape}; give finite rows, one a frame, at least 1")
+        raise UserError(f"{where}: {field} has shape {rows.shape}; give finite rows, one a frame, at least 1")
     return rows
 
 

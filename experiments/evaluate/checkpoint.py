@@ -18,7 +18,7 @@ from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.evaluation.metrics.registry import METRICS, select
 from omnihuman_jax.evaluation.probe import load_probe
-from omnihuman_jax.frames import latent_frames, pixel_frames
+from omnihuman_jax.frames import STRIDE, latent_frames, pixel_frames
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.vae.vae import load_vae
 from omnihuman_jax.training.state import make_network
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
     """
     frames = options.frames
     if pixel_frames(latent_frames(frames)) != frames or frames < 5:
-        fitting = pixel_frames(latent_frames(max(frames, 5)))
+        fitting = max(5, pixel_frames(latent_frames(frames - STRIDE + 1)))
         raise UserError(f"--frames={frames}: the VAE makes 1 + 4n frames; take {fitting}")
     metrics = select(options.metrics)
     config = export.load_config(checkpoint)

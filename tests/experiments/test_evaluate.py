@@ -64,13 +64,13 @@ def test_each_clip_is_compared_with_another_sentence_and_person(dataset):
     painted.evaluate(spy, dataset)
     right, audio, reference, pose, other_pose = asked
     for i in range(painted.CLIPS):
-        assert not np.array_equal(audio[i].audio, right[i].audio)
-        assert np.array_equal(audio[i].reference, right[i].reference)
-        assert not np.array_equal(reference[i].reference, right[i].reference)
-        assert np.array_equal(reference[i].audio, right[i].audio)
+        assert not np.array_equal(audio[i].given["audio"], right[i].given["audio"])
+        assert np.array_equal(audio[i].given["reference"], right[i].given["reference"])
+        assert not np.array_equal(reference[i].given["reference"], right[i].given["reference"])
+        assert np.array_equal(reference[i].given["audio"], right[i].given["audio"])
         assert right[i].seed == audio[i].seed == reference[i].seed  # only the condition differs, not the noise
-        assert not np.array_equal(other_pose[i].keypoints, pose[i].keypoints)
-        assert right[i].keypoints is None
+        assert not np.array_equal(other_pose[i].given["pose"], pose[i].given["pose"])
+        assert "pose" not in right[i].given
 
 
 def test_evaluation_is_a_function_of_its_seed(dataset, good):
@@ -93,10 +93,11 @@ def test_clips_do_not_depend_on_how_they_are_batched():
     rng = np.random.default_rng(0)
     clips = [
         rendered.Conditions(
-            reference=rng.standard_normal((4, 4, 4)),
-            text=rng.standard_normal((3, model.text_dim)),
-            audio=rng.standard_normal((frames, model.audio_dim)),
-            keypoints=None,
+            {
+                "reference": rng.standard_normal((4, 4, 4)),
+                "text": rng.standard_normal((3, model.text_dim)),
+                "audio": rng.standard_normal((frames, model.audio_dim)),
+            },
             seed=i,
         )
         for i, frames in enumerate((9, 13, 5))  # tracks of unequal length
@@ -120,13 +121,13 @@ def test_only_the_generations_that_the_metrics_need_are_made_and_each_once(datas
 
     both = painted.evaluate(spy, dataset, metrics=registry.select(["identity", "colour"]))
     assert list(both.result["measures"]) == ["colour", "identity"]  # in the order of the registry
-    assert len(asked) == 2 and all(clip.keypoints is None for clips in asked for clip in clips)
+    assert len(asked) == 2 and all("pose" not in clip.given for clips in asked for clip in clips)
     assert list(both.comparisons) == ["colour"]  # the strips of identity would be the same
 
 
 def test_a_condition_that_no_clip_can_supply_is_refused():
     for wrong in ({"foreign": "keypoints", "differs_in": "id"}, {"foreign": "pose"}):
-        with pytest.raises(ValueError, match="foreign must be one of"):
+        with pytest.raises(ValueError, match="also and foreign are names of conditions"):
             Generated(**wrong)
 
 
@@ -168,7 +169,9 @@ def files(tmp_path_factory):
     shapes = make_network(config).abstract_params
     params = jax.tree.map(lambda shape: np.full(shape.shape, 0.01, shape.dtype), shapes)
     export.save(folder / "checkpoint", config, params, {"step": 9, "stage": "stage3"}, ema=True)
-    painted.heldout_dataset(folder, text_encoder="minilm-l6-v2", vae_sha256=sha256_of(config.vae.checkpoint))
+    painted.heldout_dataset(
+        folder, encoders={"text": "minilm-l6-v2", "audio": "log-mel"}, vae_sha256=sha256_of(config.vae.checkpoint)
+    )
     probe_lib.save_probe(folder / "probe.safetensors", painted.PaintedProbe())
     return folder
 
@@ -215,7 +218,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(run, tmp_path, monkeypa
 def test_data_prepared_for_another_model_are_refused(run, files, tmp_path):
     sha256 = sha256_of(files / "vae.safetensors")
     painted.heldout_dataset(tmp_path, vae_sha256=sha256)
-    with pytest.raises(UserError, match="text_encoder=random, the checkpoint was trained with minilm-l6-v2"):
+    with pytest.raises(UserError, match="text made by random, the checkpoint was trained with minilm-l6-v2"):
         run(data=tmp_path / "data")
 
 

@@ -178,7 +178,7 @@ def test_the_seed_decides_the_clip(run, tmp_path):
         ({"audio": "empty.wav"}, "zero length"),
         ({"pose": "speech.wav"}, "no video stream"),
         ({"pose": "other.npz"}, "no keypoints can be read"),
-        ({"pose": "wrong.npz"}, "keypoints have shape"),
+        ({"pose": "wrong.npz"}, "pose has rows of shape .* reads \\(28, 3\\)"),
         ({"checkpoint": "nowhere"}, "no such checkpoint"),
         ({"height": 40}, "--height=32"),
         ({"seconds": 0.0}, "--seconds=0.0: must be a positive number"),
