@@ -20,6 +20,9 @@ from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.sharding import processes
 
 
+flags.disclaim_key_flags()  # what is defined here belongs to the command, whose --help lists it
+
+
 def define_config_flag() -> Any:
     """Defines --config=PRESET.py[:ARG] with --config.KEY=VALUE overrides."""
     return config_flags.DEFINE_config_file("config", None, "Preset file, as experiments/configs/demo.py or demo.py:v2.")
