@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.diffusion import flow, time
 from omnihuman_jax.models.functional import Network
+from omnihuman_jax.random_keys import NOISE, ROUNDING, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import low_precision
 from omnihuman_jax.training.state import TrainState, abstract_state, make_optimizer
@@ -27,7 +28,7 @@ def ema_decay_at(step: jax.Array, decay: float) -> jax.Array:
 
 def draw_noise(config: ConfigDict, step: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Time t (B,) and noise eps of a step: a pure function of (seed, step), whatever the mesh."""
-    time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed + 1), step))
+    time_key, noise_key = jax.random.split(jax.random.fold_in(purpose_key(config.seed, NOISE), step))
     d = config.diffusion
     t = time.sample_times(time_key, shape[0], mean=d.time_mean, std=d.time_std)
     patch = config.model.patch_size
@@ -40,7 +41,7 @@ def rounding_key(config: ConfigDict, step: jax.Array) -> jax.Array | None:
     """Key of a step's stochastic rounding of bfloat16 parameters; None without `optimizer.stochastic_rounding`."""
     if not config.optimizer.stochastic_rounding:
         return None
-    return jax.random.fold_in(jax.random.key(config.seed + 3), step)
+    return jax.random.fold_in(purpose_key(config.seed, ROUNDING), step)
 
 
 def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array) -> jax.Array:

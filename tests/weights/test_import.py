@@ -16,6 +16,7 @@ from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.export import to_tensors
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import BASE_ONLY_INPUTS, ModelConfig
+from omnihuman_jax.random_keys import INIT, purpose_key
 from omnihuman_jax.sharding.rules import tree_shardings
 from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
@@ -56,7 +57,7 @@ def test_an_imported_base_is_an_exported_directory_with_fresh_conditions(tmp_pat
 @pytest.mark.slow
 def test_fresh_conditions_are_those_of_a_fresh_model():
     network = network_of("hunyuan")
-    whole = to_tensors(jax.jit(network.init)(jax.random.key(5)))
+    whole = to_tensors(jax.jit(network.init)(purpose_key(5, INIT)))
     fresh = to_tensors(fresh_conditions(network, 5))
     assert set(fresh) == {name for name in whole if is_condition(name)}
     for name, value in fresh.items():
