@@ -1,6 +1,5 @@
 """The one train step: flow matching on a batch, a pure function of (state, batch, learning rate)."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from omnihuman_jax.random_keys import NOISE, ROUNDING, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import low_precision
 from omnihuman_jax.training.state import TrainState, abstract_state, make_optimizer
+from omnihuman_jax.weights.names import STACKED
 
 Metrics = dict[str, jax.Array]
 
@@ -84,8 +84,8 @@ def gradients(
 
 def part_of(path: str) -> str:
     """The part of the network that a parameter belongs to: the module, or the audio attention of the blocks."""
-    first = path.split("/", 1)[0]
-    return "audio_attention" if re.match(r"(dual|single)/audio/", path) else first
+    first, second, *_ = *path.split("/"), ""
+    return "audio_attention" if first in STACKED and second == "audio" else first
 
 
 def norms_by_part(grads: Any) -> dict[str, jax.Array]:

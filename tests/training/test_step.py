@@ -11,7 +11,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh, training_mesh
 from omnihuman_jax.training import state as state_lib
-from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step
+from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step, part_of
 from tests.training.tiny import tiny_config
 
 BUCKET = (3, 4, 4)
@@ -225,3 +225,15 @@ def test_noise_depends_on_the_step_and_the_seed_only():
     first, again, later = (draw_noise(config, jnp.int32(i), (8, *BUCKET, 4)) for i in (5, 5, 6))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.allclose(first[1], later[1])
+
+
+def test_the_audio_attention_of_every_kind_of_block_is_a_part_of_its_own():
+    config = tiny_config("unused")
+    config.model.num_decoder_blocks = 1
+    params = state_lib.make_network(config).abstract_params
+    names = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    parts = {name: part_of(name) for name in names}
+    audio = {name for name, part in parts.items() if part == "audio_attention"}
+    assert {name.split("/")[0] for name in audio} == {"dual", "single", "decoder"}
+    assert audio == {name for name in names if "/audio/" in name and name.split("/")[0] != "audio"}
+    assert {"audio", "pose", "dual", "single", "decoder", "null_text"} <= set(parts.values())
