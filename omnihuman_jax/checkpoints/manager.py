@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from omnihuman_jax.checkpoints.fingerprint import start_fingerprint
+from omnihuman_jax.checkpoints.fingerprint import Fingerprint, start_fingerprint
 from omnihuman_jax.checkpoints.read import digest, meta_or_none, running_steps
 from omnihuman_jax.checkpoints.restore import Restored, restore_newest
 from omnihuman_jax.errors import UserError
@@ -51,7 +51,7 @@ class _Save:
       state: what is saved.
       own: whether the state is a copy that nobody else uses.
       meta: what is said of it, without the fingerprint.
-      sums: gives the fingerprint.
+      found: gives the fingerprint.
       times: `Checkpoints.times` of this save.
       begun: `time.perf_counter()` at its beginning.
       read: set when the state is no longer needed.
@@ -61,7 +61,7 @@ class _Save:
     state: TrainState
     own: bool
     meta: dict[str, Any]
-    sums: Callable[[], dict[str, int]]
+    found: Callable[[], Fingerprint]
     times: dict[str, float | None]
     begun: float
     read: threading.Event
@@ -176,6 +176,10 @@ class Checkpoints:
           meta: what is said of it.
           ends: name of the stage that ends with this step. `stages/NAME/` is written first, and whole before the
             running one begins.
+
+        Raises:
+          UserError: the save before could not be written, where others wait for it. A state with values that are not
+            finite is not written: the next `check`, `wait` or `save` raises it.
         """
         begun = time.perf_counter()
         self.wait()
@@ -183,14 +187,14 @@ class Checkpoints:
         if own:
             state = self._copy(state)
         # All that the devices do is started here: programs of all processes have to begin in one order.
-        sums = start_fingerprint(state)
+        found = start_fingerprint(state)
         paths = [self._running(step)]
-        if ends and not self._stage_is_there(self._workdir / "stages" / ends, step, sums):
+        if ends and not self._stage_is_there(self._workdir / "stages" / ends, step, found):
             paths.insert(0, self._workdir / "stages" / ends)
         self._failed = {p: why for p, why in self._failed.items() if p not in paths and p.parent.name == "stages"}
         self.times = {"seconds": None, "blocked_seconds": None}
         meta = meta | {"dtypes": _dtypes(state)}
-        save = _Save(paths, state, own, meta, sums, self.times, begun, threading.Event())
+        save = _Save(paths, state, own, meta, found, self.times, begun, threading.Event())
         self._saving = self._writer.submit(self._write, save)
         if not own:
             save.read.wait()
@@ -206,12 +210,12 @@ class Checkpoints:
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         return self._copy_on_device
 
-    def _stage_is_there(self, path: Path, step: int, sums: Callable[[], dict[str, int]]) -> bool:
+    def _stage_is_there(self, path: Path, step: int, found: Callable[[], Fingerprint]) -> bool:
         """Whether it holds this state already, because the step came again after a restart."""
         there = meta_or_none(path) or {}
         if not broadcast_from_main(bool(there)):
             return False
-        if broadcast_from_main(there.get("step") == step and there.get("fingerprint") == sums()):
+        if broadcast_from_main(there.get("step") == step and there.get("fingerprint") == found().sums):
             return True
         self._log(f"{path}: replaced; it held step {there.get('step')} of another training of this stage")
         return False
@@ -244,7 +248,14 @@ class Checkpoints:
         """Writes, in the background; what could not be written, and why."""
         failed = {}
         try:
-            meta = save.meta | {"fingerprint": save.sums()}
+            found = save.found()
+            if found.not_finite:
+                raise UserError(
+                    f"the state after step {save.meta['step']} holds NaN or infinity in {found.not_finite} and is not "
+                    f"saved; the last good checkpoint is {self.last_good()}; start the same command again to continue "
+                    f"from it"
+                )
+            meta = save.meta | {"fingerprint": found.sums}
             args = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(save.state._asdict()),
                 meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)}),

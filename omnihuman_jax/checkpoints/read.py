@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from omnihuman_jax.checkpoints.fingerprint import fingerprint
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.training.state import make_network
@@ -121,6 +122,9 @@ def load_for_inference(
 
     Returns:
       (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
+
+    Raises:
+      UserError: nothing there, it cannot be read, or it holds values that are not finite.
     """
     path = find_checkpoint(path)
     meta = read_meta(path)
@@ -132,6 +136,8 @@ def load_for_inference(
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     part = "ema" if use_ema else "params"
     params = restore(path, {part: abstract})[part]
+    if bad := fingerprint(params).not_finite:
+        raise UserError(f"{path}: NaN or infinity in {part}/{bad}; use another checkpoint of the run")
     return config, params, {"step": meta["step"], "stage": meta["stage"], "path": str(path)}
 
 

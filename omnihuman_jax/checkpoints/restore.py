@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from omnihuman_jax.checkpoints.fingerprint import fingerprint
+from omnihuman_jax.checkpoints.fingerprint import fingerprint, listed
 from omnihuman_jax.checkpoints.read import check_same_model, read_meta, restore
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import agreed_problem, agreed_steps, broadcast_from_main, is_main
@@ -90,8 +90,10 @@ def _try(path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored
         problem += f"; the config differs from the checkpoint's in {differ}" if differ else ""
     if problem := agreed_problem(problem):
         return None, problem
-    wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
-    if wrong:
+    found, saved = fingerprint(state), meta.get("fingerprint", {})
+    if found.not_finite:
+        return None, f"damaged: NaN or infinity in {found.not_finite}"
+    if wrong := listed([name for name, total in found.sums.items() if saved.get(name, total) != total]):
         return None, f"damaged: other values than were saved in {wrong}"
     state = jax.tree.map(
         lambda x, wanted: (
@@ -146,8 +148,3 @@ def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
     return "; ".join(
         f"optimizer.{key}={there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
     )
-
-
-def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
-    names = [name for name in found if name in saved and saved[name] != found[name]]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -388,7 +388,7 @@ class _Run:
                     try:
                         path, size = self.sample(ema, step, stage)
                         self.writer.video(f"sample/{stage.name}", path, size, step)
-                    except OSError as error:  # a full disk; the training is worth more
+                    except (OSError, UserError) as error:  # as a full disk; the training is worth more
                         self.log(f"{stage.name}: the sample video could not be written: {error}; training goes on")
             wait_for_all("sampled")
         self.start_clock()

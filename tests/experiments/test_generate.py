@@ -18,6 +18,7 @@ from experiments.export import export_checkpoint
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.inference import generate as generate_lib
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.training.state import make_network
 from tests.inference import tiny
@@ -116,6 +117,14 @@ def test_audio_driven_clip_has_picture_and_sound_of_the_recordings_length(run, f
     assert "10 frames (0.40 s), 48x32, 2 segments of 2 steps" in printed
     assert "a person is talking to the camera" in printed and "no --text given" in printed
     assert "step 9 (stage3), EMA" in printed and f"wrote {output}" in printed and "s per step" in printed
+
+
+def test_frames_that_are_not_finite_are_not_written(run, files, tmp_path, monkeypatch):
+    right = generate_lib.sample_latents
+    monkeypatch.setattr(generate_lib, "sample_latents", lambda *args, **kwargs: right(*args, **kwargs) * np.nan)
+    with pytest.raises(UserError, match="the latents hold NaN or infinity; use another checkpoint"):
+        run(audio=files / "speech.wav")
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 def test_pose_driven_clip_has_the_poses_length_and_no_sound(run, files, capsys):

@@ -237,3 +237,36 @@ def test_the_audio_attention_of_every_kind_of_block_is_a_part_of_its_own():
     assert {name.split("/")[0] for name in audio} == {"dual", "single", "decoder"}
     assert audio == {name for name in names if "/audio/" in name and name.split("/")[0] != "audio"}
     assert {"audio", "pose", "dual", "single", "decoder", "null_text"} <= set(parts.values())
+
+
+def test_a_step_that_would_leave_something_not_finite_changes_nothing_but_the_step_number():
+    """Loss and gradient are finite in every case; the update, the second moments or the EMA are not."""
+    config = tiny_config("unused")
+    config.mesh.update({"data": 2, "fsdp": 4})
+    mesh, network = make_mesh(config.mesh), state_lib.make_network(config)
+
+    def infinite(tree):
+        return tree | {"x_embed": jax.tree.map(lambda x: x.at[-1].set(jnp.inf), tree["x_embed"])}
+
+    def with_moments(state):
+        clip, adam, decay = state.opt_state
+        return state._replace(opt_state=(clip, adam._replace(nu=infinite(adam.nu)), decay))
+
+    cases = {
+        "fine": (1e-2, lambda state: state),
+        "parameters": (np.inf, lambda state: state),
+        "moments": (1e-2, with_moments),
+        "ema": (1e-2, lambda state: state._replace(ema=infinite(state.ema))),
+    }
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, network, mesh)
+        batch = jax.device_put(random_batch(config), rules.batch_sharding(mesh))
+        for name, (rate, spoil) in cases.items():
+            state = spoil(state_lib.init_state(config, mesh, network))
+            before = jax.device_get(state)
+            after, metrics = jax.device_get(step(state, batch, jnp.float32(rate)))
+            assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+            assert metrics["skipped"] == (name != "fine"), name
+            assert after.step == 1
+            if name != "fine":
+                jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)
