@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 from experiments.common import cli
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.random_keys import INIT, purpose_key
 from omnihuman_jax.training import config_ranges
-from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.formats import FORMATS
 from omnihuman_jax.weights.load import Cast, Source

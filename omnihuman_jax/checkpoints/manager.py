@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.checkpoints.fingerprint import Fingerprint, start_fingerprint
 from omnihuman_jax.checkpoints.read import digest, meta_or_none, running_steps
-from omnihuman_jax.checkpoints.restore import Restored, restore_newest
+from omnihuman_jax.checkpoints.restore import Restored, restore_newest, same_network
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import processes
 from omnihuman_jax.sharding.processes import broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
-from omnihuman_jax.training.state import TrainState
+
+State = Any  # NamedTuple of pytrees of arrays
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
@@ -58,7 +59,7 @@ class _Save:
     """
 
     paths: list[Path]
-    state: TrainState
+    state: State
     own: bool
     meta: dict[str, Any]
     found: Callable[[], Fingerprint]
@@ -105,7 +106,7 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._every, self._keep, self._keep_every, self._log = every, keep, keep_every, log
         self._copy_on_device = copy_on_device
-        self._copy: Callable[[TrainState], TrainState] | None = None
+        self._copy: Callable[[State], State] | None = None
         self._last_steps = dict(stages or {})
         self._failed: dict[Path, str] = {}
         self._last_good = "none yet"
@@ -159,15 +160,17 @@ class Checkpoints:
     def _running(self, step: int) -> Path:
         return self._workdir / "checkpoints" / str(step)
 
-    def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
-        """`resuming.restore_newest` of this run: running checkpoints first, then the stages'."""
+    def restore_latest(
+        self, abstract: State, config: ConfigDict, check: Callable[..., None] = same_network
+    ) -> Restored | None:
+        """`restore.restore_newest` of this run: running checkpoints first, then the stages'."""
         stages = [self._workdir / "stages" / name for name in reversed(self._last_steps)]
-        restored = restore_newest(self._workdir, stages, abstract, config, self._log)
+        restored = restore_newest(self._workdir, stages, abstract, config, self._log, check)
         if restored:
             self._last_good = str(restored.path)
         return restored
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], *, ends: str = "") -> None:
+    def save(self, step: int, state: State, meta: dict[str, Any], *, ends: str = "") -> None:
         """Saves in the background; the state may be donated once this returns. Waits for the save before.
 
         Args:
@@ -200,7 +203,7 @@ class Checkpoints:
             save.read.wait()
         save.times["blocked_seconds"] = time.perf_counter() - begun
 
-    def _can_copy(self, state: TrainState) -> bool:
+    def _can_copy(self, state: State) -> bool:
         """Whether to save a copy; found out at the first save, when the devices know what training takes."""
         if self._copy_on_device and self._copy is None:
             self._copy_on_device = broadcast_from_main(_room_for(state))
@@ -332,7 +335,7 @@ class Checkpoints:
                     self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
 
-def _dtypes(state: TrainState) -> dict[str, str]:
+def _dtypes(state: State) -> dict[str, str]:
     """Array path -> dtype."""
     return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -364,7 +367,7 @@ def _why_not_written(error: Exception) -> str:
     return text[:300]
 
 
-def _room_for(state: TrainState) -> bool:
+def _room_for(state: State) -> bool:
     """Whether this process's devices can hold the state once more beside what training takes, as far as they tell."""
     here: dict[jax.Device, int] = {}
     for x in jax.tree.leaves(state):

@@ -9,11 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.random_keys import INIT, purpose_key
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.sharding.mesh import sequence_attention
 from omnihuman_jax.training import low_precision
 
 
@@ -31,12 +29,6 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema: Any
-
-
-def make_network(config: ConfigDict) -> Network:
-    """The network of a resolved config."""
-    model = config.model.to_dict() | {"sequence_attention": sequence_attention(config)}
-    return Network(ModelConfig.from_dict(model))
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.export import export_checkpoint
 from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import load_parameters
 from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.checkpoints.read import load_for_inference
 from omnihuman_jax.errors import UserError
@@ -117,4 +118,4 @@ def test_an_exported_directory_with_it_is_not_loaded(tmp_path, monkeypatch):
         patch.setattr("omnihuman_jax.weights.write.np.isfinite", lambda x: np.ones(np.shape(x), bool))
         export.save(tmp_path / "out", config, poisoned(tiny.params()), INFO, ema=True)
     with pytest.raises(UserError, match=r"tensor x_embed.kernel holds NaN or infinity"):
-        export.load(tmp_path / "out")
+        load_parameters(tmp_path / "out")

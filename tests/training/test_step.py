@@ -8,6 +8,7 @@ import pytest
 
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh, training_mesh
 from omnihuman_jax.training import state as state_lib
@@ -28,7 +29,7 @@ def random_batch(config, seed=0):
 
 def run_steps(config, count=2):
     mesh = make_mesh(config.mesh)
-    network = state_lib.make_network(config)
+    network = make_network(config)
     with jax.set_mesh(mesh):
         state = state_lib.init_state(config, mesh, network)
         step = jit_train_step(config, network, mesh)
@@ -74,7 +75,7 @@ def gradients_on(mesh_sizes, parts=1):
     config = tiny_config("unused")
     config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128})
     config.mesh.update(mesh_sizes or {})
-    network = state_lib.make_network(config)
+    network = make_network(config)
     batch, params = random_batch(config), perturbed(network)
     t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
     run = jax.jit(lambda *args: gradients(network, *args, parts))
@@ -189,7 +190,7 @@ def test_parameters_are_sharded_over_fsdp():
 def test_one_step_is_clipped_adamw_on_the_flow_loss():
     config = tiny_config("unused")
     config.mesh.update({"data": 8, "fsdp": 1})
-    network = state_lib.make_network(config)
+    network = make_network(config)
     before = jax.device_get(state_lib.create_state(config, network))
     batch = random_batch(config)
     x0 = batch["latents"]
@@ -230,7 +231,7 @@ def test_noise_depends_on_the_step_and_the_seed_only():
 def test_the_audio_attention_of_every_kind_of_block_is_a_part_of_its_own():
     config = tiny_config("unused")
     config.model.num_decoder_blocks = 1
-    params = state_lib.make_network(config).abstract_params
+    params = make_network(config).abstract_params
     names = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     parts = {name: part_of(name) for name in names}
     audio = {name for name, part in parts.items() if part == "audio_attention"}
@@ -243,7 +244,7 @@ def test_a_step_that_would_leave_something_not_finite_changes_nothing_but_the_st
     """Loss and gradient are finite in every case; the update, the second moments or the EMA are not."""
     config = tiny_config("unused")
     config.mesh.update({"data": 2, "fsdp": 4})
-    mesh, network = make_mesh(config.mesh), state_lib.make_network(config)
+    mesh, network = make_mesh(config.mesh), make_network(config)
 
     def infinite(tree):
         return tree | {"x_embed": jax.tree.map(lambda x: x.at[-1].set(jnp.inf), tree["x_embed"])}
