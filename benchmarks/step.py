@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 from experiments.common import cli
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.training.state import init_state, make_network
+from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
 
 

@@ -19,20 +19,20 @@ from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset, check_sizes, given
 from experiments.common import cli
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import load_config
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import pixel_frames
 from omnihuman_jax.inference.generate import decode_latents
 from omnihuman_jax.inference.inputs import Inputs
 from omnihuman_jax.inference.sampling import Settings, sample_latents
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import config_ranges, loop
 from omnihuman_jax.training.metrics import write_gif
 from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
-from omnihuman_jax.training.state import make_network
 
 
 class SampleVideos:
@@ -107,7 +107,7 @@ def check_start(
     check_init_from(stages, replace_parameters_at, fresh=not done)
     for stage in stages:  # one that has begun needs it no more
         if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
-            there = export.load_config(stage.init_from).model.to_dict()
+            there = load_config(stage.init_from).model.to_dict()
             check_same_model(there, config.model.to_dict(), stage.init_from)
 
 

@@ -27,12 +27,12 @@ from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.checkpoints.manager import COPY_SIZE
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops as flops_lib
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
 from tpu import hlo
 from tpu.topologies import GIB, Topology, get_topology

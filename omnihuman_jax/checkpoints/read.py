@@ -11,9 +11,10 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from omnihuman_jax.checkpoints.fingerprint import fingerprint
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.models.functional import make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
 _COMPUTE_KEYS = (
@@ -109,6 +110,18 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """The resolved config and the JSON item of a checkpoint folder.
+
+    Raises:
+      UserError: it cannot be read, or is of another training, as that of the VAE.
+    """
+    meta = read_meta(path)
+    if "model" not in meta["config"]:
+        raise UserError(f"{path}: not a checkpoint of experiments.train; give one of those, or an exported directory")
+    return ConfigDict(meta["config"]), meta
+
+
 def load_for_inference(
     path: str | Path, *, use_ema: bool = True, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
@@ -121,10 +134,12 @@ def load_for_inference(
 
     Returns:
       (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
+
+    Raises:
+      UserError: nothing there, it cannot be read, or it holds values that are not finite.
     """
     path = find_checkpoint(path)
-    meta = read_meta(path)
-    config = ConfigDict(meta["config"])
+    config, meta = network_config(path)
     shapes = make_network(config).abstract_params
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -132,6 +147,8 @@ def load_for_inference(
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     part = "ema" if use_ema else "params"
     params = restore(path, {part: abstract})[part]
+    if bad := fingerprint(params).not_finite:
+        raise UserError(f"{path}: NaN or infinity in {part}/{bad}; use another checkpoint of the run")
     return config, params, {"step": meta["step"], "stage": meta["stage"], "path": str(path)}
 
 

@@ -83,8 +83,18 @@ def encode_reference(vae: VAE, image: np.ndarray, height: int, width: int, tilin
 
 
 def decode_latents(vae: VAE, latents: jax.Array, tiling: Tiling | None = None) -> np.ndarray:
-    """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream."""
-    return decode_clip(vae, latents, tiling=tiling)
+    """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream.
+
+    Raises:
+      UserError: the latents or the frames are not finite: there is nothing to show.
+    """
+    frames = decode_clip(vae, latents, tiling=tiling)
+    for name, values in (("latents", latents), ("decoded frames", frames)):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"the {name} hold NaN or infinity; use another checkpoint, or compute in float32 (model.dtype)"
+            )
+    return frames
 
 
 def generate(
@@ -111,7 +121,7 @@ def generate(
       float32 frames (F, height, width, 3) in [-1, 1], F = `request.frames`.
 
     Raises:
-      UserError: see `check_request`.
+      UserError: see `check_request` and `decode_latents`.
     """
     model = network.config
     check_request(model, request, pixel_multiple(model, vae))

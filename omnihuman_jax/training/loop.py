@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import is_exported, load_parameters
 from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import (
@@ -62,7 +62,6 @@ from omnihuman_jax.training.state import (
     TrainState,
     abstract_state,
     init_state,
-    make_network,
     make_optimizer,
     state_from_params,
 )
@@ -325,8 +324,8 @@ class _Run:
         self.log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
         if loads_init_from(self.stages, stage.first_step, self.replace_parameters_at):
-            raw = None if export.is_exported(stage.init_from) else False  # an exported directory holds one kind
-            _, params, info = export.load(stage.init_from, use_ema=raw, shardings=shardings.params)
+            raw = None if is_exported(stage.init_from) else False  # an exported directory holds one kind
+            _, params, info = load_parameters(stage.init_from, use_ema=raw, shardings=shardings.params)
             self.log(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
             fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
             return fresh._replace(step=state.step)
@@ -388,7 +387,7 @@ class _Run:
                     try:
                         path, size = self.sample(ema, step, stage)
                         self.writer.video(f"sample/{stage.name}", path, size, step)
-                    except OSError as error:  # a full disk; the training is worth more
+                    except (OSError, UserError) as error:  # as a full disk; the training is worth more
                         self.log(f"{stage.name}: the sample video could not be written: {error}; training goes on")
             wait_for_all("sampled")
         self.start_clock()

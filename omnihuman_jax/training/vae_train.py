@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from omnihuman_jax.models.vae.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 from omnihuman_jax.models.vae.perceptual import LPIPS
 from omnihuman_jax.models.vae.vae import VAE, VAEConfig
+from omnihuman_jax.random_keys import CRITIC_INIT, POSTERIOR, VAE_INIT, purpose_key
 from omnihuman_jax.sharding.rules import path_name
 
 Params = dict[str, Any]
@@ -113,9 +114,8 @@ def _vae_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def create_state(config: ConfigDict) -> VAEState:
     """A fresh state from `config.seed` (traceable)."""
-    vae_key, critic_key = jax.random.split(jax.random.key(config.seed))
-    params = make_vae(config).init(vae_key)
-    critic = make_critic(config).init(critic_key) if config.adversarial.weight else {}
+    params = make_vae(config).init(purpose_key(config.seed, VAE_INIT))
+    critic = make_critic(config).init(purpose_key(config.seed, CRITIC_INIT)) if config.adversarial.weight else {}
     return VAEState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -216,7 +216,7 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         return optax.apply_updates(state.critic, updates), opt_state, loss
 
     def step(state: VAEState, video: jax.Array, perceptual: Any = None) -> tuple[VAEState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(purpose_key(config.seed, POSTERIOR), state.step)
         grads, (metrics, output) = jax.grad(loss_fn, has_aux=True)(state.params, state.critic, video, key, perceptual)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

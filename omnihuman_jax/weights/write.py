@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from omnihuman_jax.errors import UserError
 from omnihuman_jax.weights.names import Entry
 from omnihuman_jax.weights.read import INDEX
 
@@ -54,7 +55,13 @@ def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: 
       path: the file, in a directory that exists.
       tensors: name -> contiguous array.
       metadata: strings for the header.
+
+    Raises:
+      UserError: a tensor holds NaN or infinity; nothing is written then.
     """
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity and is not written; use other weights")
     partial = Path(f"{path}.partial")
     partial.unlink(missing_ok=True)
     partial.touch()

@@ -20,7 +20,7 @@ from omnihuman_jax.evaluation import probe as probe_lib
 from omnihuman_jax.evaluation.metrics import mouth, registry
 from omnihuman_jax.evaluation.metrics.metric import REAL, TALKING, Generated, Metric, Row
 from omnihuman_jax.inference.sampling import Settings
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.models.functional import make_network
 from tests.experiments import painted
 from tests.inference import tiny
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from omnihuman_jax import batch as batch_lib
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.state import abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
 from tests.training.tiny import tiny_config
 from tpu import hlo

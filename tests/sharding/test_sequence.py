@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from omnihuman_jax import batch as batch_lib
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.state import make_network
 from omnihuman_jax.training.step import gradients
 from tests.training.tiny import tiny_config
 from tpu import hlo

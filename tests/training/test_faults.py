@@ -34,6 +34,7 @@ from omnihuman_jax.training.goodput import Goodput
 from omnihuman_jax.training.metrics import LineFile
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state
+from tests.checkpoints.test_not_finite import poison_on_disk
 from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
@@ -177,6 +178,31 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(wh
         train(whole, "all_bad", poison, config)
 
 
+def test_updates_that_overflow_are_skipped_and_end_the_run_although_loss_and_gradient_are_finite(whole):
+    config = tiny_config(whole[0] / "data", steps=(4, 4, 0))
+    config.faults.max_bad_steps = 2
+    config.stages.stage2.learning_rate = 1e39  # infinity in float32
+    words = (
+        r"step 6: loss [\d.]+, gradient norm [\d.e-]+, but the new parameters, moments or EMA are not finite.*2 steps"
+    )
+    with pytest.raises(UserError, match=words):
+        train(whole, "overflow", lambda *_: None, config)
+    log = lines(whole[0] / "overflow")
+    assert log[-1]["step"] == 5 and log[-1]["skipped_steps"] == 1 and log[-1]["loss"] is not None
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params(whole[0] / "overflow")))
+
+
+def test_a_stage_does_not_start_from_parameters_that_are_not_finite(whole, tmp_path):
+    root, dataset, config = whole
+    source = tmp_path / "source"
+    shutil.copytree(root / "whole" / "stages" / "stage1", source)
+    poison_on_disk(source, "params")
+    config = config.copy_and_resolve_references()
+    config.stages.stage1.init_from = str(source)
+    with pytest.raises(UserError, match="source: NaN or infinity in params/x_embed/kernel"):
+        train_tiny(config, tmp_path / "run", dataset)
+
+
 def test_fingerprints_are_sums_of_bits_on_every_mesh():
     tree = {"a": np.arange(64, dtype=np.float32).reshape(8, 8), "b": np.float32(1.5), "c": np.arange(4, dtype=np.int32)}
     expected = {k: int(np.asarray(v).view(np.uint32).sum(dtype=np.uint64) % 2**32) for k, v in tree.items()}
@@ -184,9 +210,9 @@ def test_fingerprints_are_sums_of_bits_on_every_mesh():
         mesh = make_mesh(sizes)
         specs = {"a": PartitionSpec("fsdp", "tensor"), "b": PartitionSpec(), "c": PartitionSpec()}
         placed = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in tree.items()}
-        assert fingerprint(placed) == expected
+        assert fingerprint(placed).sums == expected
     placed["a"] = placed["a"].at[3, 3].add(1e-5)
-    found = fingerprint(placed)
+    found = fingerprint(placed).sums
     assert found["a"] != expected["a"] and found["b"] == expected["b"]
 
 
@@ -626,6 +652,7 @@ from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.stages import curriculum
 from tests.training.test_faults import Troubled
+from tests.checkpoints.test_not_finite import poison_on_disk
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config
 

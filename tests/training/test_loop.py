@@ -14,10 +14,11 @@ from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.checkpoints.read import check_same_model, find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.metrics import loss_by_condition, loss_by_condition_set, loss_by_time
-from omnihuman_jax.training.state import abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 

@@ -364,5 +364,7 @@ def _from_tensors(config: VAEConfig, tensors: Mapping[str, np.ndarray], path: Pa
             raise UserError(f"vae.checkpoint={path}: tensor {name} is missing; the file does not fit its own config")
         if tensors[name].shape != value.shape:
             raise UserError(f"vae.checkpoint={path}: tensor {name} is {tensors[name].shape}, should be {value.shape}")
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"vae.checkpoint={path}: tensor {name} holds NaN or infinity; give another VAE file")
         value.set_value(jnp.asarray(tensors[name], jnp.float32))
     return nnx.merge(graph, state)
