@@ -154,7 +154,7 @@ def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, input_
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
     workdir = cli.make_workdir(flags.FLAGS.workdir)
     sample = SampleVideos(config, dataset, vae, workdir) if vae else None
-    plain = cli.to_plain(config) | {"dataset": describe(dataset)}
+    plain = cli.to_plain(config) | {"dataset": describe(dataset), "conditions": list(conditions.names())}
     loop.train(
         config,
         plain,

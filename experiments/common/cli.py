@@ -19,7 +19,6 @@ from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.sharding import processes
 
-
 flags.disclaim_key_flags()  # what is defined here belongs to the command, whose --help lists it
 
 

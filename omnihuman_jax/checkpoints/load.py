@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints.read import find_checkpoint, load_for_inference, network_config
+from omnihuman_jax.checkpoints.read import check_conditions, find_checkpoint, load_for_inference, network_config
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.weights import formats
@@ -43,11 +42,7 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     found = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
     if found != (KIND, VERSION):
         raise UserError(f"{path / CONFIG_FILE}: kind and version are {found}, this program reads {(KIND, VERSION)}")
-    if tuple(head["conditions"]) != conditions.names():
-        raise UserError(
-            f"{path / CONFIG_FILE}: conditions are {', '.join(head['conditions'])}, this program has "
-            f"{', '.join(conditions.names())}; name the modules that register the others with --plugins"
-        )
+    check_conditions(head, path)
     config = ConfigDict(head.pop("config"))
     if config.vae.checkpoint:
         config.vae.checkpoint = str(path / VAE_FILE)

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from omnihuman_jax.checkpoints.fingerprint import fingerprint, listed
-from omnihuman_jax.checkpoints.read import check_same_model, read_meta, restore
+from omnihuman_jax.checkpoints.read import check_conditions, check_same_model, read_meta, restore
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import agreed_problem, agreed_steps, broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
@@ -33,9 +33,10 @@ class Restored:
 
 
 def same_network(saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
-    """Raises UserError where the saved config is of a network of another shape."""
+    """Raises UserError where the saved config is of a network of another shape, or of other conditions."""
     if "model" not in saved:
         raise UserError(f"{path}: not a checkpoint of experiments.train; use another --workdir")
+    check_conditions(saved, path)
     check_same_model(saved["model"], config.model.to_dict(), path)
 
 
