@@ -4,8 +4,6 @@ python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workd
 """
 
 import dataclasses
-import sys
-import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
+from data_pipelines.raw import media
 from data_pipelines.schema import Dataset, check_sizes, given
 from experiments.common import cli
 from omnihuman_jax import conditions
@@ -29,10 +28,9 @@ from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
-from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import config_ranges, loop
-from omnihuman_jax.training.metrics import write_gif
 from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 
 
 class SampleVideos:
@@ -77,7 +75,7 @@ class SampleVideos:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step, stage)
         part = path.with_name(f".{path.name}")
-        write_gif(part, video)
+        media.write_gif(part, video)
         part.replace(path)  # a sample that is there is a whole one
         return path, video.shape[1:3]
 
@@ -133,37 +131,18 @@ def main(_: list[str]) -> None:
     check_sizes(dataset, config.model)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     input_pipeline = InputPipeline.from_config(config, stages, dataset)
-    num_processes = cli.join_processes()
-    cli.setup_platform(config, num_processes)
-    try:
-        _train(config, stages, dataset, input_pipeline)
-    except BaseException as error:
-        if num_processes == 1:
-            raise
-        told = isinstance(error, UserError)
-        try:
-            print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
-        finally:  # also where not even that can be written: the others must not wait
-            cli.end_process(2 if told else 1)
+    with cli.one_of_several(config):
+        _train(config, dataset, input_pipeline)
 
 
-def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, input_pipeline: InputPipeline) -> None:
-    # What is wrong with these is told before the run directory is made.
-    training_mesh(config)
-    make_network(config)
+def _train(config: ConfigDict, dataset: Dataset, input_pipeline: InputPipeline) -> None:
+    f = flags.FLAGS
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
-    workdir = cli.make_workdir(flags.FLAGS.workdir)
-    sample = SampleVideos(config, dataset, vae, workdir) if vae else None
+    sample = SampleVideos(config, dataset, vae, Path(f.workdir)) if vae else None
+    # What is wrong with the mesh or the network is reported before the run directory is made.
+    task = OmniHumanTask(config, input_pipeline, sample, f.replace_parameters_at)
     plain = cli.to_plain(config) | {"dataset": describe(dataset), "conditions": list(conditions.names())}
-    loop.train(
-        config,
-        plain,
-        workdir,
-        input_pipeline,
-        sample,
-        replace_parameters_at=flags.FLAGS.replace_parameters_at,
-        started=cli.process_started(),
-    )
+    loop.train(task, config, plain, cli.make_workdir(f.workdir), started=cli.process_started())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from omnihuman_jax.training.stages import Stage
 
 
 class InputPipeline:
-    """Batches of a run, by step; implements `omnihuman_jax.training.loop.InputPipeline`."""
+    """Batches of a run, by step; implements `omnihuman_jax.training.tasks.omnihuman.InputPipeline`."""
 
     def __init__(self, batches: Batches, held_out_size: tuple[int, int]):
         """Use `from_config`; `held_out_size` is the samples and latent frames of a held-out batch."""

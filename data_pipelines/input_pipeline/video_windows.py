@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import av
@@ -66,6 +67,7 @@ class VideoFolder:
         self._cache: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
         self._cache_bytes, self._cached, self._short_side = cache_bytes, 0, short_side
         self._sizes: dict[Path, _Size] = {}
+        self._lock = threading.Lock()  # evaluation reads beside the thread that reads ahead
 
     def count(self, split: str) -> int:
         """Number of files of a split."""
@@ -77,18 +79,19 @@ class VideoFolder:
         Raises:
           UserError: the file cannot be decoded.
         """
-        if path not in self._cache and self._size(path).bytes <= _WHOLE_CLIP_BYTES:
-            self._cache[path] = _shrunk(media.iter_video(path), self._short_side)
-            self._cached += self._cache[path].nbytes
-            while self._cached > self._cache_bytes and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
-        if path in self._cache:
-            self._cache.move_to_end(path)
-            clip = self._cache[path]
-            frames = clip[min(start, len(clip) - 1) : start + count]
-        else:
-            times = {"start": start / media.FPS, "end": (start + count) / media.FPS}
-            frames = _shrunk(media.iter_video(path, **times), self._short_side)[:count]
+        with self._lock:
+            if path not in self._cache and self._size(path).bytes <= _WHOLE_CLIP_BYTES:
+                self._cache[path] = _shrunk(media.iter_video(path), self._short_side)
+                self._cached += self._cache[path].nbytes
+                while self._cached > self._cache_bytes and len(self._cache) > 1:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+            if path in self._cache:
+                self._cache.move_to_end(path)
+                clip = self._cache[path]
+                frames = clip[min(start, len(clip) - 1) : start + count]
+            else:
+                times = {"start": start / media.FPS, "end": (start + count) / media.FPS}
+                frames = _shrunk(media.iter_video(path, **times), self._short_side)[:count]
         return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
 
     def _size(self, path: Path) -> "_Size":
@@ -96,14 +99,18 @@ class VideoFolder:
             self._sizes[path] = _probe(path, self._short_side)
         return self._sizes[path]
 
+    def choose(self, split: str, rng: np.random.Generator) -> Path:
+        """A random file of a split; each directory is drawn equally often."""
+        files = self.splits[split][rng.integers(len(self.splits[split]))]
+        return files[rng.integers(len(files))]
+
     def window(self, split: str, bucket: Bucket, rng: np.random.Generator, min_scale: float) -> np.ndarray:
         """One random window, cropped and resized to the bucket: float32 (frames, height, width, 3) in [-1, 1].
 
         The crop has the bucket's aspect ratio and between `min_scale` and all of the largest such size in the frame;
         half of the windows are mirrored.
         """
-        files = self.splits[split][rng.integers(len(self.splits[split]))]
-        path = files[rng.integers(len(files))]
+        path = self.choose(split, rng)
         start = int(rng.integers(max(self._size(path).frames - bucket.frames, 0) + 1))
         frames = self.read(path, start, bucket.frames)
         height, width = frames.shape[1:3]
@@ -118,13 +125,42 @@ class VideoFolder:
         resized = np.stack([cv2.resize(np.ascontiguousarray(f), size, interpolation=method) for f in crop])
         return to_model(resized)
 
-    def batch(self, buckets: list[Bucket], seed: int, step: int, *, min_scale: float, split: str = "train"):
-        """The batch of a step: float32 (B, F, Hp, Wp, 3); a function of the files, the seed and the step alone."""
-        shares = np.array([bucket.share for bucket in buckets], np.float64)
-        choice = np.random.default_rng([seed, step]).choice(len(buckets), p=shares / shares.sum())
-        bucket = buckets[choice]
-        rows = (np.random.default_rng([seed, step, row]) for row in range(bucket.batch))
-        return np.stack([self.window(split, bucket, rng, min_scale) for rng in rows])
+    def batch(
+        self,
+        buckets: Sequence[Bucket],
+        seed: int,
+        step: int,
+        *,
+        min_scale: float,
+        split: str = "train",
+        rows: slice = slice(None),
+    ) -> np.ndarray:
+        """Rows of the batch of a step: float32 (B, F, Hp, Wp, 3); a function of the files, the seed and the step."""
+        bucket = bucket_of(buckets, seed, step)
+        return np.stack([self.window(split, bucket, rng, min_scale) for rng in _streams(bucket, seed, step)[rows]])
+
+    def files(self, buckets: Sequence[Bucket], seed: int, step: int) -> list[Path]:
+        """The file of each row of the training batch of a step."""
+        return [self.choose("train", rng) for rng in _streams(bucket_of(buckets, seed, step), seed, step)]
+
+    def fingerprint(self) -> str:
+        """Hex digest of the names, sizes and splits of all files."""
+        listed = {
+            split: [[(path.name, path.stat().st_size) for path in files] for files in roots]
+            for split, roots in self.splits.items()
+        }
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def bucket_of(buckets: Sequence[Bucket], seed: int, step: int) -> Bucket:
+    """The bucket of a step's batch."""
+    shares = np.array([bucket.share for bucket in buckets], np.float64)
+    return buckets[np.random.default_rng([seed, step]).choice(len(buckets), p=shares / shares.sum())]
+
+
+def _streams(bucket: Bucket, seed: int, step: int) -> list[np.random.Generator]:
+    """The random numbers of each row of a step's batch."""
+    return [np.random.default_rng([seed, step, row]) for row in range(bucket.batch)]
 
 
 def _split_files(root: Path, exclude: re.Pattern | None, heldout: float) -> tuple[list[Path], list[Path]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+from PIL import Image
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS
@@ -214,3 +215,9 @@ def _write_streams(container, frames, fps, audio, audio_rate, crf) -> None:
         frame.sample_rate, frame.pts = audio_rate, begin
         container.mux(sound.encode(frame))
     container.mux(sound.encode())
+
+
+def write_gif(path: str | pathlib.Path, frames: np.ndarray, fps: float = 25.0) -> None:
+    """Writes uint8 frames (F, H, W, 3) as an endlessly looping GIF."""
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)

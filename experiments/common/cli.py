@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,28 @@ def join_processes() -> int:
     return processes.join(f.coordinator_address, f.num_processes, f.process_id, automatic=f.multi_host)
 
 
-def end_process(status: int) -> None:
-    """Ends a process of several at once: a regular exit waits for the others, which wait for this one."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a log on a full disk
-            stream.flush()
-    os._exit(status)
+@contextlib.contextmanager
+def one_of_several(config: ConfigDict) -> Iterator[None]:
+    """Joins the processes of the run, chooses devices, and runs the block as one of them.
+
+    Where it fails in a process of several, the error is printed and the process ends: a regular exit would wait for the
+    others, which wait for this one.
+    """
+    num_processes = join_processes()
+    setup_platform(config, num_processes)
+    try:
+        yield
+    except BaseException as error:
+        if num_processes == 1:
+            raise
+        mistake = isinstance(error, UserError)
+        try:
+            print(f"error: {error}" if mistake else traceback.format_exc(), file=sys.stderr)
+        finally:  # also where not even that can be written: the others must not wait
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # a log on a full disk
+                    stream.flush()
+            os._exit(2 if mistake else 1)
 
 
 def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:

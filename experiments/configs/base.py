@@ -40,16 +40,31 @@ def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
     return config
 
 
-def get_config(recipe: str = "published") -> ConfigDict:
-    """The defaults: a small model, the published optimiser settings, the recipe's ratios and no steps."""
+def run_config() -> ConfigDict:
+    """What every training run reads, whatever it trains."""
     config = ConfigDict()
     config.seed = 0
-    config.global_batch_size = 256
     config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
     config.compilation_cache = "cache/jax"  # persistent XLA compilation cache; "" = none
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
+    config.log_every = 10
+    # keep: the last so many; keep_every: besides, every step that it divides (0 = none); stage ends stay in any case.
+    # copy_on_device: training goes on as soon as the devices hold a copy of the state, where they have room for one;
+    # False: training waits until the state has been read.
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0, "copy_on_device": True})
+    # Steps in a row that may be not finite (each is skipped), and seconds without a finished step, before the run ends.
+    config.faults = ConfigDict({"max_bad_steps": 10, "watchdog_seconds": 1800.0})
+    config.profile = ConfigDict({"steps": ""})  # "20:25": a trace of these steps under workdir/profile
+    return config
+
+
+def get_config(recipe: str = "published") -> ConfigDict:
+    """The defaults: a small model, the published optimiser settings, the recipe's ratios and no steps."""
+    config = run_config()
+    config.global_batch_size = 256
     # sequence_attention: what the sequence axis divides in self-attention. "ulysses": heads (sequence x tensor has to
     # divide them); "all_gather": queries, against all keys and values (only tensor has to).
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1, "sequence_attention": "ulysses"})
+    config.mesh.sequence_attention = "ulysses"
 
     # head_dim 0 and rope_axes () are derived from the other sizes.
     config.model = ConfigDict(dataclasses.asdict(ModelConfig()) | {"head_dim": 0, "rope_axes": ()})
@@ -104,16 +119,8 @@ def get_config(recipe: str = "published") -> ConfigDict:
     )
     config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
     config.ema_decay = 0.9998
-    # keep: the last so many; keep_every: besides, every step that it divides (0 = none); stage ends stay in any case.
-    # copy_on_device: training goes on as soon as the devices hold a copy of the state, where they have room for one;
-    # False: training waits until the state has been read.
-    config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0, "copy_on_device": True})
-    # Steps in a row that may be not finite (each is skipped), and seconds without a finished step, before the run ends.
-    config.faults = ConfigDict({"max_bad_steps": 10, "watchdog_seconds": 1800.0})
     # Loss of the EMA on `batches` held-out batches at fixed noise, every so many steps (0 = never).
     config.evaluation = ConfigDict({"every": 0, "batches": 2})
-    config.profile = ConfigDict({"steps": ""})  # "20:25": a trace of these steps under workdir/profile
-    config.log_every = 10
     config.guidance = ConfigDict({"scale": 6.5, "final_scale": 3.5, "mode": "joint", "schedule": "cosine"})
     config.sample = ConfigDict({"at_stage_end": True, "steps": 50, "count": 2})
     config.plan = ConfigDict({"buckets": ((6, 12, 12),)})  # latent (T, H, W) that tpu.plan compiles; T 0 = the stage's

@@ -27,13 +27,15 @@ from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.checkpoints.read import load_for_inference, read_meta
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.mesh import make_mesh, training_mesh
-from omnihuman_jax.training import loop
+from omnihuman_jax.training import loop, run
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.faults import STALLED, Watchdog
 from omnihuman_jax.training.goodput import Goodput
-from omnihuman_jax.training.metrics import LineFile
+from omnihuman_jax.training.log_files import LineFile
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state
+from omnihuman_jax.training.tasks import omnihuman
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 from tests.checkpoints.test_not_finite import poison_on_disk
 from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
@@ -68,7 +70,8 @@ def train(whole, name, trouble, config=None, sample=None, **settings):
     config = config or default
     (root / name).mkdir(exist_ok=True)
     input_pipeline = Troubled(InputPipeline.from_config(config, curriculum(config), dataset), trouble)
-    loop.train(config, cli.to_plain(config), root / name, input_pipeline, sample, **settings)
+    task = OmniHumanTask(config, input_pipeline, sample, **settings)
+    loop.train(task, config, cli.to_plain(config), root / name)
     return root / name
 
 
@@ -142,7 +145,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is_finite(wh
             return batch
 
     monkeypatch.setattr(step_lib, "sample_losses", with_bad_gradient)
-    monkeypatch.setattr(loop, "jit_train_step", step_lib.jit_train_step)
+    monkeypatch.setattr(omnihuman, "jit_train_step", step_lib.jit_train_step)
     workdir = train(whole, "gradient", mark)
     log = lines(workdir)
     assert all(line["loss"] is not None for line in log)
@@ -531,7 +534,7 @@ def test_waiting_for_the_last_save_is_no_stall(whole, monkeypatch):
             dogs.append(self)
 
     right = Checkpoints.wait
-    monkeypatch.setattr(loop, "Watchdog", Recorded)
+    monkeypatch.setattr(run, "Watchdog", Recorded)
 
     def wait(self):
         if self._saving and not self._saving.done():
@@ -645,12 +648,13 @@ def test_a_stalled_step_ends_the_process_with_the_stacks_of_its_threads():
 STALL = """
 import sys, time
 from pathlib import Path
-from experiments import cli
+from experiments.common import cli
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.stages import curriculum
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 from tests.training.test_faults import Troubled
 from tests.checkpoints.test_not_finite import poison_on_disk
 from tests.data_pipelines.fake_dataset import write_fake_dataset
@@ -667,7 +671,7 @@ def hang_in_the_feed(step, _):
 
 source = InputPipeline.from_config(config, curriculum(config), Dataset.open(root / "data"))
 input_pipeline = Troubled(source, hang_in_the_feed)
-loop.train(config, cli.to_plain(config), root / "stalled", input_pipeline, None)
+loop.train(OmniHumanTask(config, input_pipeline), config, cli.to_plain(config), root / "stalled")
 """
 
 
