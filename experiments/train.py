@@ -23,9 +23,9 @@ from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import pixel_frames
-from omnihuman_jax.inference.generate import decode_latents
 from omnihuman_jax.inference.inputs import Inputs
 from omnihuman_jax.inference.sampling import Settings, sample_latents
+from omnihuman_jax.models.vae.streaming import decode_clip
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.sharding.mesh import training_mesh
@@ -72,7 +72,7 @@ class SampleVideos:
             network, params, inputs, settings, frames=frames, seeds=range(config.seed, config.seed + len(records))
         )
         real = np.stack([r["latents"][:window] for r in records]).astype(np.float32)
-        pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
+        pair = [np.concatenate(list(decode_clip(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
         video = to_pixels(np.concatenate(pair, axis=1))
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step, stage)

@@ -22,10 +22,10 @@ from omnihuman_jax.evaluation.metrics.registry import select
 from omnihuman_jax.evaluation.probe import Probe, Reading
 from omnihuman_jax.evaluation.statistics import summarise
 from omnihuman_jax.frames import latent_frames
-from omnihuman_jax.inference.generate import decode_latents
 from omnihuman_jax.inference.inputs import Inputs
 from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.vae.streaming import decode_clip
 from omnihuman_jax.models.vae.vae import VAE
 
 
@@ -63,7 +63,7 @@ class ModelGenerator:
         inputs = Inputs.of(self.network.config, [clip.given for clip in clips])
         seeds = [clip.seed for clip in clips]
         latents = sample_latents(self.network, self.params, inputs, self.settings, frames=frames, seeds=seeds)
-        return pixels.to_pixels(decode_latents(self.vae, latents)[:, :frames])
+        return pixels.to_pixels(decode_clip(self.vae, latents)[:, :frames])
 
 
 def heldout_indices(dataset: schema.Dataset, frames: int) -> list[int]:
@@ -264,7 +264,7 @@ class _Group:
         """The real clips through the VAE: the best that any model on these latents could show."""
         frames = len(self.clips[0].frames)
         latents = [clip.record["latents"][: latent_frames(frames)] for clip in self.clips]
-        return list(pixels.to_pixels(decode_latents(self.vae, np.stack(latents).astype(np.float32))[:, :frames]))
+        return list(pixels.to_pixels(decode_clip(self.vae, np.stack(latents).astype(np.float32))[:, :frames]))
 
     def comparisons(self, metrics: Sequence[Metric]) -> dict[str, list[Comparison]]:
         """Real frames beside the generated ones, by metric; metrics that need the same generations show them once."""
