@@ -1,4 +1,4 @@
-"""What a batch is: its fields from the table of conditions, their shapes, and its place on the devices."""
+"""Batches: their fields, from the table of conditions, and their placement on the devices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +15,7 @@ Bucket = tuple[int, int, int]  # latent frames T, rows H, columns W
 
 
 def fields(model: Any, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Name -> (shape without the batch axis, dtype) of what the train step reads of a batch.
-
-    Args:
-      model: the model's config.
-      bucket: latent (T, H, W) of the noisy window.
-    """
+    """Name -> (shape without the batch axis, dtype) of the fields that the train step reads."""
     frame = (*bucket[1:], model.latent_channels)
     found: dict[str, tuple[tuple[int, ...], type]] = {
         "latents": ((bucket[0], *frame), np.float32),
@@ -33,7 +28,7 @@ def fields(model: Any, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]
 
 
 def pad_tokens(states: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token states (n, *row) as float32 (length, *row), cut or padded with zeros, and their mask (length,)."""
+    """Token states (n, *row), cut or zero-padded to float32 (length, *row), and their mask (length,)."""
     used = min(len(states), length)
     padded = np.zeros((length, *states.shape[1:]), np.float32)
     padded[:used] = states[:used]
@@ -46,10 +41,10 @@ def bucket_of(batch: Mapping[str, Any]) -> Bucket:
 
 
 def place(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch onto the mesh, as global arrays: what the train step reads of it.
+    """Puts this process's rows of a batch onto the mesh as global arrays, one for each of `fields`.
 
     Raises:
-      ValueError: a field has another shape than `fields` says.
+      ValueError: a field does not have the shape that `fields` gives.
     """
     sharding, size = rules.batch_sharding(mesh), config.global_batch_size
     placed = {}
@@ -61,7 +56,7 @@ def place(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> di
 
 
 def abstract(config: ConfigDict, mesh: Mesh, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a bucket as shapes with shardings, to compile for."""
+    """The global batch of a bucket as shapes with shardings, for compilation."""
     sharding, size = rules.batch_sharding(mesh), config.global_batch_size
     return {
         name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)

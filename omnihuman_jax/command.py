@@ -1,4 +1,4 @@
-"""What every command shares: absl flags, plug-ins, and mistakes as one line on stderr with exit status 2."""
+"""What every command shares: absl flags, plug-ins, and user errors as one line on stderr with exit status 2."""
 
 import errno
 import importlib
@@ -14,17 +14,15 @@ flags.disclaim_key_flags()  # what is defined here belongs to the command, whose
 
 
 def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] | None = None) -> None:
-    """Parses the flags and runs `main`; a UserError or a wrong flag becomes one line and exit status 2.
-
-    The modules of --plugins are imported before anything else, since flags and configs read what they register.
+    """Imports the plug-ins, parses the flags and runs `main`; a UserError or a wrong flag ends with exit status 2.
 
     Args:
       main: the command; its return value is the exit status.
-      check: looks at the arguments (without the program's name) before the flags are parsed.
+      check: called with the arguments (without the program's name) before the flags are parsed.
     """
 
     def parse(argv: list[str]) -> list[str]:
-        _import_plugins(argv[1:])
+        _import_plugins(argv[1:])  # first, because flags and configs read what they register
         if check:
             check(argv[1:])
         return _parse(argv)
@@ -39,7 +37,7 @@ def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] 
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return _fail(UserError(f"{error.filename or 'a file'}: {error.strerror}; make room and start again"))
+            return _fail(UserError(f"{error.filename or 'a file'}: {error.strerror}; free some space and restart"))
 
     flags.DEFINE_list(
         PLUGINS, [], "Modules to import first, comma-separated: they register conditions, model families or metrics."

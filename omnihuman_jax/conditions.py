@@ -1,9 +1,8 @@
-"""The conditions of OmniHuman-1 as one ordered table, and every rule about them, for training and inference alike.
+"""The conditions of OmniHuman-1 as one ordered table, and every rule about them, for training and inference.
 
-A sample's conditions are one boolean row in the order of the table (weak to strong motion correlation, paper section
-3.2). The two training principles, the stage ratios, dropping and the inference rules are pure functions of it. All that
-lists conditions reads the table: records, batches, mixture, metrics, weight files, inference and the report.
-docs/extending.md adds one.
+A sample's conditions are one boolean row in the order of the table: weak to strong motion correlation (paper section
+3.2). The training principles, stage ratios, dropping and inference rules are pure functions of that row. Records,
+batches, the mixture, metrics, weight files, inference and the report all read the table. docs/extending.md adds one.
 """
 
 import dataclasses
@@ -18,11 +17,11 @@ from omnihuman_jax.errors import UserError, nearest
 
 
 class Kind(enum.Enum):
-    """What a record holds of a condition, and what a batch gets from it."""
+    """Array of a condition in a record -> in a batch."""
 
-    TOKENS = "tokens"  # (n, *row), any n -> (length, *row), cut or padded with zeros, and FIELD_mask (length,) bool
+    TOKENS = "tokens"  # (n, *row), any n -> (length, *row), cut or zero-padded, and FIELD_mask (length,) bool
     IMAGE = "image"  # latents of single frames (R, H, W, C) -> one of them (H, W, C)
-    TRACK = "track"  # a row a pixel frame (F, *row); (0, *row) where absent -> (4T + 2 * context, *row)
+    TRACK = "track"  # one row per pixel frame (F, *row), (0, *row) if absent -> (4T + 2 * context, *row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +29,17 @@ class Condition:
     """One row of the table.
 
     Attributes:
-      name: of the condition: in ratios, in logs, in the stage table.
-      kind: see `Kind`. An absent one is all zeros in a batch (and a mask that is all false).
+      name: in ratios, in logs, in the stage table.
+      kind: see `Kind`. An absent condition is all zeros in a batch, with a mask that is all false.
       field: its array in a batch.
       record: its array in a record of a data set.
       dtype: of that array.
-      row: shape of one token or frame. A string is a key of the model's config, and a size that data set and model have
-        to agree on.
+      row: shape of one token or frame. A string is a key of the model's config: a size that data set and model share.
       length: key of the model's config: tokens of a batch (TOKENS).
       context: key of the model's config: pixel frames beyond each end of the window (TRACK); "" = none.
-      selects: only records that have it can take part; else every record can (principle 1).
+      selects: only records that have it can train it; otherwise every record can (principle 1).
       guided: classifier-free guidance drops it (paper section 3.3: audio and text).
-      parameters: parameters of the network that belong to it beside those of its encoder (`models.dit.entries`).
+      parameters: its parameters in the network, apart from those of its encoder (`models.dit.entries`).
     """
 
     name: str
@@ -58,7 +56,7 @@ class Condition:
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """Keys of the sizes that data set and model have to agree on."""
+        """Keys of the sizes that data set and model share."""
         return tuple(size for size in self.row if isinstance(size, str))
 
     @property
@@ -75,12 +73,7 @@ class Condition:
         return _setting(model, self.context) if self.context else 0
 
     def batch_fields(self, model: Any, window: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Name -> (shape without the batch axis, dtype) of its arrays in a batch.
-
-        Args:
-          model: the model's config.
-          window: latent frames T, rows H and columns W.
-        """
+        """Name -> (shape without the batch axis, dtype) of its arrays in a batch; `window` is latent (T, H, W)."""
         if self.kind is Kind.IMAGE:
             return {self.field: ((*window[1:], _setting(model, "latent_channels")), np.float32)}
         row = self.row_shape(model)
@@ -106,18 +99,12 @@ _TABLE: list[Condition] = [
 
 # Per-stage ratios (share of samples that keep the condition) of the two published recipes; see docs/architecture.md.
 # "published" is the final version of the paper (progressively halved), "v2" the arXiv v2 text.
-RECIPES: dict[str, dict[str, dict[str, float]]] = {
-    "published": {
-        "stage1": {"text": 0.9, "reference": 0.7},
-        "stage2": {"text": 0.9, "reference": 0.7, "audio": 0.5},
-        "stage3": {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25},
-    },
-    "v2": {
-        "stage1": {"text": 0.9, "reference": 0.7},
-        "stage2": {"text": 0.9, "reference": 0.7, "audio": 0.5},
-        "stage3": {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.5},
-    },
+_STAGES: dict[str, dict[str, float]] = {
+    "stage1": {"text": 0.9, "reference": 0.7},
+    "stage2": {"text": 0.9, "reference": 0.7, "audio": 0.5},
+    "stage3": {"text": 0.9, "reference": 0.7, "audio": 0.5, "pose": 0.25},
 }
+RECIPES = {"published": _STAGES, "v2": _STAGES | {"stage3": _STAGES["stage3"] | {"pose": 0.5}}}
 
 
 def table() -> tuple[Condition, ...]:
@@ -126,13 +113,13 @@ def table() -> tuple[Condition, ...]:
 
 
 def register(condition: Condition, *, after: str) -> None:
-    """Adds a condition to the table, one place stronger than `after`; before anything else reads the table.
+    """Adds a condition to the table, one place stronger than `after`. Call it before anything reads the table.
 
     Raises:
       UserError: the name is taken, or there is no condition `after`.
     """
     if condition.name in names():
-        raise UserError(f"condition {condition.name!r} is in the table already; register another name")
+        raise UserError(f"condition {condition.name!r} is already in the table; register another name")
     _TABLE.insert(index(after) + 1, condition)
 
 
@@ -163,12 +150,12 @@ def index(name: str) -> int:
 
 
 def get(name: str) -> Condition:
-    """The condition of that name; errors as `index`."""
+    """The condition with that name; raises as `index` does."""
     return _TABLE[index(name)]
 
 
 def row(active: Iterable[str]) -> np.ndarray:
-    """Boolean row [conditions] for a collection of condition names."""
+    """Boolean row [conditions] of some condition names."""
     wanted = {index(name) for name in active}
     return np.array([i in wanted for i in range(len(_TABLE))], bool)
 
@@ -179,29 +166,29 @@ def active_names(active: Sequence[bool] | np.ndarray) -> tuple[str, ...]:
 
 
 def eligibility(has: Mapping[str, Any]) -> np.ndarray:
-    """Conditions that a record can take part in, bool [conditions].
+    """Conditions that a record can train, bool [conditions].
 
     Principle 1: a clip rejected for lip-sync or pose visibility still trains the weaker conditions.
 
     Args:
-      has: condition name -> whether the record has it, for those that select records; others may be left out.
+      has: condition name -> whether the record has it; only needed for conditions that select records.
     """
     return np.array([not c.selects or bool(has.get(c.name, False)) for c in _TABLE], bool)
 
 
 def complete_ratios(ratios: Mapping[str, float]) -> dict[str, float]:
-    """The ratios with 0 for every condition that is left out."""
+    """The ratios, with 0 for every condition that is missing."""
     return dict.fromkeys(names(), 0.0) | dict(ratios)
 
 
 def check_ratios(ratios: Mapping[str, float], *, where: str, allow_inverted: bool = False) -> None:
     """Principle 2: the stronger the condition, the lower its ratio.
 
-    A ratio of 0 means "not trained in this stage" and takes no part in the comparison.
+    A ratio of 0 means "not trained in this stage" and is not compared.
 
     Raises:
-      UserError: unknown or missing condition, ratio outside 0..1, or a stronger condition with a higher ratio than a
-        weaker one while `allow_inverted` is false.
+      UserError: unknown or missing condition, ratio outside 0..1, or (unless `allow_inverted`) a stronger condition
+        with a higher ratio than a weaker one.
     """
     for name in ratios:
         if name not in names():
@@ -226,13 +213,13 @@ def check_ratios(ratios: Mapping[str, float], *, where: str, allow_inverted: boo
 def for_inference(given: Collection[str]) -> np.ndarray:
     """Active row [conditions] at inference (paper section 3.3).
 
-    Turning a condition on turns on every weaker one, but for those that select records, which are on where they are
-    given: when pose alone drives, audio is off. Text is always on: an empty caption is one.
+    Turning a condition on turns on every weaker one, except that conditions that select records are on only if given:
+    with pose alone, audio is off. Text is always on, if only with an empty caption.
     """
     strongest = max((index(name) for name in given), default=0)
     return np.array([c.name in given if c.selects else i <= strongest for i, c in enumerate(_TABLE)], bool)
 
 
 def without(active: np.ndarray, *dropped: str) -> np.ndarray:
-    """The active row(s) [..., conditions] with the named conditions switched off: one pass of guidance."""
+    """The active row(s) [..., conditions] with the named conditions switched off."""
     return np.asarray(active) & ~row(dropped)

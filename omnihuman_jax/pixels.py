@@ -1,4 +1,4 @@
-"""Pixels in the range of the VAE: uint8 0 .. 255 is float [-1, 1]."""
+"""Pixel values: uint8 in files, float in [-1, 1] for the VAE."""
 
 import numpy as np
 

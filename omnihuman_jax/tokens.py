@@ -1,4 +1,4 @@
-"""Everything the network sees is tokens with explicit positions: value, (t, h, w), segment, clean or noisy.
+"""Everything the network sees is tokens: value, position (t, h, w), segment, clean or noisy.
 
 Letters: B batch, T latent frames, M motion latent frames, H W latent rows/columns, C latent channels, N tokens,
 P tokens of one latent frame, D width of a token.
@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     Attributes:
       value: (B, N, D).
       position: (B or 1, N, 3) float32, (t, h, w) in patches; what RoPE reads.
-      segment: (B, N) int32. Tokens attend to each other only within a segment; 0 is absent or padding.
+      segment: (B, N) int32. Tokens attend only to their own segment; 0 is absent or padding.
       clean: (B or 1, N) bool. Clean tokens (reference, motion frames) are modulated at t = 0 and have no loss.
     """
 
@@ -41,7 +41,7 @@ def check_patch(shape: Sequence[int], patch: Patch) -> None:
 
 
 def patchify(x: jax.Array, patch: Patch) -> jax.Array:
-    """Latents (B, T, H, W, C) -> tokens (B, N, pt*ph*pw*C), in (t, h, w) order; inside a token (pt, ph, pw, C)."""
+    """Latents (B, T, H, W, C) -> tokens (B, N, pt*ph*pw*C) in (t, h, w) order; within a token (pt, ph, pw, C)."""
     b, t, h, w, c = x.shape
     check_patch((t, h, w), patch)
     pt, ph, pw = patch
@@ -50,7 +50,7 @@ def patchify(x: jax.Array, patch: Patch) -> jax.Array:
 
 
 def unpatchify(tokens: jax.Array, shape: tuple[int, int, int], patch: Patch) -> jax.Array:
-    """Inverse of `patchify`: tokens (B, N, pt*ph*pw*C) of latents with (T, H, W) = shape -> (B, T, H, W, C)."""
+    """Inverse of `patchify`: tokens (B, N, pt*ph*pw*C) -> latents (B, T, H, W, C), where `shape` is (T, H, W)."""
     t, h, w = shape
     check_patch(shape, patch)
     pt, ph, pw = patch
@@ -59,12 +59,9 @@ def unpatchify(tokens: jax.Array, shape: tuple[int, int, int], patch: Patch) -> 
 
 
 def grid_positions(times: Sequence[float] | np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """(t, h, w) of a frame stack, (len(times) * rows * columns, 3) float32, in the order of `patchify`.
+    """(t, h, w) of a stack of frames in patches, (len(times) * rows * columns, 3) float32, in the order of `patchify`.
 
-    Args:
-      times: temporal position of each frame, in latent-frame patches (may be negative: motion frames).
-      rows: patch rows of a frame.
-      columns: patch columns of a frame.
+    The times of motion frames are negative.
     """
     t, h, w = np.meshgrid(np.asarray(times, np.float32), np.arange(rows), np.arange(columns), indexing="ij")
     return np.stack([t, h, w], -1).reshape(-1, 3).astype(np.float32)
@@ -84,15 +81,14 @@ def pack_visual(
 
     Args:
       video: noisy latents (B, T, H, W, C), at times 0..T-1.
-      reference: clean latent (B, H, W, C), at `reference_time_slot` (0 is the paper's zeroed temporal component).
+      reference: clean latent (B, H, W, C).
       motion: clean latents (B, M, H, W, C) of the frames before the window, at times -M..-1.
-      has_reference: (B,) bool; absent tokens get segment 0, so that nothing attends to them, and value 0.
-      has_motion: (B,) bool, likewise.
+      has_reference, has_motion: (B,) bool; absent tokens get segment 0, so nothing attends to them, and value 0.
       patch: (pt, ph, pw).
-      reference_time_slot: RoPE time of the reference, in latent-frame patches.
+      reference_time_slot: RoPE time of the reference, in patches; 0 is the paper's zeroed temporal component.
 
     Returns:
-      Tokens with N = (pt-patches of 1 + M + T frames) * P; the video tokens are the last ones.
+      Tokens with N = (pt-patches of 1 + M + T frames) * P; the video tokens come last.
     """
     b, t, h, w, c = video.shape
     chex.assert_shape([reference, motion], [(b, h, w, c), (b, None, h, w, c)])
@@ -122,7 +118,7 @@ def pack_visual(
 
 
 def pad(tokens: Tokens, multiple: int) -> Tokens:
-    """Appends segment-0 tokens until N is a multiple (so that a mesh axis divides the sequence)."""
+    """Appends segment-0 tokens until N is a multiple, so that a mesh axis divides the sequence."""
     extra = -tokens.value.shape[1] % multiple
     if not extra:
         return tokens
@@ -130,7 +126,7 @@ def pad(tokens: Tokens, multiple: int) -> Tokens:
 
 
 def concatenate(*parts: Tokens) -> Tokens:
-    """Joins sequences of the same samples along N, segments as they are."""
+    """Joins sequences of the same samples along N; segments stay as they are."""
     rows = max(p.position.shape[0] for p in parts), max(p.clean.shape[0] for p in parts)
     return Tokens(
         jnp.concatenate([p.value for p in parts], 1),

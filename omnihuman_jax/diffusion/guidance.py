@@ -1,15 +1,14 @@
 """Classifier-free guidance on text and audio, with an annealed scale.
 
-The paper guides audio and text only; reference and pose stay on in every pass. Its scale falls
-during sampling, against wrinkles; the shape and end points are not published, so both are settings.
+The paper guides audio and text only; reference and pose stay on in every pass. It lowers the scale during sampling to
+avoid wrinkles. The shape and the end points are not published, so both are settings.
 
 Two forms:
 
   joint     two passes:    v = v_u + s (v_c - v_u)
   separate  three passes:  v = v_u + s_text (v_t - v_u) + s (v_ta - v_t)
 
-where u has no guided condition (no text, no audio), t has text, and c / ta is everything asked for. With equal scales
-the two agree, because the middle pass cancels.
+where u has no guided condition, t has text, and c = ta has all active conditions. With equal scales the two agree.
 """
 
 from __future__ import annotations
@@ -33,15 +32,14 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How strongly to follow text and audio, and how that falls during sampling.
+    """How strongly to follow text and audio.
 
     Attributes:
-      scale: guidance scale at the first step; 1 means no guidance. 6.5 in the published version.
+      scale: guidance scale at the first step; 1 means no guidance. The paper uses 6.5.
       final_scale: scale at the last step.
       mode: "joint" or "separate" (see the module).
-      text_scale: separate mode only: scale of text at the first step; None means `scale`. It is
-        annealed by the same factor as `scale`.
-      schedule: "cosine" (half a cosine: slow, fast, slow), "linear", or "constant" (`scale` throughout).
+      text_scale: scale of text at the first step in separate mode, annealed by the same factor; None means `scale`.
+      schedule: "cosine" (half a cosine), "linear", or "constant" (`scale` throughout).
     """
 
     scale: float = 6.5
@@ -69,7 +67,7 @@ class Guidance:
 
     @property
     def is_off(self) -> bool:
-        """True when every step would weigh the conditional pass alone."""
+        """Whether every step uses the conditional pass alone."""
         last = self.scale if self.schedule == "constant" else self.final_scale
         return self.scale == last == 1.0 and self.text_scale in (None, 1.0)
 
@@ -84,15 +82,9 @@ def annealed(first: float, last: float, progress: jax.Array | float, schedule: s
 
 
 def passes(active: np.ndarray, guidance: Guidance) -> np.ndarray:
-    """The rows of active conditions of each network pass, the conditional one last.
+    """Active conditions of each network pass, bool (P, conditions) with P = 1 to 3; the conditional pass is last.
 
-    Args:
-      active: bool (conditions,), what the person asked for.
-      guidance: the settings.
-
-    Returns:
-      bool (P, conditions), P in {1, 2, 3}. One row when there is nothing to guide: no guided condition is
-      active, or the scale is 1 throughout.
+    There is one pass if no guided condition is in `active`, bool (conditions,), or the scale is 1 throughout.
     """
     active = np.asarray(active, dtype=bool)
     unguided = conditions.without(active, *conditions.guided())
@@ -105,16 +97,13 @@ def passes(active: np.ndarray, guidance: Guidance) -> np.ndarray:
 
 
 def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progress: jax.Array | float) -> jax.Array:
-    """The guided velocity from the passes' velocities.
+    """The guided velocity (B, ...), in the dtype of `velocities`.
 
     Args:
       velocities: (P, B, ...), in the order of `passes`.
-      rows: bool (P, conditions), from `passes` (static).
+      rows: bool (P, conditions), from `passes`; static.
       guidance: the settings.
-      progress: how far sampling has come, in [0, 1].
-
-    Returns:
-      (B, ...), the dtype of `velocities`.
+      progress: of sampling, in [0, 1].
     """
     chex.assert_axis_dimension(velocities, 0, len(rows))
     if len(rows) == 1:
@@ -127,7 +116,7 @@ def combine(velocities: jax.Array, rows: np.ndarray, guidance: Guidance, progres
         unguided, text, full = velocities
         return unguided + text_scale * (text - unguided) + scale * (full - text)
     unguided, full = velocities
-    # Two passes in separate mode: only text or only the others are guided, and its own scale counts.
+    # Two passes in separate mode: only text or only the others are guided, each with its own scale.
     differ = rows[-1] & ~rows[0]
     alone = guidance.mode == "separate" and (differ == conditions.row(["text"])).all()
     return unguided + (text_scale if alone else scale) * (full - unguided)

@@ -1,13 +1,12 @@
 """Integrates the flow's ODE from noise (t = 1) to data (t = 0).
 
-A solver is a function `(velocity, x, t, t_next) -> x`, a velocity a function `(x, t) -> v`; both are
-pure, so a caller compiles one step and runs it as often as it likes.
+A solver is a function `(velocity, x, t, t_next) -> x`, a velocity a function `(x, t) -> v`. Both are pure, so a caller
+can compile one step and reuse it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,8 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.random_keys import SAMPLING, purpose_key
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-class Solver(Protocol):
-    """One step of an ODE solver, x (B, ...) at time t to x at t_next < t (scalars)."""
-
-    def __call__(self, velocity: Velocity, x: jax.Array, t: jax.Array, t_next: jax.Array) -> jax.Array: ...
+# (velocity, x (B, ...), t, t_next) -> x at t_next < t; times are scalars.
+Solver = Callable[[Velocity, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def euler(velocity: Velocity, x: jax.Array, t: jax.Array, t_next: jax.Array) -> jax.Array:
@@ -31,7 +26,7 @@ def euler(velocity: Velocity, x: jax.Array, t: jax.Array, t_next: jax.Array) -> 
 
 
 def midpoint(velocity: Velocity, x: jax.Array, t: jax.Array, t_next: jax.Array) -> jax.Array:
-    """Second order, two network calls a step: the slope half way."""
+    """Second order, two network calls a step: the slope at the midpoint."""
     dt = t_next - t
     half = x + 0.5 * dt * velocity(x, t)
     return x + dt * velocity(half, t + 0.5 * dt)
@@ -60,8 +55,8 @@ def get_solver(name: str) -> Solver:
 
 
 def step_progress(steps: int) -> np.ndarray:
-    """How far sampling has come at each step, (steps,) float32 from 0 to 1; (0,) for a single step."""
-    return np.linspace(0.0, 1.0, steps, dtype=np.float32) if steps > 1 else np.zeros((1,), np.float32)
+    """Progress of sampling at each step, (steps,) float32 from 0 to 1."""
+    return np.linspace(0.0, 1.0, steps, dtype=np.float32)
 
 
 def integrate(
@@ -70,17 +65,13 @@ def integrate(
     grid: np.ndarray,
     on_step: Callable[[int, int], None] | None = None,
 ) -> jax.Array:
-    """Runs `step` over the time grid.
+    """Integrates x (B, ...) from t = grid[0] to t = grid[-1].
 
     Args:
       step: `(x, t, t_next, progress) -> x`, usually jitted; t, t_next, progress are float32 scalars.
-      x: noise at t = grid[0], (B, ...).
-      grid: falling times, (S + 1,), from `time_grid`.
-      on_step: called after each step with (steps done, S). It waits for the step's result, so that a
-        progress bar tells the truth; without it the steps are queued.
-
-    Returns:
-      x at t = grid[-1].
+      x: noise at t = grid[0].
+      grid: decreasing times, (S + 1,), from `time_grid`.
+      on_step: called with (steps done, S) when a step's result is ready; without it the steps are queued.
     """
     steps = len(grid) - 1
     for i, progress in enumerate(step_progress(steps)):

@@ -1,4 +1,4 @@
-"""Where on the path to train and to step: time sampling, resolution-dependent shift, sampler grid."""
+"""Times to train and sample at: time sampling, resolution-dependent shift, sampler grid."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ class ShiftSchedule:
     Attributes:
       tokens: the two anchor token counts.
       shifts: the shift at each anchor.
-      minimum: the shift is never below this. Below the smaller anchor the line would fall under 1,
-        which moves time towards the data; nothing published does that.
-      maximum: the shift is never above this. The published line ends at 5.0; open models of the
-        family are run at up to 15, so the line may go on that far.
+      minimum: lower bound. A shift below 1 would move times towards the data; nothing published does that.
+      maximum: upper bound. The published line ends at 5.0, but open models of the family use up to 15.
     """
 
     tokens: tuple[float, float]
@@ -40,35 +38,29 @@ class ShiftSchedule:
         return float(min(max(value, self.minimum), self.maximum))
 
 
-# omnihuman.md, "Defaults where nothing is published".
+# OmniHuman-1 publishes no shift. These lines are in the released code of SeedVR (ByteDance), in pixels there.
 VIDEO_SHIFT = ShiftSchedule(tokens=_VIDEO_ANCHORS, shifts=(1.0, 5.0))
 IMAGE_SHIFT = ShiftSchedule(tokens=_IMAGE_ANCHORS, shifts=(1.0, 3.2))
 
 
 def resolution_shift(num_tokens: int, *, is_image: bool = False) -> float:
-    """The time shift s for a sample of `num_tokens` noisy visual tokens.
+    """The time shift s >= 1 for a sample of `num_tokens` noisy tokens, T * (H / patch) * (W / patch).
 
-    Args:
-      num_tokens: noisy tokens of one sample, T * (H / patch) * (W / patch); reference, motion and
-        text tokens do not count.
-      is_image: a single latent frame, which follows the image line.
-
-    Returns:
-      s >= 1, a Python float.
+    A single latent frame (`is_image`) follows the image line.
     """
     return (IMAGE_SHIFT if is_image else VIDEO_SHIFT)(num_tokens)
 
 
 def shift_from_config(setting: float | None, num_tokens: int, *, is_image: bool = False) -> float:
-    """`resolution_shift`, unless `setting` (the config's `diffusion.shift`) fixes the shift; 0 or None does not.
+    """`resolution_shift`, or `setting` (the config's `diffusion.shift`) unless it is 0 or None.
 
     Raises:
-      UserError: the setting is neither a positive number nor 0 or None.
+      UserError: the setting is not a finite, non-negative number.
     """
     if not setting:
         return resolution_shift(num_tokens, is_image=is_image)
     if isinstance(setting, bool) or not isinstance(setting, int | float) or not 0 < setting < float("inf"):
-        raise UserError(f"diffusion.shift={setting!r} is no time shift; give a positive number, or 0 for by resolution")
+        raise UserError(f"diffusion.shift={setting!r}: must be a positive number, or 0 to follow the resolution")
     return float(setting)
 
 

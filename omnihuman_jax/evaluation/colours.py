@@ -1,4 +1,4 @@
-"""Colours of the parts of a person: NumPy in float64. R regions; sRGB in 0..255 or CIE L*a*b* (D65, 2 degrees)."""
+"""Colours of regions of a person, in float64. R regions; sRGB in 0..255 or CIE L*a*b* (D65, 2 degrees)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def colour_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def region_boxes(points: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float, float]]:
-    """Boxes (x0, y0, x1, y1), in pixels, that hold skin, hair and clothes, from keypoints in pixels.
+    """Boxes (x0, y0, x1, y1) of skin, hair and clothes, in pixels, from keypoints in pixels.
 
     Args:
       points: x, y of at least nose, left_eye, right_eye, chin, left_shoulder, right_shoulder.
@@ -48,7 +48,7 @@ def _box(centre: np.ndarray, half_width: float, half_height: float) -> tuple[flo
 
 
 def region_colours(frame: np.ndarray, points: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Mean L*a*b* colour of each of `REGIONS` (R,3); NaN where less than 4 pixels of a region are in the frame.
+    """Mean L*a*b* colour of each of `REGIONS` (R,3); NaN if fewer than 4 pixels of a region are in the frame.
 
     Args:
       frame: uint8 (height, width, 3) sRGB.

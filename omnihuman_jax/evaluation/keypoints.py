@@ -7,15 +7,12 @@ import numpy as np
 
 
 def keypoint_error(predicted: np.ndarray, truth: np.ndarray, size: tuple[int, int]) -> float:
-    """Mean distance between keypoints in percent of the frame diagonal.
+    """Mean distance of the `visible` keypoints in percent of the frame diagonal; NaN if there are none.
 
     Args:
       predicted: (F,K,>=2) x, y in [0,1] of frame width and height.
-      truth: (F,K,3) x, y and confidence; only confidences above 0.5 inside the frame count.
+      truth: (F,K,3) x, y and confidence.
       size: (height, width) in pixels.
-
-    Returns:
-      The mean over counted keypoints of all frames, NaN when there is none.
     """
     height, width = size
     predicted, truth = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)

@@ -1,8 +1,8 @@
-"""The probe: a small network that reads keypoints, mouth opening and appearance in frames of rendered people.
+"""The probe: a small network that reads keypoints, mouth opening and appearance from frames of rendered people.
 
-It is trained on rendered frames (`experiments.train_probe`), so it measures rendered people and is a proxy for anything
-else. It has two parts: the locator sees the whole frame on a square canvas; the reader sees only a crop around the
-mouth that the locator found, cut from the frame at full resolution, so that the framing hardly matters.
+It is trained on rendered frames (`experiments.train_probe`), so it measures rendered people and is only a proxy for
+others. It has two parts: the locator sees the whole frame on a square canvas; the reader sees a full-resolution crop
+around the mouth that the locator found, so the framing hardly matters.
 
 Letters: F frames, S canvas size, P crop size, K keypoints, A attributes.
 """
@@ -23,11 +23,12 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.weights.modules import build_with, parameter_shapes, parameters
 from omnihuman_jax.weights.write import save_tensors
 
 MOUTH_POINTS = ("mouth_left", "mouth_right", "mouth_top", "mouth_bottom")
 ATTENTION_MAPS = 8  # for appearance
-BATCH = 32  # frames read at a time; fixed, so that one program is compiled
+BATCH = 32  # frames per call; fixed, so that each part compiles once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,7 @@ class Locator(nnx.Module):
         return self.heat(nnx.relu(x)), self.visible(hidden), self.attributes(hidden)
 
     def _attended(self, x: jax.Array, image: jax.Array) -> jax.Array:
-        """Features (B,h,w,c) and the pixels of the frames, averaged under each attention map.
-
-        A map that attends to the hair, for example, yields the colour of the hair.
-        """
+        """Features (B,h,w,c) and pixels averaged under each attention map; one on the hair yields the hair's colour."""
         b, h, w, _ = x.shape
         pixels = image.reshape(b, h, image.shape[1] // h, w, image.shape[2] // w, 3).mean((2, 4))
         x = nnx.relu(x)
@@ -128,7 +126,7 @@ class Reader(nnx.Module):
 
 
 class ProbeNetwork(nnx.Module):
-    """Both parts: trained together; `Probe` runs one after the other."""
+    """Both parts, which are trained together; `Probe` runs the locator first."""
 
     def __init__(self, config: ProbeConfig, *, rngs: nnx.Rngs):
         self.locator = Locator(config, rngs=rngs)
@@ -143,7 +141,7 @@ def to_input(frames: np.ndarray) -> jax.Array:
 def heatmap_points(logits: jax.Array) -> jax.Array:
     """Heatmap logits (B,h,w,K) -> x, y in [0,1] of the canvas (B,K,2).
 
-    The mean position under the softmax within two cells of its peak, so that a faint second peak has no influence.
+    The mean position under the softmax within two cells of its peak, so a faint second peak has no influence.
     """
     _, h, w, k = logits.shape
     p = jax.nn.softmax(logits.reshape(-1, h * w, k), axis=1)
@@ -156,7 +154,7 @@ def heatmap_points(logits: jax.Array) -> jax.Array:
 
 
 def letterbox(size: tuple[int, int], canvas: int) -> np.ndarray:
-    """Affine (2,3) from pixels of a (height, width) frame to those of a square canvas that holds it, centred."""
+    """Affine (2,3) from pixels of a (height, width) frame to those of a square canvas, centred and fitted."""
     height, width = size
     scale = canvas / max(height, width)
     return np.array([[scale, 0, (canvas - scale * width) / 2], [0, scale, (canvas - scale * height) / 2]])
@@ -165,9 +163,9 @@ def letterbox(size: tuple[int, int], canvas: int) -> np.ndarray:
 def warp(frame: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     """Applies an affine (2,3) in pixel-corner coordinates to a frame, giving (size,size,3); mid grey outside."""
     m = affine.copy()
-    m[:, 2] += m[:, :2] @ (0.5, 0.5) - 0.5  # OpenCV's coordinates are those of pixel centres
+    m[:, 2] += m[:, :2] @ (0.5, 0.5) - 0.5  # OpenCV's coordinates refer to pixel centres
     shrink = 1 / max(np.sqrt(abs(np.linalg.det(m[:, :2]))), 1e-6)
-    if shrink > 2:  # bilinear reading would skip pixels
+    if shrink > 2:  # bilinear sampling would skip pixels
         frame = cv2.GaussianBlur(frame, (0, 0), shrink / 2)
     return cv2.warpAffine(frame, m, (size, size), flags=cv2.INTER_LINEAR, borderValue=(127, 127, 127))
 
@@ -193,8 +191,8 @@ class Reading:
     Attributes:
       keypoints: (F,K,3) x, y in [0,1] of frame width and height, probability of being visible.
       mouth: (F,) opening of the mouth, 0 shut to 1 wide open.
-      attributes: (F,A) appearance numbers in their own units.
-      face: pixels from the eyes to the chin, median over frames; the mouth of a small face is not read reliably.
+      attributes: (F,A) appearance numbers, not standardised.
+      face: pixels from the eyes to the chin, median over frames; the mouth of a small face cannot be read reliably.
     """
 
     keypoints: np.ndarray
@@ -207,7 +205,7 @@ class Probe:
     """A trained probe."""
 
     def __init__(self, config: ProbeConfig, network: ProbeNetwork, header: dict[str, Any] | None = None):
-        """`header`: how the weights were made, and their accuracy on held-out rendered frames."""
+        """`header` records how the weights were made, and their accuracy on held-out rendered frames."""
         self.config, self.network, self.header = config, network, dict(header or {})
         graph, state = nnx.split(network)
 
@@ -229,7 +227,7 @@ class Probe:
         points, visible, attributes = _batched(self._locate, canvases)
         pixels = (points * config.canvas - affine[:, 2]) / affine[0, 0]
         centre, side = mouth_geometry(pixels, config.keypoints)
-        # One crop size for the whole clip: the chin moves with the mouth, but the size of the face does not change.
+        # One crop size for the whole clip: the chin moves with the mouth, but the face does not change size.
         face = float(np.median(side))
         crops = [warp(f, mouth_crop_affine(c, face, config.crop), config.crop) for f, c in zip(frames, centre)]
         (mouth,) = _batched(lambda x: (self._read_mouth(x),), np.stack(crops))
@@ -239,10 +237,7 @@ class Probe:
 
     @property
     def readable(self) -> np.ndarray:
-        """Mask (A,) of the attributes that it can read: those whose R² over held-out people is at least a third.
-
-        All of them if the header has no accuracy.
-        """
+        """Mask (A,) of the attributes whose R² over held-out people is at least 1/3; all if the header has none."""
         explained = self.header.get("accuracy", {}).get("rendered", {}).get("attribute_r2")
         if not explained:
             return np.ones(len(self.config.attributes), bool)
@@ -254,7 +249,7 @@ class Probe:
 
 
 def _batched(function: Any, frames: np.ndarray) -> list[np.ndarray]:
-    """Runs uint8 frames through `function` in batches of `BATCH`, the last one padded by repeating its last frame."""
+    """Runs uint8 frames through `function` in batches of `BATCH`; the last batch is padded with its last frame."""
     parts = []
     for begin in range(0, len(frames), BATCH):
         part = frames[begin : begin + BATCH]
@@ -264,9 +259,8 @@ def _batched(function: Any, frames: np.ndarray) -> list[np.ndarray]:
 
 
 def save_probe(path: str | Path, probe: Probe) -> None:
-    """Writes weights as float16 safetensors; config and header go into the metadata as JSON."""
-    state = nnx.to_flat_state(nnx.state(probe.network, nnx.Param))
-    arrays = {".".join(map(str, name)): np.asarray(value[...], np.float16) for name, value in state}
+    """Writes float16 safetensors, with config and header as JSON metadata."""
+    arrays = {name: value.astype(np.float16) for name, value in parameters(probe.network).items()}
     metadata = {"config": json.dumps(dataclasses.asdict(probe.config)), "header": json.dumps(probe.header)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, arrays, metadata)
@@ -276,7 +270,7 @@ def load_probe(path: str | Path) -> Probe:
     """Reads a probe written by `save_probe`.
 
     Raises:
-      UserError: the file is missing or holds no probe.
+      UserError: the file is missing or is no probe.
     """
     remedy = "make one with `python -m experiments.train_probe`"
     try:
@@ -290,10 +284,10 @@ def load_probe(path: str | Path) -> Probe:
         raise UserError(f"probe {path} does not exist; {remedy}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"probe {path} is not readable ({type(error).__name__}); {remedy}") from error
-    graph, state = nnx.split(nnx.eval_shape(lambda: ProbeNetwork(config, rngs=nnx.Rngs(0))))
-    flat = dict(nnx.to_flat_state(state))
-    if {".".join(map(str, name)) for name in flat} != set(arrays):
-        raise UserError(f"probe {path} holds other parameters than this version expects; {remedy}")
-    for name, variable in flat.items():
-        variable.set_value(jnp.asarray(arrays[".".join(map(str, name))]))
-    return Probe(config, nnx.merge(graph, nnx.from_flat_state(flat)), header)
+
+    def build() -> ProbeNetwork:
+        return ProbeNetwork(config, rngs=nnx.Rngs(0))
+
+    if parameter_shapes(build).keys() != arrays.keys():
+        raise UserError(f"probe {path} does not have the parameters that this version expects; {remedy}")
+    return Probe(config, build_with(build, arrays), header)

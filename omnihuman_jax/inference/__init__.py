@@ -1,1 +1,1 @@
-"""From a checkpoint to frames: segments, generation, export."""
+"""From a checkpoint to frames: segments, sampling, decoding."""

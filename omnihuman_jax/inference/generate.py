@@ -1,7 +1,7 @@
-"""Generates a clip of any length from a reference image and whatever drives it.
+"""Generates a clip of any length from a reference image and other conditions.
 
-All segments' latents are joined and decoded as one causal stream, chunk by chunk, so there are no seams and memory does
-not grow with the clip.
+The latents of all segments are decoded as one causal stream, chunk by chunk, so there are no seams and memory does not
+grow with the clip.
 """
 
 from __future__ import annotations
@@ -10,33 +10,29 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from omnihuman_jax import conditions
-from omnihuman_jax import pixels as pixels_lib
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference import images
-from omnihuman_jax.inference.inputs import Inputs, check_given
+from omnihuman_jax.inference.inputs import Inputs, active_row, check_given
 from omnihuman_jax.inference.sampling import Progress, Settings, sample_latents
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.models.vae.streaming import Tiling, decode_clip, encode_clip
 from omnihuman_jax.models.vae.vae import VAE
+from omnihuman_jax.pixels import to_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to generate. Only the reference must be given.
+    """What to generate.
 
     Attributes:
       reference: uint8 (h, w, 3), any size; it is scaled to cover the output and centre-cropped.
-      height: pixels, divisible by the VAE's stride times the patch size.
-      width: pixels.
-      frames: pixel frames at 25 a second.
-      given: condition name -> its value, but for the reference: token states of the prompt (L, Dt) for "text", speech
-        features (F, Da) for "audio", keypoints of the output frame (F, K, 3) for "pose"; a row a pixel frame.
+      height, width: pixels, multiples of `pixel_multiple`.
+      frames: pixel frames, at 25 fps.
+      given: other conditions by name: the prompt's token states (L, Dt) for "text", speech features (F, Da) for
+        "audio", keypoints in the output frame (F, K, 3) for "pose".
       seed: of the noise.
     """
 
@@ -49,37 +45,25 @@ class Request:
 
     @property
     def active(self) -> np.ndarray:
-        """The conditions in force, bool (conditions,); see `Inputs.of`."""
-        names = {"reference", *self.given}
-        return conditions.for_inference(names) & conditions.row(names)
+        """The active conditions, bool (conditions,)."""
+        return active_row({"reference", *self.given})
 
 
 def check_request(model: ModelConfig, request: Request, multiple: int) -> None:
-    """Refuses what the model cannot take.
-
-    Args:
-      model: the model's configuration.
-      request: what is asked for.
-      multiple: pixels of a token along a side, `pixel_multiple`.
+    """Checks a request against the model; `multiple` is its `pixel_multiple`.
 
     Raises:
-      UserError: a size that does not divide, no frames, or conditions that `check_given` refuses.
+      UserError: a size that is no multiple, no frames, or conditions that `check_given` refuses.
     """
     images.check_size(request.height, request.width, multiple)
     if request.frames < 1:
-        raise UserError(f"frames={request.frames}; a clip has at least one frame")
+        raise UserError(f"frames={request.frames}; a clip needs at least one frame")
     check_given(model, request.given)
 
 
 def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
-    """Pixels that one token covers along a side; output sizes are multiples of it."""
+    """Pixels per token along a side; output sizes are multiples of it."""
     return vae.config.spatial_stride * model.patch_size[1]
-
-
-def encode_reference(vae: VAE, image: np.ndarray, height: int, width: int, tiling: Tiling | None = None) -> jax.Array:
-    """Normalised latent (H, W, C) of a uint8 picture (h, w, 3), fitted to height x width pixels."""
-    pixels = pixels_lib.to_model(images.cover(image, height, width))
-    return jnp.asarray(encode_clip(vae, pixels[None, None], tiling=tiling)[0, 0])
 
 
 def decode_latents(vae: VAE, latents: jax.Array, tiling: Tiling | None = None) -> np.ndarray:
@@ -110,12 +94,12 @@ def generate(
 
     Args:
       network: the model.
-      params: its parameters (usually the EMA).
-      vae: the VAE its latents were made with.
+      params: its parameters, usually the EMA.
+      vae: the VAE that made its training latents.
       request: what to generate.
       settings: how to sample.
-      on_step: called after every sampling step with (segment, segments, step, steps).
-      tiling: how the VAE cuts large frames; None takes them whole.
+      on_step: called after every sampling step.
+      tiling: how the VAE splits large frames, or None.
 
     Returns:
       float32 frames (F, height, width, 3) in [-1, 1], F = `request.frames`.
@@ -125,9 +109,10 @@ def generate(
     """
     model = network.config
     check_request(model, request, pixel_multiple(model, vae))
-    reference = encode_reference(vae, request.reference, request.height, request.width, tiling)
-    inputs = Inputs.of(model, [{**request.given, "reference": np.asarray(reference)}])
+    picture = to_model(images.cover(request.reference, request.height, request.width))
+    reference = encode_clip(vae, picture[None, None], tiling=tiling)[0, 0]
+    inputs = Inputs.of(model, [{**request.given, "reference": reference}])
     latents = sample_latents(
         network, params, inputs, settings, frames=request.frames, seeds=[request.seed], on_step=on_step
     )
-    return decode_latents(vae, latents, tiling)[0, : request.frames]
+    return decode_latents(vae, latents, tiling=tiling)[0, : request.frames]

@@ -1,4 +1,4 @@
-"""Sizes the model can make, and how a picture of any size is fitted to one."""
+"""Output sizes, and fitting a picture of any size to one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from omnihuman_jax.errors import UserError
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Refuses a size the VAE and the patches do not divide.
-
-    Args:
-      height: pixels.
-      width: pixels.
-      multiple: pixels a token covers along one side (VAE factor times patch size).
-
-    Raises:
-      UserError: naming the nearest sizes that work.
-    """
+    """Raises UserError, naming the nearest sizes that work, unless the sides (pixels) are multiples of `multiple`."""
     if height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0:
         return
     down, up = (
@@ -33,7 +24,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) of `sizes` whose aspect ratio is nearest; the largest of equally near ones."""
+    """The (height, width) of `sizes` with the nearest aspect ratio; of equally near ones, the largest."""
     aspect = math.log(height / width)
     return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 6), -size[0] * size[1]))
 
@@ -41,20 +32,13 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
 def complete_size(
     height: int | None, width: int | None, image: tuple[int, int], sizes: Sequence[tuple[int, int]], multiple: int
 ) -> tuple[int, int]:
-    """The output size: as asked, or with what is not asked for filled in.
+    """The output size (height, width) in pixels, with missing sides filled in.
 
-    Neither given: the trained size nearest in aspect ratio. One given: the other follows the image's
-    aspect ratio, rounded to `multiple`.
-
-    Args:
-      height: pixels or None.
-      width: pixels or None.
-      image: (height, width) of the reference image.
-      sizes: trained sizes.
-      multiple: see `check_size`.
+    Without both: the trained size of `sizes` nearest in aspect ratio to `image`, the (height, width) of the reference.
+    Without one: it follows the reference's aspect ratio, rounded to `multiple`.
 
     Raises:
-      UserError: the size is not divisible.
+      UserError: see `check_size`.
     """
     if height is None and width is None:
         height, width = nearest_size(*image, sizes)
@@ -67,36 +51,23 @@ def complete_size(
 
 
 def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales a picture to cover height x width, keeping its aspect ratio, and crops the centre.
-
-    Args:
-      image: uint8 (h, w, 3).
-      height: pixels.
-      width: pixels.
-
-    Returns:
-      uint8 (height, width, 3).
-    """
+    """Scales a picture uint8 (h, w, 3) to cover height x width, keeping its aspect ratio, and crops the centre."""
     scale = max(height / image.shape[0], width / image.shape[1])
     rows, columns = (max(side, round(old * scale)) for side, old in ((height, image.shape[0]), (width, image.shape[1])))
-    # Area averaging is the filter that does not alias when shrinking.
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    resized = cv2.resize(image, (columns, rows), interpolation=how)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC  # area averaging shrinks without aliasing
+    resized = cv2.resize(image, (columns, rows), interpolation=interpolation)
     top, left = (rows - height) // 2, (columns - width) // 2
     return resized[top : top + height, left : left + width]
 
 
 def cover_points(points: np.ndarray, size: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """Moves keypoints the way `cover` moves the pixels.
+    """Moves keypoints as `cover` moves pixels, from a frame of `size` (height, width) to one of height x width pixels.
 
     Args:
       points: (..., 3) x, y in [0, 1] of the old frame's width and height, confidence.
-      size: (height, width) of the old frame.
-      height: pixels of the new frame.
-      width: pixels of the new frame.
 
     Returns:
-      (..., 3) in [0, 1] of the new frame; all three values of a point that is absent or cropped away are 0.
+      (..., 3) in [0, 1] of the new frame; all zeros for a point that is absent or cropped away.
     """
     scale = max(height / size[0], width / size[1])
     seen_x, seen_y = width / (size[1] * scale), height / (size[0] * scale)

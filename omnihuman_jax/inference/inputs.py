@@ -1,9 +1,9 @@
-"""What drives a batch of clips, built in one place from what is given of each condition."""
+"""The conditions of a batch of clips to generate."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,21 @@ from omnihuman_jax.conditions import Condition, Kind
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.inference.segments import Segment
 
-# Condition name -> its value for one clip, as a record holds it: token states (n, *row), a latent (H, W, C), or a track
-# (F, *row) at 25 a second. Absent ones are left out.
+# Condition name -> its value for one clip, as in a record: token states (n, *row), a latent (H, W, C), or a track
+# (F, *row) at 25 fps. Without absent conditions.
 Given = Mapping[str, np.ndarray]
 
 
-def check_given(model: Any, given: Given) -> None:
-    """Refuses what the model cannot take.
+def active_row(given: Collection[str]) -> np.ndarray:
+    """Active conditions, bool (conditions,), by the paper's inference rules.
 
-    Args:
-      model: the model's config.
-      given: of one clip.
+    A condition that the rules turn on but that is not given (a caption) stays absent.
+    """
+    return conditions.for_inference(given) & conditions.row(given)
+
+
+def check_given(model: Any, given: Given) -> None:
+    """Checks the conditions of a clip against the model's config.
 
     Raises:
       UserError: an unknown condition, rows of another shape than the model's, no rows, or values that are not finite.
@@ -38,9 +42,9 @@ def check_given(model: Any, given: Given) -> None:
                 f"{condition.row_shape(model)}; use the encoder that its data was prepared with"
             )
         if not len(value):
-            raise UserError(f"{name} has no rows; give at least one, or leave it out")
+            raise UserError(f"{name} has no rows; give at least one, or omit it")
         if not np.isfinite(value).all():
-            raise UserError(f"{name} has values that are not finite; make it again")
+            raise UserError(f"{name} has values that are not finite; encode it again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Inputs:
     """The conditions of B clips that share size, length and active row.
 
     Attributes:
-      active: bool (conditions,), the conditions in force by the paper's inference rules.
-      values: batch field -> (B, ...): padded tokens and masks, latents, whole tracks. Absent tracks are left out.
+      active: bool (conditions,), from `active_row`.
+      values: batch field -> (B, ...): padded tokens and masks, latents, whole tracks. Without absent tracks.
     """
 
     active: np.ndarray
@@ -57,31 +61,24 @@ class Inputs:
 
     @classmethod
     def of(cls, model: Any, clips: Sequence[Given]) -> Inputs:
-        """The inputs of clips that are given the same conditions.
-
-        Where the inference rules turn a condition on that is not given (a caption), it stays absent.
-
-        Args:
-          model: the model's config.
-          clips: what each clip is given. Tracks that are shorter than the longest one repeat their last row.
+        """The inputs of clips; tracks that are shorter than the longest one repeat their last row.
 
         Raises:
           ValueError: clips with different conditions.
         """
         names = set(clips[0])
         if any(set(clip) != names for clip in clips):
-            raise ValueError("clips of one batch must be given the same conditions")
-        active = conditions.for_inference(names) & conditions.row(names)
+            raise ValueError("clips of one batch must have the same conditions")
         values: dict[str, np.ndarray] = {}
         for condition in conditions.table():
             values |= _stacked(condition, model, [clip.get(condition.name) for clip in clips])
-        return cls(active, values)
+        return cls(active_row(names), values)
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
     def batch(self, segment: Segment, window: int, model: Any) -> dict[str, Any]:
-        """The model's inputs of one segment but for `motion` and `active`, sample axis first."""
+        """The model's inputs for one segment, without `motion` and `active`."""
         batch = dict(self.values) | {"has_motion": np.full((len(self),), segment.has_motion)}
         for condition in conditions.table():
             if condition.kind is Kind.TRACK and condition.field in batch:
@@ -92,7 +89,7 @@ class Inputs:
 
 
 def _stacked(condition: Condition, model: Any, given: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
-    """The batch fields of one condition; zeros where it is absent, but for a track, which the model skips then."""
+    """The batch fields of one condition. Absent tokens are zeros; the model skips absent tracks."""
     absent = given[0] is None
     if condition.kind is Kind.TOKENS:
         length = getattr(model, condition.length)

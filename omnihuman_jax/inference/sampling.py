@@ -1,7 +1,7 @@
 """Samples the latents of clips of any length, segment by segment.
 
-Segments follow one another; the last M latent frames of one are the motion frames of the next,
-exactly as sampled (decoding and encoding them again would drift).
+The last M latent frames of a segment are the motion frames of the next, as sampled: decoding and encoding them again
+would drift.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Settings:
     """How to sample.
 
     Attributes:
-      window: latent frames T of a segment, as trained.
+      window: latent frames T of a segment, as in training.
       steps: solver steps per segment.
-      solver: a name of `sampler.SOLVERS`.
-      shift: time shift; 0 means by the number of tokens, as in training.
+      solver: a name in `sampler.SOLVERS`.
+      shift: time shift; 0 derives it from the number of tokens, as in training.
       guidance: classifier-free guidance.
     """
 
@@ -52,19 +52,13 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Settings:
-        """The settings of a training config.
-
-        Args:
-          config: resolved config (`guidance`, `sample`, `diffusion`, `data.latent_frames`).
-          **changes: fields to replace, those of `Guidance` by their own name; None keeps the config's.
-        """
+        """The settings of a resolved training config; `changes` replace fields, also of `Guidance`, unless None."""
         changes = {name: value for name, value in changes.items() if value is not None}
-        ours = {name: changes.pop(name) for name in ("window", "steps", "solver", "shift") if name in changes}
         fields = {
             "window": config["data"]["latent_frames"],
             "steps": config["sample"]["steps"],
             "shift": config["diffusion"]["shift"],
-        } | ours
+        } | {name: changes.pop(name) for name in ("window", "steps", "solver", "shift") if name in changes}
         guidance = cfg.Guidance.from_dict(config["guidance"])
         return cls(**fields, guidance=dataclasses.replace(guidance, **changes))
 
@@ -101,10 +95,10 @@ def sample_latents(
     Args:
       network: the model.
       params: its parameters.
-      inputs: what drives the clips.
+      inputs: the clips' conditions.
       settings: how to sample.
-      frames: pixel frames wanted of each.
-      seeds: B seeds; a clip's noise depends on its own seed and the segment only.
+      frames: pixel frames of each clip.
+      seeds: B seeds; a clip's noise depends only on its own seed and the segment.
       on_step: called after every step.
 
     Returns:

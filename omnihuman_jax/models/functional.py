@@ -1,4 +1,4 @@
-"""Functional view of the NNX module: parameters are a plain nested dict, so jit, optax and Orbax see pytrees."""
+"""Functional view of the NNX module: parameters are a nested dict, a plain pytree for jit, optax and Orbax."""
 
 from typing import Any
 
@@ -16,20 +16,17 @@ Params = dict[str, Any]
 class Network:
     """init/apply pair of the network class that the config names.
 
-    Attributes:
-      config: the model configuration.
-      abstract_params: nested dict of `jax.ShapeDtypeStruct`, built without allocating anything.
+    `abstract_params` is a nested dict of `jax.ShapeDtypeStruct`.
     """
 
     def __init__(self, config: ModelConfig):
         self.config, self._class = config, network_class(config.family)
         abstract = nnx.eval_shape(lambda: self._class(config, rngs=nnx.Rngs(0)))
-        self._graphdef, state = nnx.split(abstract)
-        self._state = state
-        self.abstract_params: Params = nnx.to_pure_dict(state)
+        self._graphdef, self._state = nnx.split(abstract)
+        self.abstract_params: Params = nnx.to_pure_dict(self._state)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters from a PRNG key (traceable)."""
+        """Fresh parameters from a PRNG key; traceable."""
         return nnx.to_pure_dict(nnx.state(self._class(self.config, rngs=nnx.Rngs(key))))
 
     def apply(self, params: Params, *args, **kwargs) -> jax.Array:

@@ -7,18 +7,13 @@ from flax import nnx
 
 from omnihuman_jax.errors import UserError, nearest
 
-# Family -> module and class. A family is called as `models.dit.mmdit.OmniHuman` is, with a `ModelConfig`.
+# Family -> module and class, which takes the arguments of `models.dit.mmdit.OmniHuman`.
 _FAMILIES = {"mmdit": "omnihuman_jax.models.dit.mmdit:OmniHuman"}
 
 
 def register(family: str, where: str) -> None:
     """Adds a network class: "package.module:Class"."""
     _FAMILIES[family] = where
-
-
-def families() -> tuple[str, ...]:
-    """The names that `model.family` can have."""
-    return tuple(_FAMILIES)
 
 
 def network_class(family: str) -> Any:

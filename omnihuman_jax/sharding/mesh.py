@@ -1,4 +1,4 @@
-"""One device mesh with axes data, fsdp, sequence, tensor; several slices put data over DCN."""
+"""The device mesh, with axes data, fsdp, sequence and tensor; with several slices, data runs over DCN."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from omnihuman_jax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-SEQUENCE_ATTENTION = ("ulysses", "all_gather")  # see `models.attention.attend`
+SEQUENCE_ATTENTION = ("ulysses", "all_gather")  # see `models.dit.attention.attend`
 
 
 def resolve_shape(sizes: Mapping[str, Any], num_devices: int) -> dict[str, int]:
-    """Fills the one axis given as -1 with the rest of the devices; `sequence_attention` is no axis and left out.
+    """The size of every axis of `config.mesh`; an axis given as -1 gets the remaining devices.
 
     Raises:
       UserError: unknown axis, more than one -1, or sizes whose product is not the number of devices.
@@ -50,8 +50,8 @@ def make_mesh(
 ) -> Mesh:
     """Builds the mesh over `devices` (default: all), with Auto axes.
 
-    With several slices (default: as many as the devices tell) the data axis is laid across them, over DCN, and
-    everything else stays inside a slice.
+    With several slices (default: those of the devices), the data axis spans them, over DCN; all other axes stay within
+    a slice.
     """
     devices = list(jax.devices() if devices is None else devices)
     num_slices = num_slices or count_slices(devices)
@@ -72,10 +72,10 @@ def make_mesh(
 def training_mesh(
     config: ConfigDict, devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
 ) -> Mesh:
-    """The mesh of a resolved config, as `make_mesh`, checked against its batch and its attention heads.
+    """The mesh of a resolved config; see `make_mesh`.
 
     Raises:
-      UserError: devices, batch or heads do not divide over the mesh, or an unknown `mesh.sequence_attention`.
+      UserError: devices, batch or attention heads do not divide over it, or an unknown `mesh.sequence_attention`.
     """
     mesh = make_mesh(config.mesh, devices, num_slices=num_slices)
     check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
@@ -84,7 +84,7 @@ def training_mesh(
 
 
 def local_mesh() -> Mesh:
-    """A mesh of one of this process's devices."""
+    """A mesh of a single device of this process."""
     return Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -100,12 +100,12 @@ def check_batch(global_batch_size: int, mesh: Mesh, accumulate: int = 1) -> None
 
 
 def sequence_attention(config: ConfigDict) -> str:
-    """`mesh.sequence_attention` of a resolved config; "ulysses" in those from before there was a choice.
+    """`mesh.sequence_attention` of a resolved config.
 
     Raises:
       UserError: it is none of `SEQUENCE_ATTENTION`.
     """
-    chosen = config.get("mesh", {}).get("sequence_attention", SEQUENCE_ATTENTION[0])
+    chosen = config.mesh.sequence_attention
     if chosen not in SEQUENCE_ATTENTION:
         raise UserError(f"mesh.sequence_attention={chosen!r}: must be one of {', '.join(SEQUENCE_ATTENTION)}")
     return chosen

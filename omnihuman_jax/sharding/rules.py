@@ -5,7 +5,6 @@ Optimizer state and EMA follow the parameters because their trees end in the sam
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 ACTIVATIONS: dict[str, Any] = {
     "batch": ("data", "fsdp"),
     "tokens": "sequence",
-    # Where attention has all tokens (Ulysses). Tensor first: its heads are then cut further, and no device has to give
-    # away all of its own.
+    # In attention over all tokens (Ulysses). Tensor first: resharding then splits each device's own heads further, and
+    # no device sends all of its heads away.
     "heads": ("tensor", "sequence"),
-    "local_heads": "tensor",  # where its queries are sharded over tokens
+    "local_heads": "tensor",  # in attention whose queries are sharded over tokens
     "head_dim": None,
     "hidden": None,
     "mlp": "tensor",
@@ -35,10 +34,9 @@ PARAMETERS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains the sharding of an activation by logical axis names (one per dimension, None = replicated).
+    """Constrains the sharding of an activation by logical axis names, one per dimension; None = replicated.
 
-    Without a mesh in context (`jax.set_mesh`) this does nothing, so that modules run on one device as they are. An axis
-    that does not divide its dimension is left to the compiler.
+    Does nothing without a mesh in context (`jax.set_mesh`). An axis that does not divide its dimension is dropped.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or not set(mesh.axis_names) & {"data", "fsdp", "sequence", "tensor"}:
@@ -50,19 +48,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def num_shards(axes: str | tuple[str, ...] | None, mesh: Any) -> int:
-    """Devices along these mesh axes together."""
+    """Product of the sizes of these mesh axes."""
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def usable(axes: Any, size: int, mesh: Any) -> Any:
-    """The mesh axes, or None where they do not divide a dimension of this size (or are of one device)."""
+    """The mesh axes, or None if they do not divide a dimension of this size or have a single device."""
     shards = num_shards(axes, mesh)
     return axes if shards > 1 and size % shards == 0 else None
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of a parameter by its slash-separated path; the rule covers the last dimensions."""
+    """PartitionSpec of a parameter by its slash-separated path; rules apply to the trailing dimensions."""
     axes = next(axes for pattern, axes in PARAMETERS if re.search(pattern, path))
     axes = axes[-len(shape) :] if shape else ()
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
@@ -91,9 +89,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def describe(tree: Any, mesh: Mesh) -> Mapping[str, PartitionSpec]:
-    """Path -> PartitionSpec of a tree, for logs and tests."""
-    flat = jax.tree_util.tree_flatten_with_path(tree_shardings(tree, mesh))[0]
-    return {path_name(path): sharding.spec for path, sharding in flat}

@@ -1,4 +1,4 @@
-"""The formats by name: what an importer or exporter is asked for."""
+"""The formats of open bases by name, for importers and exporters."""
 
 import os
 import re
@@ -24,18 +24,18 @@ LORA = re.compile(r"\blora_(A|B|up|down)\b|\.lora\.(up|down)\.|\.alpha$")
 
 
 def check_format(name: str, flag: str = "--format") -> None:
-    """Raises UserError for a format that is not there, naming those that are."""
+    """Raises UserError for an unknown format."""
     if name not in FORMATS:
-        raise UserError(f"{flag}={name}: unknown naming{nearest(name, FORMATS)}; there is {', '.join(FORMATS)}")
+        raise UserError(f"{flag}={name}: unknown naming{nearest(name, FORMATS)}; choose one of {', '.join(FORMATS)}")
 
 
 def base_entries(name: str, config: ModelConfig, abstract: Any) -> list[Entry]:
-    """Entries of a model's base part in a format's naming.
+    """Entries of a model's base part in the naming of format `name`.
 
     Args:
       name: one of `FORMATS`.
-      config: the model's configuration.
-      abstract: its parameter tree, of anything with a shape.
+      config: the model's config.
+      abstract: its parameter tree; leaves only need a shape.
 
     Raises:
       UserError: the format has no names for a part of this model.
@@ -45,21 +45,15 @@ def base_entries(name: str, config: ModelConfig, abstract: Any) -> list[Entry]:
     nameless = shapes.keys() - {ours for entry in entries for ours in entry.ours}
     if nameless:
         raise UserError(
-            f"{name} has no name for {', '.join(sorted(nameless)[:3])}{' …' if len(nameless) > 3 else ''}; it is for "
-            "another kind of model than this config's"
+            f"{name} has no name for {', '.join(sorted(nameless)[:3])}{' …' if len(nameless) > 3 else ''}; choose the "
+            "format of this config's kind of model"
         )
     check_complete(entries, shapes)
     return entries
 
 
 def without_prefix(files: Files, config: ModelConfig, abstract: Any) -> Files:
-    """The checkpoint without a prefix that all its names share (`model.diffusion_model.`), if formats' names follow it.
-
-    Args:
-      files: the checkpoint.
-      config: the model's configuration.
-      abstract: its parameter tree, of anything with a shape.
-    """
+    """The checkpoint without a prefix that all its names share (`model.diffusion_model.`), if known names follow it."""
     shared = os.path.commonprefix([name.split(".")[:-1] for name in files.stored])
     if not shared:
         return files
@@ -73,18 +67,18 @@ def check_files(name: str, files: Files, entries: list[Entry], config: ModelConf
     """Checks a checkpoint of a base against the model, before any tensor is read.
 
     Raises:
-      UserError: tensors missing, left over or misshapen; another layout or format; a LoRA; a config.json beside the
-        weights that says something else than the model's config.
+      UserError: tensors missing, unexpected or misshapen; another layout or format; a LoRA; a config.json next to the
+        weights that contradicts the model's config.
     """
     if lora := next(filter(LORA.search, files.stored), None):
         raise UserError(
-            f"{files.path}: is a LoRA (it has {lora}), which changes a base and is none; give the base's own weights, "
-            "or the base with the LoRA merged into it"
+            f"{files.path}: is a LoRA (it has {lora}), not a base; give the base's weights, or the base with the LoRA "
+            "merged into it"
         )
     if any(getattr(FORMATS[name], "OTHER_LAYOUT", "\0") in tensor for tensor in files.stored):
         raise UserError(
-            f"{files.path}: has the older layout with {FORMATS[name].OTHER_LAYOUT}, which computes something else; "
-            "get the diffusers one"
+            f"{files.path}: has the older layout with {FORMATS[name].OTHER_LAYOUT}, which is another network; get the "
+            "diffusers layout"
         )
     _check_config(files.path.parent / CONFIG_FILE, files.settings(CONFIG_FILE), FORMATS[name].class_config(config))
     where = f"{files.path} (names without {files.prefix})" if files.prefix else files.path
@@ -95,16 +89,14 @@ def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, A
     differ = [
         f"{key} is {found[key]}, the preset's is {value}"
         for key, value in expected.items()
-        if key in found and found[key] != value
+        if found.get(key, value) != value
     ]
     if differ:
-        raise UserError(
-            f"{path}: wrong base for the preset: {'; '.join(differ)}; change the preset or --config.model.*"
-        )
+        raise UserError(f"{path}: wrong base for the preset: {'; '.join(differ)}; change preset or --config.model.*")
 
 
 def _names(config: ModelConfig, abstract: Any) -> dict[str, set[str]]:
-    """Format -> the names that it has for this model's tensors."""
+    """Format -> its names for this model's tensors."""
     shapes = our_shapes(abstract)
     return {
         name: {entry.theirs for entry in expand(module.rows(config), shapes, config.patch_size)}
@@ -113,7 +105,7 @@ def _names(config: ModelConfig, abstract: Any) -> dict[str, set[str]]:
 
 
 def _hint(name: str, found: Iterable[str], config: ModelConfig, abstract: Any) -> str:
-    """Which format the names are, when they are not this one's; else what may be wrong."""
+    """The format that the names belong to, if not this one; otherwise what may be wrong."""
     fits = {other: len(theirs.intersection(found)) for other, theirs in _names(config, abstract).items()}
     best = max(fits, key=fits.get)
     if fits[best] > 2 * fits[name]:

@@ -1,4 +1,4 @@
-"""HunyuanVideo under its original names (856 tensors for 13B): query, key and value fused, single blocks more so.
+"""HunyuanVideo under its original names (856 tensors for 13B), with fused query, key and value.
 
 Weights under the Tencent Hunyuan Community License, which excludes the EU, the UK and South Korea and forbids using
 works or outputs to improve other models.
@@ -27,9 +27,8 @@ def _stream(stream: str) -> list[Row]:
     ]
 
 
-def rows(config: ModelConfig) -> list[Row]:
+def rows(_: ModelConfig) -> list[Row]:
     """The table."""
-    del config
     refiner, single = "refiner.block{}", "single.blocks.{}"
     return [
         row("img_in.proj", "x_embed", "first_frame_embed", layout=PATCH, axis=1),
@@ -63,7 +62,6 @@ def rows(config: ModelConfig) -> list[Row]:
     ]
 
 
-def class_config(config: ModelConfig) -> dict[str, Any]:
-    """The original checkpoint has no config file."""
-    del config
+def class_config(_: ModelConfig) -> dict[str, Any]:
+    """Empty: the original checkpoint has no config file."""
     return {}

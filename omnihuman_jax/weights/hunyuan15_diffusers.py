@@ -12,9 +12,8 @@ from omnihuman_jax.weights.motif import image_rows
 from omnihuman_jax.weights.names import NORM, TABLE, Row, row
 
 
-def rows(config: ModelConfig) -> list[Row]:
+def rows(_: ModelConfig) -> list[Row]:
     """The table."""
-    del config
     return [
         *outer_rows("time_embed"),
         *text_rows(),
@@ -27,10 +26,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def class_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json that diffusers writes for this model, but for `target_size` and `task_type`.
-
-    These two tell a pipeline what size to make and from what; the network does not depend on them.
-    """
+    """diffusers' config.json for this model, without `target_size` and `task_type`, which only pipelines read."""
     return {
         "_class_name": "HunyuanVideo15Transformer3DModel",
         **shared_config(config),

@@ -13,7 +13,7 @@ _REFINER = "context_embedder.token_refiner.refiner_blocks.{}"
 
 
 def dual_rows() -> list[Row]:
-    """Dual-stream blocks, the same in diffusers' Motif-Video and HunyuanVideo-1.5."""
+    """Dual-stream blocks, as also in diffusers' Motif-Video and HunyuanVideo-1.5."""
     ours = "dual.blocks.{}"
     table = []
     for stream, norm, ff in (("img", "norm1", "ff"), ("txt", "norm1_context", "ff_context")):
@@ -36,7 +36,7 @@ def dual_rows() -> list[Row]:
 
 
 def single_rows(group: str = "single", offset: int = 0) -> list[Row]:
-    """Single-stream blocks, the same in diffusers' Motif-Video but for its cross-attention."""
+    """Single-stream blocks, as also in diffusers' Motif-Video except for its cross-attention."""
     ours = f"{group}.blocks.{{}}"
     table = [row(f"{_SINGLE}.attn.to_{name}", f"{ours}.{name}", offset=offset) for name in "qkv"]
     table += [row(f"{_SINGLE}.attn.norm_{name}", f"{ours}.{name}_norm", layout=NORM, offset=offset) for name in "qk"]
@@ -49,7 +49,7 @@ def single_rows(group: str = "single", offset: int = 0) -> list[Row]:
 
 
 def outer_rows(time: str = "time_text_embed") -> list[Row]:
-    """Patch embedding, time embedding and final layer, the same in diffusers' Motif-Video and HunyuanVideo-1.5."""
+    """Patch embedding, time embedding and final layer, as also in diffusers' Motif-Video and HunyuanVideo-1.5."""
     return [
         row("x_embedder.proj", "x_embed", "first_frame_embed", layout=PATCH, axis=1),
         row(f"{time}.timestep_embedder.linear_1", "time_embed.fc1"),
@@ -60,7 +60,7 @@ def outer_rows(time: str = "time_text_embed") -> list[Row]:
 
 
 def text_rows() -> list[Row]:
-    """Projection and token refiner of the text, the same in diffusers' HunyuanVideo-1.5."""
+    """Projection and token refiner of the text, as also in diffusers' HunyuanVideo-1.5."""
     refiner, context = "refiner.block{}", "context_embedder.time_text_embed"
     embedders = (
         (f"{context}.timestep_embedder", "refiner.time_embed"),
@@ -79,9 +79,8 @@ def text_rows() -> list[Row]:
     ]
 
 
-def rows(config: ModelConfig) -> list[Row]:
+def rows(_: ModelConfig) -> list[Row]:
     """The table."""
-    del config
     embedders = (("text_embedder", "pooled_embed"), ("guidance_embedder", "guidance_embed"))
     return [
         *outer_rows(),
@@ -93,7 +92,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def shared_config(config: ModelConfig) -> dict[str, Any]:
-    """What diffusers' config.json says of every class."""
+    """Keys of diffusers' config.json that all classes share."""
     return {
         "in_channels": config.latent_channels + config.first_frame_channels,
         "out_channels": config.latent_channels,
@@ -110,7 +109,7 @@ def shared_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def class_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json that diffusers writes for this model."""
+    """diffusers' config.json for this model."""
     return {
         "_class_name": "HunyuanVideoTransformer3DModel",
         **shared_config(config),

@@ -1,7 +1,7 @@
 """Loading into shards, a tensor at a time.
 
-Peak host memory above the sharded result: one leaf of the parameter tree (the stacked layers of one kind) as this host
-holds it, and one tensor of the file.
+Peak host memory on top of the sharded result: this host's part of one leaf of the parameter tree (the stacked layers of
+one kind), and one tensor of the file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from omnihuman_jax.weights.read import Files
 
 
 class Source(Mapping[str, np.ndarray]):
-    """Our tensors by dotted name, each read from its file when asked for, in the file's dtype and our layout."""
+    """Our tensors by dotted name, read from file on access, in the file's dtype and our layout."""
 
     def __init__(self, files: Files, entries: Sequence[Entry]):
         self._files = files
@@ -56,16 +56,13 @@ class Cast(Mapping[str, np.ndarray]):
 
 
 def load(tensors: Mapping[str, np.ndarray], abstract: Any, shardings: Any = None, *, dtypes: str = "model") -> Any:
-    """Parameters from tensors by dotted name, straight into their shards.
+    """Parameters from tensors by dotted name, straight into their shards: nested dict of arrays, as `abstract`.
 
     Args:
-      tensors: name -> array in our layout, as `Source`; each is asked for once.
+      tensors: name -> array in our layout, as `Source`; each is read once.
       abstract: nested dict of `jax.ShapeDtypeStruct`.
-      dtypes: "model" = those of `abstract`; "file" = as the tensors are.
       shardings: nested dict of shardings (`sharding.rules.tree_shardings`); None = all on the default device.
-
-    Returns:
-      Nested dict of arrays, as `abstract`.
+      dtypes: "model" = those of `abstract`; "file" = those of the tensors.
     """
     if shardings is None:
         whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -94,5 +91,5 @@ def _load_leaf(tensors, path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any, dt
             where = tuple(slice(*pair) for pair in (key[1:] if stacked else key))
             parts[key][layer if stacked else ...] = value[where]
     arrays = [jax.device_put(parts[key], device) for device, key in bounds.items()]
-    # Waits, so that these buffers are gone before those of the next leaf are made.
+    # Waits, so that these buffers are freed before the next leaf's are allocated.
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))

@@ -3,7 +3,7 @@
     net.slice{1..5}.{i}.weight, .bias     VGG-16's convolutions; i is torchvision's index in `features`
     lin{0..4}.model.1.weight              the channels' weights, (1, width, 1, 1)
 
-`lins.*` (the same weights again) and `scaling_layer.*` may be there and are not used.
+`lins.*` (copies of these weights) and `scaling_layer.*` are ignored.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ UNUSED = (r"lins\..*", r"scaling_layer\.(shift|scale)")
 
 
 def _index(level: int, convolution: int) -> int:
-    """torchvision's index: every convolution has its ReLU behind it, every level but the first a pooling before it."""
+    """torchvision's index: a ReLU follows every convolution, and a pooling precedes every level but the first."""
     return 2 * (sum(CONVOLUTIONS[:level]) + convolution) + level
 
 
 def entries(widths: tuple[int, ...] = WIDTHS) -> list[Entry]:
-    """One a parameter: kernels (3, 3, in, out) <- (out, in, 3, 3), weights (C,) <- (1, C, 1, 1)."""
+    """One entry per parameter: kernels (3, 3, in, out) <- (out, in, 3, 3), weights (C,) <- (1, C, 1, 1)."""
     made = []
     for ours, shape in modules.parameter_shapes(lambda: LPIPS(widths, rngs=nnx.Rngs(0))).items():
         inside = re.fullmatch(r"levels\.(\d+)\.(\d+)\.(kernel|bias)", ours)
@@ -45,6 +45,6 @@ def load(path: str | Path, widths: tuple[int, ...] = WIDTHS) -> LPIPS:
     """Reads the weights from a safetensors file.
 
     Raises:
-      UserError: it cannot be read, or a tensor is missing, left over, misshapen, or not finite.
+      UserError: it cannot be read, or a tensor is missing, unexpected, misshapen or not finite.
     """
     return modules.load(lambda: LPIPS(widths, rngs=nnx.Rngs(0)), open_files(path, UNUSED), entries(widths))

@@ -13,7 +13,7 @@ from omnihuman_jax.weights.read import Files
 
 
 def parameter_shapes(build: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's parameters by dotted path, without making it."""
+    """Shapes of a module's parameters by dotted path, without allocating them."""
     state = nnx.state(nnx.eval_shape(build), nnx.Param)
     return {".".join(map(str, keys)): tuple(leaf.shape) for keys, leaf in nnx.to_flat_state(state)}
 
@@ -25,10 +25,10 @@ def parameters(module: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def build_with(build: Callable[[], nnx.Module], tensors: Mapping[str, np.ndarray]) -> Any:
-    """The module with these parameters (by dotted path, all of them)."""
+    """The module with all its parameters from `tensors`, by dotted path."""
     graph, state = nnx.split(nnx.eval_shape(build))
     for keys, leaf in nnx.to_flat_state(state):
-        leaf.set_value(jnp.array(tensors[".".join(map(str, keys))]))  # a copy: the source may be a map of the file
+        leaf.set_value(jnp.array(tensors[".".join(map(str, keys))]))
     return nnx.merge(graph, state)
 
 
@@ -36,7 +36,7 @@ def load(build: Callable[[], nnx.Module], files: Files, entries: Sequence[Entry]
     """The module with a checkpoint's tensors, in float32.
 
     Raises:
-      UserError: a tensor is missing, left over, misshapen, or not finite.
+      UserError: a tensor is missing, unexpected, misshapen or not finite.
     """
     account(entries, files.shapes, files.path, "another model, or an incomplete checkpoint")
     return build_with(build, Cast(Source(files, entries), np.float32))

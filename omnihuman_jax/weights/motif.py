@@ -1,7 +1,7 @@
 """Motif-Video-2B as diffusers' `MotifVideoTransformer3DModel` (902 tensors; Apache-2.0).
 
-An earlier layout of the same checkpoint has `cross_attn_query_proj` and reuses the keys and values of self-attention.
-Its query norm has a bias, so it is not this network, and it is refused.
+An older layout of the checkpoint, with `cross_attn_query_proj`, reuses the keys and values of self-attention. It is
+another network (its query norm has a bias) and is refused.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def _cross_rows(theirs: str, group: str) -> list[Row]:
 
 
 def image_rows() -> list[Row]:
-    """Projection of the image states, the same in diffusers' HunyuanVideo-1.5."""
+    """Projection of the image states, as also in diffusers' HunyuanVideo-1.5."""
     return [
         row("image_embedder.norm_in", "image_embed.norm_in", layout=NORM),
         row("image_embedder.linear_1", "image_embed.fc1"),
@@ -33,7 +33,7 @@ def image_rows() -> list[Row]:
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table; the decoder tail is the last of their single blocks."""
+    """The table; the decoder tail is the end of their single blocks."""
     return [
         *outer_rows(),
         row("context_embedder.linear_1", "text_embed.fc1"),
@@ -48,7 +48,7 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def class_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json that diffusers writes for this model."""
+    """diffusers' config.json for this model."""
     return {
         "_class_name": "MotifVideoTransformer3DModel",
         **shared_config(config),

@@ -1,9 +1,9 @@
-"""Names and layouts: a table's rows, expanded to one entry a tensor, and the account of every tensor.
+"""Names and layouts: the rows of a table, expanded to one entry per tensor, and the check of every tensor.
 
-Our dotted name of a tensor is `dual.blocks.3.img_q.kernel`; in memory the blocks of a kind are stacked
-(`dual/img_q/kernel` with a leading layer axis). Linear layers elsewhere are (out, in), ours (in, out). A tensor of
-theirs can hold several of ours side by side (fused query, key and value). Models without such layers need no table:
-their entries are made one by one (`one_to_one`).
+"Ours" are this repository's tensors, "theirs" those of another format. Our dotted names are like
+`dual.blocks.3.img_q.kernel`; in memory the blocks of a kind are stacked (`dual/img_q/kernel` with a leading layer
+axis). Their linear layers are (out, in), ours (in, out). One tensor of theirs can hold several of ours (fused query,
+key and value). Models without such layers need no table: `one_to_one` makes their entries.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.entries import condition_modules
 
 STACKED = ("dual", "single", "decoder")  # groups whose parameters carry a leading layer axis in memory
-LISTED = 12  # tensors of one kind of mistake named in an error
+LISTED = 12  # tensors that an error names per kind of mistake
 
 Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How one of our tensors lies in theirs; `patch` is the model's patch size.
+    """How one of our tensors is laid out in theirs; `patch` is the model's patch size.
 
     Attributes:
-      parameter: our name of what they call `weight`.
+      parameter: our name for their `weight`.
       shape: (our shape, patch) -> their shape.
       to_ours: (their array, patch) -> ours.
       to_theirs: (our array, patch) -> theirs.
@@ -57,7 +57,7 @@ LINEAR = Layout("kernel", _reversed, lambda x, _: x.T, lambda x, _: x.T)
 NORM = Layout("scale", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
 TABLE = NORM._replace(parameter="embedding")
 PLAIN = Layout("", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
-# adaLN halves the other way round: (scale, shift) there, (shift, scale) here.
+# adaLN halves in the other order: (scale, shift) there, (shift, scale) here.
 SWAPPED = Layout("kernel", _reversed, lambda x, _: _swap(x).T, lambda x, _: _swap(x.T))
 # The output projection: a patch is (C, pt, ph, pw) there, (pt, ph, pw, C) here.
 UNPATCH = Layout(
@@ -85,7 +85,7 @@ PATCH = Layout("kernel", _patch_shape, _patch_to_ours, _patch_to_theirs)
 
 
 def _views(to_ours: Callable[[np.ndarray], np.ndarray], to_theirs: Callable[[np.ndarray], np.ndarray]) -> Layout:
-    """A layout of views of the array, whatever the patch; the shape is that of a view of one zero."""
+    """A layout of views of the array, independent of the patch; its shape is that of a view of zeros."""
     return Layout(
         "",
         lambda shape, _: to_theirs(np.broadcast_to(np.int8(0), shape)).shape,
@@ -95,26 +95,26 @@ def _views(to_ours: Callable[[np.ndarray], np.ndarray], to_theirs: Callable[[np.
 
 
 def permuted(axes: Sequence[int], squeezed: Shape = ()) -> Layout:
-    """Their axis i is our axis axes[i]; of these, their axes `squeezed` have length 1 and are not there."""
+    """Their axis i is our axis axes[i]; then their axes `squeezed`, of length 1, are removed."""
     back = np.argsort(axes)
     return _views(lambda x: np.expand_dims(x, squeezed).transpose(back), lambda x: x.transpose(axes).squeeze(squeezed))
 
 
 def expanded(axes: Shape) -> Layout:
-    """Theirs has axes of length 1 that ours has not; `axes` are their places there."""
+    """Theirs has additional axes of length 1, at the positions `axes`."""
     return _views(lambda x: x.squeeze(axes), lambda x: np.expand_dims(x, axes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One rule of a table: a layer of theirs and the layer or layers of ours that it holds.
+    """One rule of a table: a layer of theirs and the layers of ours that it holds.
 
     Attributes:
       theirs: name without `.weight` and `.bias`; `{}` stands for the block's number.
-      ours: our names, likewise, side by side in theirs. A layer that the model's config leaves out is left out.
-      layout: how each of ours lies in theirs.
-      axis: axis of their weight along which ours are joined.
-      offset: what their block numbers start from.
+      ours: our names, likewise. Layers that the model does not have are skipped.
+      layout: of each of ours in theirs.
+      axis: axis of their weight along which ours are concatenated.
+      offset: their first block number.
     """
 
     theirs: str
@@ -131,14 +131,7 @@ def row(theirs: str, *ours: str, layout: Layout = LINEAR, axis: int = 0, offset:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of theirs and those of ours that it holds.
-
-    Attributes:
-      theirs: its name.
-      ours: our names, in order.
-      shapes: our shapes.
-      layout, axis, patch: see `Row` and `Layout`.
-    """
+    """One tensor of theirs and those of ours that it holds, in order, with our shapes; see `Row` and `Layout`."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -149,25 +142,25 @@ class Entry:
 
     @property
     def parts(self) -> list[Shape]:
-        """Their shape of each of ours."""
+        """Shape of each of ours in their layout."""
         return [self.layout.shape(shape, self.patch) for shape in self.shapes]
 
     @property
     def shape(self) -> Shape:
-        """Their shape of the whole."""
+        """Shape of theirs."""
         first = list(self.parts[0])
         first[self.axis] = sum(part[self.axis] for part in self.parts)
         return tuple(first)
 
     def span(self, name: str) -> slice:
-        """Where along `axis` our tensor lies."""
+        """Range of our tensor along `axis`."""
         sizes = [part[self.axis] for part in self.parts]
         index = self.ours.index(name)
         return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
 
 def our_shapes(abstract: Any) -> dict[str, Shape]:
-    """Dotted name -> shape of every tensor of a parameter tree, blocks apart."""
+    """Dotted name -> shape of every tensor of a parameter tree, with the blocks unstacked."""
     shapes: dict[str, Shape] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
         shapes |= dict.fromkeys(leaf_names(path, leaf.shape), block_shape(path, leaf.shape))
@@ -180,7 +173,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def leaf_names(path: tuple[Any, ...], shape: Shape) -> list[str]:
-    """Dotted names of the tensors in a leaf of the parameter tree: one, or one a layer."""
+    """Dotted names of the tensors in a leaf of the parameter tree: one, or one per layer."""
     group, *rest = (str(key.key) for key in path)
     if group not in STACKED:
         return [".".join((group, *rest))]
@@ -193,12 +186,12 @@ def block_shape(path: tuple[Any, ...], shape: Shape) -> Shape:
 
 
 def is_condition(name: str) -> bool:
-    """Whether one of our tensors belongs to what OmniHuman adds to a base: its conditions, and the null text."""
+    """Whether one of our tensors belongs to what OmniHuman adds to a base: the conditions and the null text."""
     return not condition_modules().isdisjoint(name.split("."))
 
 
 def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> list[Entry]:
-    """A table's rows as one entry a tensor, for a model with these tensors."""
+    """The rows of a table as one entry per tensor, for a model whose tensors have these shapes."""
     entries = []
     for rule in rows:
         numbers = range(max((_count(name, shapes) for name in rule.ours), default=0)) if "{}" in rule.theirs else [0]
@@ -208,7 +201,7 @@ def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> li
                 ours = [name for name in ours if name in shapes]
                 if not ours:
                     continue
-                # Layers joined along their inputs have one bias together; it is of the first.
+                # Layers concatenated along their inputs share one bias, which is that of the first.
                 axis = rule.axis if suffix == "weight" else 0
                 theirs = f"{rule.theirs.format(i + rule.offset)}.{suffix}"
                 sizes = tuple(shapes[name] for name in ours)
@@ -217,14 +210,14 @@ def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> li
 
 
 def _count(pattern: str, shapes: Mapping[str, Shape]) -> int:
-    """How many blocks a name with `{}` has."""
+    """The number of blocks whose names match a pattern with `{}`."""
     before, after = pattern.split("{}")
     found = (name[len(before) :].split(".")[0] for name in shapes if name.startswith(before) and f"{after}." in name)
     return 1 + max((int(number) for number in found if number.isdigit()), default=-1)
 
 
 def one_to_one(theirs: str, ours: str, shape: Shape, layout: Layout = LINEAR) -> Entry:
-    """The `Entry` of a tensor that holds one of ours, of our shape `shape`."""
+    """The `Entry` of a tensor that holds one of ours, whose shape here is `shape`."""
     return Entry(theirs, (ours,), (tuple(shape),), layout, 0, ())
 
 
@@ -234,7 +227,7 @@ def same_names(shapes: Mapping[str, Shape]) -> list[Entry]:
 
 
 def check_complete(entries: Sequence[Entry], names: Iterable[str]) -> None:
-    """Raises ValueError unless the entries hold each of our tensors exactly once: a table that forgets one is wrong."""
+    """Raises ValueError unless the entries hold each of our tensors exactly once."""
     held = [name for entry in entries for name in entry.ours]
     wrong = set(names) ^ set(held) or {name for name in held if held.count(name) > 1}
     if wrong:
@@ -242,16 +235,10 @@ def check_complete(entries: Sequence[Entry], names: Iterable[str]) -> None:
 
 
 def account(entries: Sequence[Entry], found: Mapping[str, Shape], where: Any, hint: str = "") -> None:
-    """Checks a file's tensors against the entries, every one of both.
-
-    Args:
-      entries: what there should be.
-      found: name -> shape of what there is.
-      where: named in the error.
-      hint: what to do, at the end of the error.
+    """Checks that a file's tensors, name -> shape in `found`, are exactly those of the entries.
 
     Raises:
-      UserError: tensors that are missing, misshapen or left over, by name in both namings.
+      UserError: tensors are missing, misshapen or unexpected; the message starts with `where` and ends with `hint`.
     """
     missing, misshapen, wanted = [], [], {entry.theirs for entry in entries}
     for entry in entries:
@@ -261,9 +248,9 @@ def account(entries: Sequence[Entry], found: Mapping[str, Shape], where: Any, hi
         elif tuple(found[entry.theirs]) != entry.shape:
             misshapen.append(f"{entry.theirs}{ours} has shape {tuple(found[entry.theirs])}, should be {entry.shape}")
     extra = [f"{name} is not part of the model" for name in sorted(set(found) - wanted)]
-    told = []
+    problems = []
     for lines in (missing, misshapen, extra):
-        told += [f"tensor {line}" for line in lines[:LISTED]]
-        told += [f"{len(lines) - LISTED} more such"] * (len(lines) > LISTED)
-    if told:
-        raise UserError(f"{where}: {'; '.join(told)}{f'; {hint}' if hint else ''}")
+        problems += [f"tensor {line}" for line in lines[:LISTED]]
+        problems += [f"{len(lines) - LISTED} more like this"] * (len(lines) > LISTED)
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}{f'; {hint}' if hint else ''}")

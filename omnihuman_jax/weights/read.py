@@ -1,8 +1,7 @@
-"""Reading safetensors from disk, a tensor or some of its rows at a time: one file, or shards with or without an index.
+"""Reading safetensors, a tensor or some of its rows at a time, from one file or from shards with or without an index.
 
-The header is read here rather than by the safetensors package, so that a damaged file is reported with the tensor it
-hits, and so that rows of a tensor can be read without the rest of it. Pickles are never opened. Every importer
-reads through this module.
+This module parses the header itself, to name the first tensor lost in a damaged file and to read rows of a tensor.
+Pickles are never opened. Every importer reads through this module.
 """
 
 import json
@@ -27,12 +26,12 @@ DTYPES = {
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-MISSING_LISTED = 12  # missing shards named in an error
+MISSING_LISTED = 12  # missing shards that an error names
 MAX_HEADER_BYTES = 10**8  # the format's own limit
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: the bytes from `start` of a file, row by row."""
+    """Where a tensor is stored: row by row, from byte `start` of a file."""
 
     file: Path
     dtype: np.dtype
@@ -44,9 +43,9 @@ class Files:
     """The tensors of a checkpoint on disk.
 
     Attributes:
-      path: the file or index that was opened; named in errors.
-      stored: name -> where it lies.
-      prefix: what the names in the file begin with and those in `stored` do not.
+      path: the file or index that was opened, for errors.
+      stored: name -> where it is stored.
+      prefix: removed from the names in the file.
     """
 
     def __init__(self, path: Path, stored: Mapping[str, Stored], prefix: str = ""):
@@ -58,7 +57,7 @@ class Files:
         return {name: stored.shape for name, stored in self.stored.items()}
 
     def settings(self, name: str = "config.json") -> dict[str, Any]:
-        """The JSON object in a file beside the weights, {} without such a file.
+        """The JSON object in a file next to the weights; {} if there is no such file.
 
         Raises:
           UserError: it cannot be read.
@@ -96,10 +95,10 @@ def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
 
     Args:
       path: the file, index, or directory. A shard (model-00001-of-00004.safetensors) stands for all of them.
-      unused: regular expressions (whole names) of tensors that may be there, of any dtype, and are left out.
+      unused: regular expressions (of whole names) of tensors to skip.
 
     Raises:
-      UserError: nothing there, a pickle, a damaged file, a missing shard, a dtype that is not read.
+      UserError: no such file, a pickle, a damaged file, a missing shard, an unsupported dtype.
     """
     path = Path(path)
     if path.is_dir():
@@ -118,16 +117,12 @@ def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
         if _matches(name, unused):
             continue
         if name not in stored or stored[name].file.name != file:
-            raise UserError(f"{path}: tensor {name} should be in {file}, which does not have it; get that file again")
+            raise UserError(f"{path}: tensor {name} should be in {file}, but is not; get that file again")
     return Files(path, stored)
 
 
 def _shards(path: Path) -> list[str]:
-    """Names of the files that make up a checkpoint with this one: its shards where it is one, else itself.
-
-    Raises:
-      UserError: shards are missing.
-    """
+    """Names of all shards of the checkpoint that this file belongs to; UserError if some are missing."""
     match = SHARD.fullmatch(path.name)
     if not match:
         return [path.name]
@@ -136,10 +131,8 @@ def _shards(path: Path) -> list[str]:
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         more = f" and {len(missing) - MISSING_LISTED} more" if len(missing) > MISSING_LISTED else ""
-        raise UserError(
-            f"{path}: is one of {int(count)} shards; beside it {', '.join(missing[:MISSING_LISTED])}{more} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; get {'it' if len(missing) == 1 else 'them'} too"
-        )
+        names = f"{', '.join(missing[:MISSING_LISTED])}{more}"
+        raise UserError(f"{path}: is one of {int(count)} shards, without {names}; get all of them")
     return names
 
 
@@ -154,7 +147,7 @@ def _in_directory(folder: Path) -> Path:
         if len(series) == 1:
             return found[0]
         if found:
-            raise UserError(f"{folder}: holds {', '.join(file.name for file in found)}; name the one to read")
+            raise UserError(f"{folder}: holds {', '.join(file.name for file in found)}; name the file to read")
     for file in sorted(folder.iterdir()):
         if file.suffix in PICKLES:
             _check_no_pickle(file)
@@ -162,7 +155,7 @@ def _in_directory(folder: Path) -> Path:
 
 
 def _check_no_pickle(path: Path) -> None:
-    """Refuses pickles by name and by their first bytes: loading one runs whatever code it holds."""
+    """Refuses pickles by name and by their first bytes, because loading one runs arbitrary code."""
     start = b""
     if path.is_file():
         with path.open("rb") as file:
@@ -174,25 +167,25 @@ def _check_no_pickle(path: Path) -> None:
             "'OUT')\""
         )
         command = command.replace("IN", str(path)).replace("OUT", str(path.with_suffix(".safetensors")))
-        raise UserError(f"{path}: is a pickle, which is not opened here; convert it with {command}")
+        raise UserError(f"{path}: is a pickle, which is unsafe to open; convert it with {command}")
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor -> file of an index, every file checked to be there."""
+    """Tensor -> file of an index; UserError if a file is missing."""
     index = read_json(path)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise UserError(f"{path}: has no weight_map from tensors to files; it is not a safetensors index")
+        raise UserError(f"{path}: has no weight_map from tensors to files; give a safetensors index")
     for name, file in names.items():
         if Path(file).name != file:
-            raise UserError(f"{path}: tensor {name} is said to be in {file}, outside the index's directory")
+            raise UserError(f"{path}: lists tensor {name} in {file}, outside its directory; give another index")
         if not (path.parent / file).is_file():
-            raise UserError(f"{path}: tensor {name} is said to be in {file}, which is missing; get that file too")
+            raise UserError(f"{path}: lists tensor {name} in {file}, which is missing; get that file too")
     return names
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError where it cannot be read."""
+    """The content of a JSON file; UserError if it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -200,10 +193,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_header(path: Path, unused: Sequence[str] = ()) -> dict[str, Stored]:
-    """Name -> place of every tensor in one safetensors file, but for those that `unused` matches.
+    """Name -> place of every tensor in one safetensors file, except those that `unused` matches.
 
     Raises:
-      UserError: not such a file, one that ends too early (naming the first tensor lost), or a dtype that is not read.
+      UserError: no safetensors file, a truncated one (naming the first tensor lost), or an unsupported dtype.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -221,17 +214,15 @@ def read_header(path: Path, unused: Sequence[str] = ()) -> dict[str, Stored]:
     stored = {}
     for first, stop, name, dtype, shape in sorted(entries):
         if 8 + length + stop > size:
-            raise UserError(
-                f"{path}: is truncated: tensor {name} ends at byte {8 + length + stop}, the file has {size}; "
-                "get it again"
-            )
+            end = 8 + length + stop
+            raise UserError(f"{path}: is truncated: tensor {name} ends at byte {end} of {size}; get the file again")
         if _matches(name, unused):
             continue
         if dtype not in DTYPES:
             raise UserError(
-                f"{path}: tensor {name} is {dtype}, this reads {', '.join(DTYPES)}; get the unquantised weights"
+                f"{path}: tensor {name} is {dtype}, not one of {', '.join(DTYPES)}; get the unquantised weights"
             )
         if first < 0 or stop - first != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise UserError(f"{path}: tensor {name} has {stop - first} bytes, not those of {dtype} {shape}")
+            raise UserError(f"{path}: tensor {name} has {stop - first} bytes, wrong for {dtype} {shape}; get it again")
         stored[name] = Stored(path, DTYPES[dtype], shape, 8 + length + first)
     return stored

@@ -1,6 +1,6 @@
 """Wan2.1's VAE, in its own naming (Wan2.1_VAE.pth, converted to safetensors) and in diffusers' (AutoencoderKLWan).
 
-Both namings hold the same 194 tensors at the published sizes. Which one a file has is seen from its names.
+Both namings have the same 194 tensors at the published sizes. The tensors' names show which one a file uses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LATENT_STD = (
 )  # fmt: skip
 WAN21 = VAEConfig(latent_mean=LATENT_MEAN, latent_std=LATENT_STD)
 
-# Our path -> theirs, applied in order. "{..}" are filled in by `_diffusers_name`.
+# Our path -> theirs, applied in order.
 NATIVE = (
     (r"\.norm1\.", ".residual.0."),
     (r"(samples\.\d+|middle\.[02])\.conv1\.", r"\1.residual.2."),
@@ -62,7 +62,7 @@ def their_name(ours: str, config: VAEConfig, naming: str) -> str:
     """Name of one of our parameters in "native" or "diffusers" naming."""
     if naming == "diffusers":
         flat = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", ours)
-        if flat:  # theirs nests what ours, like the native naming, lists flat
+        if flat:  # nested there; flat here and in the native naming
             block, index = divmod(int(flat[1]), config.num_res_blocks + 2)
             inner = f"resnets.{index}" if index <= config.num_res_blocks else "upsamplers.0"
             ours = f"decoder.up_blocks.{block}.{inner}.{flat[2]}"
@@ -72,10 +72,10 @@ def their_name(ours: str, config: VAEConfig, naming: str) -> str:
 
 
 def entries(config: VAEConfig, naming: str) -> list[Entry]:
-    """One a parameter: kernels (t, h, w, in, out) <- (out, in, [t,] h, w), gamma (C,) <- (C, 1, 1[, 1])."""
+    """One entry per parameter: (t, h, w, in, out) <- (out, in, [t,] h, w), gamma (C,) <- (C, 1, 1[, 1])."""
     made = []
     for ours, shape in modules.parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0))).items():
-        flat = ".middle.1." in ours or ".resample." in ours  # two-dimensional there: over the pixels of each frame
+        flat = ".middle.1." in ours or ".resample." in ours  # two-dimensional there
         if len(shape) == 5:
             layout = permuted((4, 3, 0, 1, 2), (2,) if flat else ())
         elif ours.endswith(".gamma"):
@@ -113,7 +113,7 @@ def config_of(settings: Mapping[str, Any]) -> VAEConfig:
         what = "Wan2.2's residual VAE" if settings.get("is_residual") else kind
         raise UserError(f"config.json: the model is {what}; only the Wan2.1 form of AutoencoderKLWan can be imported")
     if settings.get("attn_scales") or settings.get("decoder_base_dim") not in (None, settings.get("base_dim", 96)):
-        raise UserError("config.json: attn_scales and a decoder_base_dim of its own are not supported")
+        raise UserError("config.json: attn_scales and another decoder_base_dim are not supported")
     return VAEConfig(
         dim=settings.get("base_dim", 96),
         dim_mult=tuple(settings.get("dim_mult", WAN21.dim_mult)),
@@ -127,14 +127,12 @@ def config_of(settings: Mapping[str, Any]) -> VAEConfig:
 
 
 def load(path: str | Path) -> VAE:
-    """Reads a Wan2.1 VAE.
+    """Reads a Wan2.1 VAE from a safetensors file, an index or a directory, in either naming.
 
-    Args:
-      path: a safetensors file, an index or a directory, in either naming. A config.json beside it (diffusers') gives
-        the sizes; without one they are the published ones.
+    The sizes come from diffusers' config.json next to it; without one they are the published ones.
 
     Raises:
-      UserError: it cannot be read, or a tensor is missing, left over, misshapen, or not finite.
+      UserError: it cannot be read, or a tensor is missing, unexpected, misshapen or not finite.
     """
     files = open_files(path)
     naming = naming_of(files)
@@ -143,14 +141,14 @@ def load(path: str | Path) -> VAE:
 
 
 def save(folder: str | Path, vae: VAE) -> None:
-    """Writes a VAE as diffusers' AutoencoderKLWan reads it: config.json and float32 safetensors in `folder`.
+    """Writes a VAE for diffusers' AutoencoderKLWan: config.json and float32 safetensors in `folder`.
 
     Raises:
-      UserError: the VAE has a part that diffusers' has not.
+      UserError: diffusers cannot represent a part of the VAE.
     """
     config, folder = vae.config, Path(folder)
     if config.linear_path:
-        raise UserError("a VAE with a linear path (vae.linear_path) has no form in diffusers; it cannot be exported")
+        raise UserError("vae.linear_path=true: diffusers has no such VAE; export one trained without it")
     folder.mkdir(parents=True, exist_ok=True)
     channels = 3 * config.patch_size**2
     settings = {

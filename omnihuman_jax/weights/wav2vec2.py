@@ -1,4 +1,4 @@
-"""wav2vec 2.0 from Hugging Face: `Wav2Vec2Model`, or with the heads of `ForCTC` and `ForPreTraining` (left out)."""
+"""wav2vec 2.0 from Hugging Face: `Wav2Vec2Model`, or `ForCTC` and `ForPreTraining` without their heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNUSED = (
     r"quantizer\.(codevectors|weight_proj\.(weight|bias))",
     r"project_(hid|q)\.(weight|bias)",
 )
-# Our path -> theirs. The lengths of the weight-normed convolution have had two names.
+# Our path -> theirs. Theirs has two sets of names for the weight-normed convolution, by version.
 NAMES = (
     (r"pos_conv_embed\.bias$", "pos_conv_embed.conv.bias"),
     (r"\.(kernel|scale)$", ".weight"),
@@ -31,7 +31,7 @@ WEIGHT_NORM = (
 
 
 def entries(config: Wav2Vec2Config, prefix: str = "", *, old_weight_norm: bool = False) -> list[Entry]:
-    """One a parameter: kernels (in, out) <- (out, in), (k, in, out) <- (out, in, k), lengths (k,) <- (1, 1, k)."""
+    """One entry per parameter: (in, out) <- (out, in), (k, in, out) <- (out, in, k), lengths (k,) <- (1, 1, k)."""
     made = []
     for ours, shape in modules.parameter_shapes(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0))).items():
         theirs = ours
@@ -48,7 +48,7 @@ def load(path: str | Path) -> Wav2Vec2:
     """Reads a checkpoint directory (config.json and safetensors), or a file in it.
 
     Raises:
-      UserError: it cannot be read, is another model, or a tensor is missing, left over, misshapen, or not finite.
+      UserError: it cannot be read, is another model, or a tensor is missing, unexpected, misshapen or not finite.
     """
     files = open_files(path, UNUSED)
     settings, extractor = files.settings(), files.settings("preprocessor_config.json")

@@ -1,4 +1,4 @@
-"""Writing safetensors: our parameters in another naming, and files of bounded size with an index."""
+"""Writing safetensors: our parameters in another naming, in files of bounded size with an index."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from omnihuman_jax.weights.read import INDEX
 
 
 class Renamed(Mapping[str, np.ndarray]):
-    """Our tensors under another format's names and in its layout, made when asked for."""
+    """Our tensors under another format's names and in its layout, converted on access."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]):
         self._tensors, self._entries = tensors, {entry.theirs: entry for entry in entries}
@@ -34,7 +34,7 @@ class Renamed(Mapping[str, np.ndarray]):
 
 
 def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
-    """Cuts tensors, in order, into files of at most `max_bytes` (a larger tensor has its own)."""
+    """Splits tensors, in order, into files of at most `max_bytes`; a larger tensor gets its own file."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -47,14 +47,9 @@ def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes one safetensors file beside itself, then renames it.
+    """Writes contiguous arrays and metadata to a temporary file in the same directory, then renames it to `path`.
 
-    It gets the mode that any new file gets here: safetensors itself writes files that only their owner can read.
-
-    Args:
-      path: the file, in a directory that exists.
-      tensors: name -> contiguous array.
-      metadata: strings for the header.
+    The file gets the umask's mode: safetensors itself writes files that only their owner can read.
 
     Raises:
       UserError: a tensor holds NaN or infinity; nothing is written then.
@@ -65,7 +60,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: 
     partial = Path(f"{path}.partial")
     partial.unlink(missing_ok=True)
     partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
+    mode = stat.S_IMODE(partial.stat().st_mode)  # of any new file; safetensors' own are readable to their owner only
     safetensors.numpy.save_file(dict(tensors), partial, metadata=dict(metadata))
     partial.chmod(mode)
     os.replace(partial, path)
@@ -79,14 +74,14 @@ def write_files(
     max_bytes: float = math.inf,
     metadata: Mapping[str, str],
 ) -> int:
-    """Writes STEM.safetensors, or STEM-00001-of-0000N.safetensors … with an index; holds one file's tensors at a time.
+    """Writes STEM.safetensors, or STEM-00001-of-0000N.safetensors … with an index, in an existing directory.
 
     Args:
-      folder: directory, which exists.
-      tensors: name -> array, as `Renamed` or `load.Source`; each is asked for twice.
-      stem: file name without its ending.
-      max_bytes: largest file, in bytes; without it there is one.
-      metadata: strings for the header.
+      folder: the directory.
+      tensors: name -> array, as `Renamed` or `load.Source`; each is read twice. Memory holds one file at a time.
+      stem: file name without extension.
+      max_bytes: largest file, in bytes.
+      metadata: of each file.
 
     Returns:
       The number of values written.

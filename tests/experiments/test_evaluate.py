@@ -157,7 +157,7 @@ def test_a_metric_of_the_users_own_is_evaluated_and_shown(dataset, monkeypatch):
     )
     assert "gap" not in measured  # nothing is generated with a wrong condition
     assert "How &lt;bright&gt; is it?" in text and "own audio" in text and "The mean of all pixels." in text
-    with pytest.raises(UserError, match="--metrics: there is no metric 'brightness'"):
+    with pytest.raises(UserError, match="--metrics=brightness: unknown metric"):
         registry.select(["brightness"])
 
 
@@ -201,7 +201,7 @@ def test_the_command_writes_what_the_report_shows(run, tmp_path):
     [
         ({"frames": 20}, "--frames=20: the VAE makes 1 \\+ 4n frames; take 17"),
         ({"frames": 401}, "fewer than 2 held-out rendered clips of at least 401 frames"),
-        ({"metrics": ("mouht",)}, "no metric 'mouht' .did you mean 'mouth'"),
+        ({"metrics": ("mouht",)}, "--metrics=mouht: unknown metric .did you mean 'mouth'"),
         ({"probe": "none.safetensors"}, "probe none.safetensors does not exist"),
         ({"checkpoint": "none"}, "no such checkpoint directory"),
         ({"data": "none"}, "does not exist"),

@@ -1,5 +1,6 @@
 """A tiny random model and VAE, for tests of everything that samples."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -71,7 +72,7 @@ def latents(size: int = 1, rows: int = 4, columns: int = 6) -> jax.Array:
 def config(directory: pathlib.Path, **model: Any) -> ConfigDict:
     """A resolved config of the tiny model, as a checkpoint holds it; the VAE's file is written into `directory`."""
     config = base.get_config()
-    config.model = ConfigDict(ModelConfig.from_dict(MODEL | model).to_dict())
+    config.model = ConfigDict(dataclasses.asdict(ModelConfig.from_dict(MODEL | model)))
     config.vae.checkpoint = str(directory / "vae.safetensors")
     save_vae(config.vae.checkpoint, vae())
     config.compilation_cache = ""

@@ -159,7 +159,7 @@ def test_what_all_names_share_stays_where_the_formats_have_it(tmp_path):
 def test_a_lora_is_refused_by_its_name(names, tmp_path):
     path = tmp_path / "lora.safetensors"
     safetensors.numpy.save_file({name: np.zeros((2, 2), np.float32) for name in names}, path)
-    with pytest.raises(UserError, match=r"lora\.safetensors: is a LoRA .*; give the base's own weights") as caught:
+    with pytest.raises(UserError, match=r"lora\.safetensors: is a LoRA .*; give the base's weights") as caught:
         import_base(config_of("hunyuan", tmp_path), str(path), "hunyuan", str(tmp_path / "out"))
     assert "missing" not in str(caught.value) and not (tmp_path / "out").exists()
 

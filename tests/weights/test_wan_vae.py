@@ -96,7 +96,7 @@ def test_a_tensor_that_is_not_finite_is_named(folder):
 
 def test_integers_are_refused(folder):
     change(folder, decoder__conv_out__bias=np.zeros(3, np.int8))
-    refused(folder, FILE, "decoder.conv_out.bias is I8, this reads")
+    refused(folder, FILE, "decoder.conv_out.bias is I8, not one of")
 
 
 def test_a_truncated_file_names_the_first_tensor_it_lacks(folder):
@@ -119,9 +119,7 @@ def test_a_sharded_checkpoint_is_read_and_a_missing_shard_named(vae, folder):
     read, ours = parameters(wan_vae.load(folder)), parameters(vae)
     assert all(np.array_equal(ours[name], read[name]) for name in ours)
     (folder / "b.safetensors").unlink()
-    refused(
-        folder, "model.safetensors.index.json", f"tensor {names[1]} is said to be in b.safetensors, which is missing"
-    )
+    refused(folder, "model.safetensors.index.json", f"lists tensor {names[1]} in b.safetensors, which is missing")
 
 
 def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
@@ -148,5 +146,5 @@ def test_the_published_sizes_have_194_tensors_in_both_namings():
 
 def test_a_linear_path_cannot_be_exported(tmp_path):
     config = VAEConfig(dim=2, dim_mult=(1, 2), num_res_blocks=1, z_dim=2, temporal_downsample=(True,), linear_path=True)
-    with pytest.raises(UserError, match="linear path"):
+    with pytest.raises(UserError, match="vae.linear_path=true: diffusers has no such VAE"):
         wan_vae.save(tmp_path, VAE(config, rngs=nnx.Rngs(0)))

@@ -1,1 +1,1 @@
-"""One file a metric, and their registry."""
+"""Metrics, one per file, and their registry."""

@@ -5,7 +5,7 @@ import numpy as np
 from omnihuman_jax.evaluation.metrics.metric import REFERENCE_ROWS, TALKING, Metric, Sample
 from omnihuman_jax.evaluation.probe import Probe
 
-NOT_THE_PERSON = ("background", "trousers")  # attributes to leave out; trousers are rarely in the picture
+NOT_THE_PERSON = ("background", "trousers")  # ignored attributes; trousers are rarely in the picture
 
 
 def attribute_distance(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ METRIC = Metric(
     explanation=(
         "The appearance that the probe reads (the attributes listed below the table) against the true attributes of "
         "the right person, in units of their spread over people: 0 is the same person, about 1.4 a random other one. "
-        "It is a proxy, which knows rendered people only. With the wrong reference the caption is still the right one."
+        "It is a proxy that knows only rendered people. With the wrong reference the caption is still the right one."
     ),
     unit="appearance distance, in spreads over people",
     better="lower",

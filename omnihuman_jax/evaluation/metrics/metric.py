@@ -1,8 +1,8 @@
 """What a metric is: a question about held-out clips, the frames that answer it, and a number per clip.
 
-A metric compares frames from several sources with the truth of the clip. A condition that the model follows gives a
-good number when the clip is generated with the right one and a bad number with the wrong one; the other sources show
-how good or bad the number can get.
+A metric compares frames from several sources with the truth of the clip. If the model follows a condition, the number
+is good for a clip generated with the right one and bad for the wrong one. The other sources show how good or bad it can
+get.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class HeldOutClip:
     Attributes:
       record: the whole record of the data set.
       index: of the record in the data set.
-      frames: uint8 (F,height,width,3) as decoded from the clip's mp4.
-      reference: uint8 (height,width,3), the picture behind the reference latent.
-      reading: what the probe reads in `frames`.
+      frames: uint8 (F,height,width,3), decoded from the clip's mp4.
+      reference: uint8 (height,width,3), the picture that the reference latent encodes.
+      reading: the probe's reading of `frames`.
     """
 
     record: Mapping[str, Any]
@@ -53,9 +53,9 @@ class Generated:
     """Frames generated with the clip's own text, reference and audio, unless another clip supplies one of them.
 
     Attributes:
-      also: a condition that is given beside these; "" for none.
+      also: an additional condition; "" for none.
       foreign: the condition that another clip supplies; "" for none.
-      differs_in: the record field in which that other clip must differ from this one.
+      differs_in: the record field in which the other clip must differ from this one.
     """
 
     also: str = ""
@@ -101,11 +101,11 @@ class Sample:
     """The frames of one clip from one source.
 
     Attributes:
-      clip: with the truth.
+      clip: the clip, with the truth.
       frames: uint8 (F,height,width,3).
-      reading: what the probe reads in `frames`.
-      reference: what the probe reads in the clip's reference picture (one frame).
-      probe: names its keypoints and attributes, and says which attributes it can read.
+      reading: the probe's reading of `frames`.
+      reference: the probe's reading of the clip's reference picture (one frame).
+      probe: the probe.
     """
 
     clip: HeldOutClip
@@ -117,18 +117,18 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric, as the evaluation runs it and the report shows it.
+    """A metric, for the evaluation and the report.
 
     Attributes:
       name: key in results and in `--metrics`.
       title: the question it answers.
-      explanation: how it is computed and how to read it, in full sentences.
+      explanation: how it is computed and what it means, in full sentences.
       unit: of its values.
       better: which direction is better.
       eligibility: which clips it can use.
       rows: of its table, in order.
       measure: the value of one sample; NaN leaves the clip out of that row.
-      attributes: names of the probe's attributes that it compares, for the report; None if it uses none.
+      attributes: names of the probe's attributes that it compares, for the report; None if it compares none.
     """
 
     name: str

@@ -5,7 +5,7 @@ import numpy as np
 from omnihuman_jax.evaluation.metrics.metric import REAL, RECONSTRUCTION, TALKING, Generated, Metric, Row, Sample
 from omnihuman_jax.evaluation.statistics import pearson
 
-MIN_STD = 0.05  # of the true opening; below it a clip is (nearly) silent and has no correlation
+MIN_STD = 0.05  # of the true opening; below it a clip is (nearly) silent, and its correlation means nothing
 
 
 def correlation(read: np.ndarray, truth: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The metrics, in the order of the report. A new one is its own file and a line here."""
+"""The metrics, in the order of the report. To add one, write a file and add a line here."""
 
 from collections.abc import Sequence
 
@@ -7,23 +7,17 @@ from omnihuman_jax.evaluation.metrics import colour, identity, mouth, pose
 from omnihuman_jax.evaluation.metrics.metric import Metric
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        mouth.METRIC,
-        pose.METRIC,
-        colour.METRIC,
-        identity.METRIC,
-    )
+    metric.name: metric for metric in (mouth.METRIC, pose.METRIC, colour.METRIC, identity.METRIC)
 }
 
 
 def select(names: Sequence[str] = ()) -> tuple[Metric, ...]:
-    """The metrics of these names in the order of the registry; all of them if no name is given.
+    """The metrics with these names, in the order of the registry; all of them if no name is given.
 
     Raises:
       UserError: there is no metric of that name.
     """
     for name in names:
         if name not in METRICS:
-            raise UserError(f"--metrics: there is no metric {name!r}{nearest(name, METRICS)}")
+            raise UserError(f"--metrics={name}: unknown metric{nearest(name, METRICS)}")
     return tuple(metric for name, metric in METRICS.items() if name in names or not names)

@@ -1,7 +1,7 @@
 """Attention within segments: XLA anywhere, or JAX's Pallas splash kernel on TPU.
 
 Both take q (B, Nq, heads, D), k and v (B, Nk, heads, D), and segment ids q_segment (B, Nq), kv_segment (B, Nk) int32.
-A query sees the keys of its own segment. Segment 0 means absent: such a query gives exactly 0, forward and backward.
+A query sees the keys of its own segment. Segment 0 means absent: the output and the gradients of such a query are 0.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from omnihuman_jax.sharding.rules import ACTIVATIONS, constrain, num_shards, usa
 
 LANES = 128
 BLOCK = 512
-HIDDEN = -1e30  # logit of a key in another segment; finite, so that no row can give NaN
+HIDDEN = -1e30  # logit of a key in another segment; finite, so that no row becomes NaN
 
 
 def attend(
@@ -36,9 +36,9 @@ def attend(
     Args:
       q, k, v, q_segment, kv_segment: see the module.
       implementation: "xla" or "splash".
-      sequence: with a mesh, what its sequence axis divides. "ulysses": heads; queries, keys and values are resharded
-        from tokens to heads. "all_gather": queries, which stay on their token shard; keys and values are gathered
-        from theirs. "replicated": queries too; keys and values are few (audio, text) and everywhere already.
+      sequence: what the mesh's sequence axis divides. "ulysses": heads; queries, keys and values are resharded from
+        tokens to heads. "all_gather": queries; keys and values are gathered. "replicated": queries; keys and values
+        are few (audio, text) and on every device already.
 
     Raises:
       UserError: splash attention with a number of heads that the mesh does not divide.
@@ -54,22 +54,20 @@ def mesh_axis(name: str) -> int:
 
 
 def _xla(q, k, v, q_segment, kv_segment, sequence):
-    """The definition, written in (B, heads, N, D) with a late division: on CPU 40 % faster than
-    `jax.nn.dot_product_attention`, with the same float32 logits and softmax.
-    """
+    """Attention in (B, heads, N, D), divided at the end: on CPU 40 % faster than `jax.nn.dot_product_attention`."""
     tokens, heads = (None, "heads") if sequence == "ulysses" else ("tokens", "local_heads")
     q = constrain(q, "batch", tokens, heads, None)
     k, v = (constrain(x, "batch", None, heads, None) for x in (k, v))
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     visible = (q_segment[:, :, None] == kv_segment[:, None, :]) & (q_segment[:, :, None] > 0)
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    # XLA would otherwise choose other layouts for the mask and for the gradient of the logits, and move those.
+    # Without this, XLA shards the mask and the gradient of the logits differently, and moves them.
     logits = constrain(jnp.where(visible[:, None], logits, HIDDEN), "batch", heads, tokens, None)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    # A row that sees nothing has equal weights on everything here; the definition says 0.
+    # A row that sees nothing has equal weights on all keys here; its output must be 0.
     out = jnp.where(top > HIDDEN, out, 0).astype(q.dtype)
     return constrain(out.transpose(0, 2, 1, 3), "batch", tokens, heads, None)
 
@@ -92,7 +90,7 @@ def _splash(q, k, v, q_segment, kv_segment, sequence):
 
     def local(q, k, v, q_segment, kv_segment):
         if kv_tokens:
-            # In here, so that their gradients are reduce-scattered; those of whole arguments would be all-reduced.
+            # Gathered here so that their gradients are reduce-scattered; those of whole arguments are all-reduced.
             k, v = (jax.lax.all_gather(x, kv_tokens, axis=1, tiled=True) for x in (k, v))
         return splash_local(q, k, v, q_segment, kv_segment)
 
@@ -105,7 +103,7 @@ def _splash(q, k, v, q_segment, kv_segment, sequence):
 
 
 def splash_local(q, k, v, q_segment, kv_segment, *, interpret: bool = False) -> jax.Array:
-    """Splash attention on the arrays of one device, padded to blocks; `interpret` runs it without a TPU (slowly)."""
+    """Splash attention on the arrays of one device, padded to blocks; `interpret` runs it slowly without a TPU."""
     nq, heads, head_dim = q.shape[1:]
     nk = k.shape[1]
     block_q, block_kv = (min(BLOCK, -(-n // LANES) * LANES) for n in (nq, nk))
@@ -123,14 +121,9 @@ def splash_local(q, k, v, q_segment, kv_segment, *, interpret: bool = False) -> 
 
 
 def _splash_kernel(heads: int, nq: int, nk: int, block_q: int, block_kv: int, interpret: bool) -> Callable:
-    blocks = splash_kernel.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
+    queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), block_q)
+    keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), block_kv)
+    blocks = splash_kernel.BlockSizes(**queries, **keys)
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((nq, nk)) for _ in range(heads)])
     make = partial(splash_kernel.make_splash_mha, head_shards=1, q_seq_shards=1)
     return make(mask, block_sizes=blocks, interpret=interpret)

@@ -1,4 +1,4 @@
-"""Audio condition: features -> audio tokens of each latent frame (paper section 3.2)."""
+"""Audio condition: speech features -> audio tokens of each latent frame (paper section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,10 @@ from omnihuman_jax.tokens import Tokens
 
 
 def windows(features: jax.Array, context: int) -> jax.Array:
-    """Stacks each latent frame's own four feature frames and `context` frames on both sides.
+    """Concatenates each latent frame's own four feature frames and `context` frames on both sides.
 
     Args:
-      features: (B, 4T + 2*context, D) at 25 fps. Row r is pixel frame 4s - 3 - context + r, where s is the latent
-        index of the window's first frame; latent frame s + k covers pixel frames 4(s+k) - 3 .. 4(s+k).
+      features: (B, 4T + 2*context, D) at 25 fps; rows as `frames.window_frames`.
       context: frames of context on each side.
 
     Returns:
@@ -27,10 +26,7 @@ def windows(features: jax.Array, context: int) -> jax.Array:
 
 
 class AudioAdapter(nnx.Module):
-    """Speech features at 25 fps -> `audio_tokens` tokens per latent frame.
-
-    An MLP on every feature frame, the window of adjacent frames concatenated, and an MLP to the tokens of the frame.
-    """
+    """An MLP on every feature frame, then an MLP from the window of adjacent frames to the tokens of a latent frame."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -43,8 +39,8 @@ class AudioAdapter(nnx.Module):
     def __call__(self, features: jax.Array, present: jax.Array) -> Tokens:
         """features (B, 4T + 2*context, audio_dim), present (B,) bool -> Tokens (B, T * audio_tokens, hidden).
 
-        The tokens carry their latent frame (in patches) as position t; those of absent audio have segment 0 and do
-        not depend on the features.
+        Their position t is the latent frame, in patches. Tokens of absent audio have segment 0 and do not depend on the
+        features.
         """
         config = self.config
         features = jnp.where(present[:, None, None], features, 0).astype(config.compute_dtype)
@@ -63,7 +59,7 @@ class AudioAdapter(nnx.Module):
 
     @staticmethod
     def width(config: ModelConfig) -> int:
-        """Audio tokens of a latent frame."""
+        """Audio tokens per latent frame."""
         return config.audio_tokens
 
     @staticmethod

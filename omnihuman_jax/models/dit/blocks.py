@@ -29,15 +29,15 @@ from omnihuman_jax.sharding.rules import constrain
 
 
 class Shared(NamedTuple):
-    """What every block reads besides its parameters and the streams.
+    """Inputs of every block apart from its parameters and the streams.
 
     Attributes:
       vec: (B, 2, hidden) float32, silu of the modulation vectors: noisy, and clean (t = 0).
-      visual_clean, text_clean: (B or 1, N), (B or 1, L) bool, which of `vec` a token takes.
+      visual_clean, text_clean: (B or 1, N), (B or 1, L) bool, which row of `vec` a token uses.
       visual_rope, text_rope: rotations of the tokens.
       visual_segment, text_segment: (B, N), (B, L) int32.
-      cross_segment: (B, L) int32, the text tokens that text cross-attention sees (not those of images).
-      frames: condition name -> tokens of its frame-wise cross-attention; without those that no sample of the batch has.
+      cross_segment: (B, L) int32, segments of text cross-attention, which does not see image tokens.
+      frames: condition name -> tokens of its frame-wise cross-attention, if any sample of the batch has it.
     """
 
     vec: jax.Array
@@ -56,10 +56,10 @@ def _heads(config: ModelConfig, x: jax.Array) -> jax.Array:
 
 
 def _by_token(x: jax.Array) -> jax.Array:
-    """Queries, keys or values (B, n, heads, D) on the shards of their tokens, where the projections are.
+    """Shards queries, keys or values (B, n, heads, D) by token, as the projections are.
 
-    It is for the backward pass: from gradients on the shards of the heads, as Ulysses attention gives them, XLA gathers
-    the projections' inputs, and adds up the whole gradients of those over the sequence axis.
+    Needed in the backward pass: Ulysses attention returns gradients sharded by head, from which XLA would gather the
+    projections' inputs and all-reduce their whole gradients over the sequence axis.
     """
     return constrain(x, "batch", "tokens", "local_heads", None)
 
@@ -77,7 +77,7 @@ def _frame_attention(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, FrameAtte
 
 
 def _add_conditions(block: nnx.Module, x: jax.Array, shared: Shared, span: slice) -> jax.Array:
-    """x plus the frame-wise attention to each condition; only the visual tokens in `span` can see any."""
+    """x plus the frame-wise attention to each condition, which only visual tokens in `span` can see."""
     for name, tokens in shared.frames.items():
         part = x[:, span]
         seen = part + getattr(block, name)(part, tokens._replace(query=tokens.query[:, span]))
@@ -86,9 +86,7 @@ def _add_conditions(block: nnx.Module, x: jax.Array, shared: Shared, span: slice
 
 
 class TextAttention(CrossAttention):
-    """Cross-attention of visual tokens to the text tokens of the same block (Motif-Video): rotated queries, no mask
-    but the segments. What it returns is added as it is.
-    """
+    """Cross-attention of visual tokens, with rotated queries, to the text tokens of the same block (Motif-Video)."""
 
     def __call__(self, x: jax.Array, text: jax.Array, shared: Shared) -> jax.Array:
         """x (B, N, hidden), modulated text (B, L, hidden) -> update (B, N, hidden)."""
@@ -102,7 +100,7 @@ class TextAttention(CrossAttention):
 
 
 class DualBlock(nnx.Module):
-    """Visual and text streams with their own weights, one joint attention, adaLN in six parts for each stream."""
+    """Visual and text streams with separate weights and a joint attention; adaLN in six parts for each stream."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -164,9 +162,9 @@ class DualBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """One stream [visual, text] with attention and MLP in parallel, adaLN in three parts.
+    """One stream [visual, text] with attention and MLP in parallel; adaLN in three parts.
 
-    As a block of the decoder tail (`decoder`) the second half is not text but the encoded visual tokens.
+    In the decoder tail (`decoder`) the encoded visual tokens take the place of text.
     """
 
     def __init__(self, config: ModelConfig, *, decoder: bool = False, rngs: nnx.Rngs):
@@ -180,7 +178,7 @@ class SingleBlock(nnx.Module):
         self.mlp_in = linear(config, dim, config.mlp_hidden, rngs=rngs)
         if config.mlp_activation == "swiglu":
             self.mlp_gate = linear(config, dim, config.mlp_hidden, rngs=rngs)
-        # HunyuanVideo's linear2 over [attention, mlp], kept as two kernels so that both shard over `tensor`.
+        # HunyuanVideo's linear2 over [attention, mlp], split into two kernels so that both shard over `tensor`.
         self.out = linear(config, inner, dim, rngs=rngs)
         self.mlp_out = linear(config, config.mlp_hidden, dim, rngs=rngs, bias=False)
         self.has_cross = config.text_cross_attention_single and not decoder
@@ -214,7 +212,7 @@ class SingleBlock(nnx.Module):
 
 
 def stack(block: Callable[..., nnx.Module], config: ModelConfig, depth: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
-    """`depth` blocks as one module whose parameters have a leading layer axis; None for no blocks."""
+    """`depth` blocks as one module whose parameters have a leading layer axis; None if there are none."""
     if not depth:
         return None
 
@@ -227,7 +225,7 @@ def stack(block: Callable[..., nnx.Module], config: ModelConfig, depth: int, *, 
 
 
 def run(blocks: nnx.Module | None, streams: Any, config: ModelConfig, shared: Shared, span: slice) -> Any:
-    """Runs stacked blocks one after the other, by `lax.scan` or unrolled, under the config's remat policy."""
+    """Runs stacked blocks in order, by `lax.scan` or unrolled, under the config's remat policy."""
     if blocks is None:
         return streams
     graph, state = nnx.split(blocks)

@@ -1,4 +1,4 @@
-"""Configuration of the multi-modal diffusion transformer: a frozen value, checked when made."""
+"""Configuration of the multi-modal diffusion transformer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 
-# Inputs of open bases that no data set here holds: the setting that gives the network one -> what feeds it at inference
-# in the original, and what it is in training and generation here. The weights behind one are loaded and exported.
+# Inputs of open bases that no data set here holds: the setting that adds one -> what it is in the original, and what it
+# is here. Its weights are loaded and exported.
 BASE_ONLY_INPUTS = {
     "pooled_text_dim": "HunyuanVideo: CLIP's pooled vector of the prompt; here zero",
     "guidance_embed": "HunyuanVideo: the scale of its distilled guidance; here always `guidance_default`",
@@ -34,7 +34,7 @@ BASE_ONLY_INPUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of `OmniHuman`; the defaults are demo-sized. Those in `BASE_ONLY_INPUTS` are for open bases.
+    """Sizes and switches of `OmniHuman`; the defaults are demo-sized.
 
     Attributes:
       family: the network class, a name of `models.registry`.
@@ -43,16 +43,16 @@ class ModelConfig:
       hidden_size: width of the residual streams.
       num_heads: attention heads.
       head_dim: head size D; 0 means hidden_size / num_heads.
-      num_dual_blocks: dual-stream blocks (visual and text weights apart), first.
-      num_single_blocks: single-stream blocks (parallel attention and MLP), after them.
-      num_decoder_blocks: single-stream blocks of the decoder tail (Motif-Video), last: they start again from the
-        embedded visual tokens, with the visual tokens that the blocks before made in the place of text.
+      num_dual_blocks: dual-stream blocks (separate visual and text weights), which run first.
+      num_single_blocks: single-stream blocks (parallel attention and MLP), which run next.
+      num_decoder_blocks: single-stream blocks of the decoder tail (Motif-Video). They start from the embedded visual
+        tokens; the output of the earlier blocks takes the place of text.
       mlp_hidden: inner width of the MLPs.
       mlp_activation: "gelu_tanh" or "swiglu" (which adds a gate projection).
       qk_norm: "rms" (per head) or "none".
       norm_eps: epsilon of every norm.
       qkv_bias: bias on the query, key and value projections.
-      rope_axes: dimensions of a head rotated by (t, h, w), summing to head_dim; () derives them (1/8, 7/16, 7/16).
+      rope_axes: head dimensions rotated by (t, h, w), summing to head_dim; () derives them (1/8, 7/16, 7/16).
       rope_theta: base of the RoPE frequencies.
       rope_on_text: rotate text tokens too (token l at (l, l, l)).
       text_dim: width of the text encoder's token states.
@@ -60,19 +60,18 @@ class ModelConfig:
       text_embed: "linear" or "mlp" projection of the text states.
       text_refiner_depth: blocks of the HunyuanVideo token refiner (0: none).
       pooled_text_dim: width of a pooled text vector added to the modulation (0: none).
-      pooled_required: False lets a caller leave out the pooled vector, which is then zero.
-      guidance_embed: the modulation sees an embedded guidance scale (guidance-distilled bases).
-      guidance_default: guidance scale where the caller gives none; 0: it has to be given.
-      text_cross_attention_dual, text_cross_attention_single: visual tokens attend to the block's text tokens once more,
-        with projections of their own, in the dual or the single blocks (Motif-Video); never in the decoder tail.
-      text2_dim: width of a second text encoder's token states in the batch's `text2`, which join the text tokens
-        (HunyuanVideo-1.5: Glyph-ByT5 states of the words to be written in the picture; 0: none).
-      first_frame_channels: channels stacked on the noisy latents from the batch's `first_frame` (Motif-Video: 16 of the
-        first frame's latents and a mask; HunyuanVideo-1.5: 32 and a mask); left out of the batch they are zero, which
-        is text-to-video.
+      pooled_required: False lets a caller omit the pooled vector, which is then zero.
+      guidance_embed: add an embedded guidance scale to the modulation (guidance-distilled bases).
+      guidance_default: guidance scale if the caller gives none; 0: the caller must give it.
+      text_cross_attention_dual, text_cross_attention_single: a separate cross-attention from visual to text tokens in
+        the dual or the single blocks (Motif-Video); never in the decoder tail.
+      text2_dim: width of a second text encoder's states in the batch's `text2`, which join the text tokens
+        (HunyuanVideo-1.5; 0: none).
+      first_frame_channels: channels stacked on the noisy latents from the batch's `first_frame`: the first frame's
+        latents and a mask (Motif-Video, HunyuanVideo-1.5). If absent they are zero, which is text-to-video.
       image_embed_dim: width of the image encoder's states in the batch's `image`, which join the text tokens (0: none).
-      token_kinds: tokens of the text, the second text and the image carry a learned embedding of their kind, and a
-        sample whose image states are all zero has no image (HunyuanVideo-1.5).
+      token_kinds: add a learned embedding to text, second-text and image tokens; a sample whose image states are all
+        zero then has no image (HunyuanVideo-1.5).
       reference_time_slot: RoPE time of the reference tokens (0: the paper's zeroed temporal component).
       motion_frames: clean latent frames M ahead of the noisy ones.
       audio_dim: width of the audio features per 25 fps frame.
@@ -87,9 +86,9 @@ class ModelConfig:
       attention: "xla" (any device) or "splash" (TPU Pallas kernel).
       sequence_attention: what the sequence axis of a mesh divides in self-attention: "ulysses" = heads, "all_gather" =
         queries. A config sets it as `mesh.sequence_attention`.
-      remat: what a block's backward pass finds saved: "none" = everything (no rematerialisation), "full" = nothing,
+      remat: what a block saves for its backward pass: "none" = everything (no rematerialisation), "full" = nothing,
         "dots" = matmul outputs without batch dimensions, "attention" = attention outputs only.
-      scan_blocks: run equal blocks in one `lax.scan` (compile time) or unrolled; the values are the same.
+      scan_blocks: run equal blocks in one `lax.scan` (faster to compile) or unrolled.
       param_dtype: dtype of the parameters.
       dtype: dtype of matmuls and activations; norms, RoPE, softmax and modulation are always float32.
     """
@@ -172,8 +171,8 @@ class ModelConfig:
             raise UserError("model: num_dual_blocks + num_single_blocks must be at least 1")
         if self.text_cross_attention_single and self.attention_dim != self.hidden_size:
             raise UserError(
-                f"model.text_cross_attention_single needs heads as wide as the stream, but num_heads x head_dim = "
-                f"{self.attention_dim} and hidden_size = {self.hidden_size}; change one of them"
+                f"model.text_cross_attention_single needs num_heads x head_dim = hidden_size, but they are "
+                f"{self.attention_dim} and {self.hidden_size}; change one of them"
             )
         if self.pose_scale < 1 or self.pose_scale & (self.pose_scale - 1):
             raise UserError(f"model.pose_scale={self.pose_scale}: must be a power of two")
@@ -184,10 +183,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "ModelConfig":
-        """Builds a config from a mapping (lists may stand for tuples).
+        """Builds a config from a mapping; lists become tuples.
 
         Raises:
-          UserError: unknown key (naming the nearest valid one) or invalid value.
+          UserError: unknown key or invalid value.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for key in mapping:
@@ -195,13 +194,9 @@ class ModelConfig:
                 raise UserError(f"model.{key}: unknown key{nearest(key, names)}")
         return cls(**mapping)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, with derived values filled in; `from_dict` of it gives an equal config."""
-        return dataclasses.asdict(self)
-
     @property
     def attention_dim(self) -> int:
-        """Width of all heads together."""
+        """Total width of the heads."""
         return self.num_heads * self.head_dim
 
     @property
@@ -211,12 +206,12 @@ class ModelConfig:
 
     @property
     def audio_window(self) -> int:
-        """25 fps feature frames behind one latent frame: its own four and the context."""
+        """25 fps feature frames that one latent frame sees: its own four and the context."""
         return STRIDE + 2 * self.audio_context
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
-    """The value in the type of the field's default; UserError where it cannot be."""
+    """The value converted to the type of the field's default; UserError if it is of another type."""
     default = field.default
     if isinstance(default, tuple) and isinstance(value, list | tuple) and all(_is_int(v) for v in value):
         return tuple(int(v) for v in value)

@@ -18,23 +18,23 @@ class Way(enum.Enum):
     """Ways into the network. What an encoder returns for values (B, ...) and present (B,) bool:
 
     TEXT: no encoder; the token states of the text stream (`models.dit.text`).
-    TOKENS: `Tokens` beside the video in every attention, clean (modulated at t = 0). Without an encoder the values are
-      latents (B, H, W, C), which share the video's own patch embedding.
-    CROSS_ATTENTION: `Tokens` with their latent frame (in patches) as position t; every block has a frame-wise
+    TOKENS: clean `Tokens` (modulated at t = 0) that join the video in every attention. Without an encoder the values
+      are latents (B, H, W, C), which use the video's patch embedding.
+    CROSS_ATTENTION: `Tokens` whose position t is their latent frame, in patches; every block has a frame-wise
       cross-attention to them.
-    CHANNELS: (B, T, rows, columns, channels), called with rows and columns too; stacked on the noisy latents.
+    CHANNELS: (B, T, rows, columns, channels), stacked on the noisy latents; also called with rows and columns.
     ADDITION: (B, T / patch, hidden), added to all video tokens of the latent frame.
     """
 
     TEXT = "text stream"
-    TOKENS = "tokens beside the video"
+    TOKENS = "tokens joining the video"
     CROSS_ATTENTION = "frame-wise cross-attention"
     CHANNELS = "channels on the noisy latents"
     ADDITION = "addition to the video tokens"
 
 
 class Encoder(Protocol):
-    """An `nnx.Module` made of (config, *, rngs). Absent samples must not depend on the values, and add nothing."""
+    """An `nnx.Module` built from (config, *, rngs). For absent samples it must ignore the values and add nothing."""
 
     def __call__(self, values: jax.Array, present: jax.Array, *grid: int) -> object: ...
 
@@ -44,12 +44,12 @@ class Encoder(Protocol):
 
     @staticmethod
     def width(config: ModelConfig) -> int:
-        """CHANNELS: channels; CROSS_ATTENTION: tokens of a latent frame. Others need not have it."""
+        """CHANNELS: channels; CROSS_ATTENTION: tokens per latent frame. Not needed for other ways."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The way of a condition into the network and the module that encodes it."""
+    """How a condition enters the network, and the module that encodes it."""
 
     way: Way
     encoder: Callable[..., nnx.Module] | None = None
@@ -64,12 +64,12 @@ _ENTRIES: dict[str, Entry] = {
 
 
 def register(name: str, entry: Entry) -> None:
-    """Says how a registered condition enters."""
+    """Sets how a registered condition enters."""
     _ENTRIES[name] = entry
 
 
 def entering(way: Way, *, encoded: bool = True) -> dict[str, Entry]:
-    """Condition name -> entry, weak to strong, of those that enter this way (and have an encoder).
+    """Condition name -> entry, weak to strong, of those that enter this way (and, if `encoded`, have an encoder).
 
     Raises:
       KeyError: a condition of the table has no entry.
@@ -82,7 +82,7 @@ def entering(way: Way, *, encoded: bool = True) -> dict[str, Entry]:
 
 
 def condition_modules() -> frozenset[str]:
-    """Names in the parameter tree that belong to conditions, not to the base network."""
+    """Names in the parameter tree that belong to conditions rather than to the base network."""
     modules: set[str] = set()
     for condition in conditions.table():
         modules |= set(condition.parameters)

@@ -1,24 +1,22 @@
-"""Analytic FLOPs of the network: two per multiply-add of every matmul and convolution, nothing else.
+"""Analytic FLOPs of the network: two per multiply-add of every matmul and convolution.
 
-Forward, of one sample with N = (1 + M/pt + T/pt) * P visual tokens, V = T/pt * P video tokens, L text tokens, width d,
+Forward, for one sample with N = (1 + M/pt + T/pt) * P visual tokens, V = T/pt * P video tokens, L text tokens, width d,
 heads' width a, MLP width m (times 3/2 for swiglu's gate), A tokens per latent frame of each cross-attended condition:
 
   dual block    2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + cross + 2 * 2 * 12 d^2
   single block  2 (N + L) (4 d a + 2 d m) + 4 (N + L)^2 a + cross + 2 * 2 * 3 d^2
-  decoder block the same with N in the place of L
+  decoder block the same with N in place of L
   text cross    2 (2 N d a + 2 L d a) + 4 N L a in each block that has it
   cross         2 (2 V d a + 2 T A d a) + 4 V pt A a
 
-The last term of a block is its modulation (two vectors a sample). Attention counts every pair of tokens, as if all
-conditions were there. Backward is twice the forward; recomputation under remat is not counted.
+The last term of a block is its modulation (two vectors per sample). Attention counts every pair of tokens, as if all
+conditions were present. Backward is twice the forward; recomputation under remat is not counted.
 """
 
 import math
 
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.dit.entries import Way, entering
-
-BACKWARD = 2
 
 # Dense bfloat16 FLOP/s of one device by `jax.Device.device_kind`, as published; half a chip on TPU7x.
 PEAK_FLOPS = {
@@ -33,19 +31,9 @@ PEAK_FLOPS = {
 }
 
 
-def forward_breakdown(
-    config: ModelConfig, frames: int, rows: int, columns: int, text_len: int | None = None
-) -> dict[str, int]:
-    """Forward FLOPs of one sample by part.
-
-    Args:
-      config: model configuration.
-      frames: latent frames T of the noisy window.
-      rows: latent rows H.
-      columns: latent columns W.
-      text_len: text tokens L (default: the config's).
-    """
-    text = config.text_len if text_len is None else text_len
+def forward_breakdown(config: ModelConfig, frames: int, rows: int, columns: int) -> dict[str, int]:
+    """Forward FLOPs of one sample by part, for a noisy window (frames, rows, columns) = (T, H, W) of latents."""
+    text = config.text_len
     pt, ph, pw = config.patch_size
     per_frame = (rows // ph) * (columns // pw)
     video = frames // pt * per_frame
@@ -84,13 +72,6 @@ def _text(config: ModelConfig, text: int) -> int:
     return total + config.text_refiner_depth * block
 
 
-def model_flops(
-    config: ModelConfig, frames: int, rows: int, columns: int, text_len: int | None = None, batch: int = 1
-) -> int:
-    """Forward FLOPs of a batch of (frames, rows, columns) latents; a train step takes three times as much."""
-    return batch * sum(forward_breakdown(config, frames, rows, columns, text_len).values())
-
-
 def train_step_flops(config: ModelConfig, batch: int, bucket: tuple[int, int, int]) -> int:
     """FLOPs of forward and backward over a global batch of a bucket (T, H, W) in latent units."""
-    return (1 + BACKWARD) * model_flops(config, *bucket, batch=batch)
+    return 3 * batch * sum(forward_breakdown(config, *bucket).values())

@@ -1,4 +1,4 @@
-"""Frame-wise cross-attention: video tokens see the condition tokens of their own latent frame (paper section 3.2)."""
+"""Frame-wise cross-attention: video tokens see condition tokens of their own latent frame (paper section 3.2)."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ from omnihuman_jax.tokens import Tokens
 
 
 class FrameTokens(NamedTuple):
-    """Condition tokens with the segments of the attention to them: one a latent frame, 0 sees nothing.
+    """Condition tokens and the segments of the attention to them: one per latent frame, 0 sees nothing.
 
     Attributes:
       value: (B, A, hidden).
-      query: (B, N) int32, of the visual tokens.
-      key: (B, A) int32.
+      query: (B, N) int32, segments of the visual tokens.
+      key: (B, A) int32, segments of the condition tokens.
     """
 
     value: jax.Array
@@ -28,12 +28,12 @@ class FrameTokens(NamedTuple):
 
 
 def frame_segments(tokens: Tokens) -> jax.Array:
-    """1 + latent frame (in patches) of each token, (B, N) int32; 0 for absent and for clean ones."""
+    """1 + latent frame (in patches) of each token, (B, N) int32; 0 for absent and clean tokens."""
     return jnp.where((tokens.segment > 0) & ~tokens.clean, tokens.position[..., 0].astype(jnp.int32) + 1, 0)
 
 
 def frame_tokens(visual: Tokens, condition: Tokens) -> FrameTokens:
-    """The tokens of a condition as the visual tokens see them; a visual token without any of its frame sees nothing."""
+    """The tokens of a condition as visual tokens see them; a visual token whose frame has none sees nothing."""
     query, key = frame_segments(visual), frame_segments(condition)
     seen = (query[:, :, None] == key[:, None, :]).any(-1)
     return FrameTokens(condition.value, jnp.where(seen, query, 0), key)
@@ -42,7 +42,7 @@ def frame_tokens(visual: Tokens, condition: Tokens) -> FrameTokens:
 class FrameAttention(CrossAttention):
     """Cross-attention of video tokens to the condition tokens of their own latent frame.
 
-    Zero-initialised output, so that an untrained condition changes nothing; a token that sees nothing gets exactly 0.
+    The output is zero-initialised, so an untrained condition changes nothing. A token that sees nothing gets exactly 0.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

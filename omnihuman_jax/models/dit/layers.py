@@ -31,8 +31,8 @@ class Linear(nnx.Module):
         kernel, shape = self.kernel[...].astype(self.dtype), x.shape
         x = x.astype(self.dtype)
         if mesh_axis("sequence") == 1:
-            # XLA's CPU backend takes twice the time for a weight gradient that contracts two dimensions. Where the
-            # tokens are sharded, merging them with the batch would move them, so there the shape stays.
+            # XLA's CPU backend takes twice as long for a weight gradient that contracts two dimensions. If tokens are
+            # sharded, merging them with the batch would move them.
             x = x.reshape(-1, shape[-1])
         x = x @ kernel
         if self.use_bias:
@@ -44,21 +44,14 @@ def linear(
     config: ModelConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs, bias: bool = True, init=XAVIER, dtype=None
 ) -> Linear:
     """A `Linear` in the config's dtypes; `dtype` overrides the compute dtype."""
-    return Linear(
-        inputs,
-        outputs,
-        bias=bias,
-        dtype=dtype or config.compute_dtype,
-        param_dtype=jnp.dtype(config.param_dtype),
-        init=init,
-        rngs=rngs,
-    )
+    dtypes = {"dtype": dtype or config.compute_dtype, "param_dtype": jnp.dtype(config.param_dtype)}
+    return Linear(inputs, outputs, bias=bias, init=init, rngs=rngs, **dtypes)
 
 
 def elementwise(function: Callable, static: tuple[int, ...] = ()) -> Callable:
-    """Marks a cheap function whose intermediates are recomputed in the backward pass, whatever the remat policy.
+    """Recomputes a cheap function's intermediates in the backward pass, whatever the remat policy.
 
-    A scan would otherwise write out each of them for every block: several times the memory of the matmuls' own inputs.
+    A scan would otherwise store them for every block: several times the memory of the inputs of the matmuls.
     """
     return jax.checkpoint(function, prevent_cse=False, static_argnums=static)
 
@@ -83,7 +76,7 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 class HeadNorm(nnx.Module):
-    """RMSNorm over the head size with a learned scale (D,), or nothing where the config says so; float32 out."""
+    """RMSNorm over the head size with a learned scale (D,), or the identity with qk_norm="none"; float32 out."""
 
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
@@ -99,7 +92,7 @@ class HeadNorm(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """The projections of a cross-attention: queries of one stream, keys and values of another, with HeadNorm."""
+    """Projections of a cross-attention: queries from one stream, keys and values from another, with HeadNorm."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_init=XAVIER):
         self.config = config

@@ -1,4 +1,4 @@
-"""OmniHuman: a multi-modal diffusion transformer that predicts the flow velocity of video latents under conditions.
+"""OmniHuman: a multi-modal diffusion transformer that predicts the flow velocity of video latents from conditions.
 
 Letters: B batch, T latent frames, M motion frames, H W latent rows/columns, C latent channels, N visual tokens,
 L text tokens, K keypoints. Sources: OmniHuman-1 (arXiv 2502.01061, section 3); block form of HunyuanVideo and FLUX.
@@ -30,10 +30,10 @@ class Inputs(NamedTuple):
 
     Attributes:
       visual: [conditions' tokens | reference | motion | video], (B, N, hidden).
-      text: (B, L, hidden), and after them those of a second text.
-      frames: condition name -> tokens of its frame-wise cross-attention; without those that no sample of the batch has.
+      text: (B, L, hidden), followed by those of a second text.
+      frames: condition name -> tokens of its frame-wise cross-attention, if any sample of the batch has it.
       vec: (B, 2, hidden) float32 modulation vectors: noisy, and clean (t = 0).
-      image: (B, I, hidden) tokens of an image encoder, which go where the text goes, or None.
+      image: (B, I, hidden) tokens of an image encoder, which join the text, or None.
     """
 
     visual: tk.Tokens
@@ -58,10 +58,10 @@ class FinalLayer(nnx.Module):
 
 
 class OmniHuman(nnx.Module):
-    """The network of all three stages; which conditions a sample has is its `active` row, nothing else.
+    """The network of all three stages. A sample's `active` row alone decides which conditions it has.
 
-    Absent text becomes one learned null token; absent reference and motion tokens leave the attention; absent audio
-    adds nothing; absent pose channels are zero.
+    Absent text becomes a learned null token; absent reference and motion tokens are masked out; absent audio adds
+    nothing; absent pose channels are zero.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -115,12 +115,10 @@ class OmniHuman(nnx.Module):
           x_t: (B, T, H, W, C) normalised latents.
           t: (B,) in [0, 1]; 1 is pure noise.
           batch: `motion` (B, M, H, W, C), `has_motion` (B,) bool, the fields of every condition (`conditions.table`),
-            and `active` (B, conditions) bool in the order of the table. Leaving out the field of a condition that
-            selects records says that no sample has it, gives the same values and saves the work. A base with
-            `first_frame_channels` also takes `first_frame` (B, T, H, W, first_frame_channels), one with
-            `image_embed_dim` also `image` (B, I, image_embed_dim), one with `text2_dim` also `text2`
-            (B, L2, text2_dim) with `text2_mask` (B, L2) bool,
-            all optional. The second text belongs to the text: a sample without text has neither.
+            and `active` (B, conditions) bool in the order of the table. If no sample has a condition that selects
+            records, its field can be omitted to save work. Optional, for bases with the setting of the last axis:
+            `first_frame` (B, T, H, W, first_frame_channels), `image` (B, I, image_embed_dim), and `text2`
+            (B, L2, text2_dim) with `text2_mask` (B, L2) bool, ignored for samples without text.
           pooled: (B, pooled_text_dim) pooled text vector, with `pooled_text_dim`.
           guidance: (B,) guidance scale, with `guidance_embed`.
 
@@ -128,23 +126,15 @@ class OmniHuman(nnx.Module):
           (B, T, H, W, C) float32.
 
         Raises:
-          UserError: latents that the patch size does not divide, or an input given or missing against the config.
+          UserError: the patch size does not divide the latents, or the config forbids or requires an input.
         """
-        inputs = self.embed(x_t, t, batch, pooled=pooled, guidance=guidance)
+        inputs = self.embed(x_t, t, batch, pooled, guidance)
         n = x_t.shape[1] * x_t.shape[2] * x_t.shape[3] // math.prod(self.config.patch_size)
         velocity = self.trunk(inputs, clean_prefix=inputs.visual.value.shape[1] - n)[:, -n:]
         return tk.unpatchify(velocity, x_t.shape[1:4], self.config.patch_size).astype(jnp.float32)
 
-    def embed(
-        self,
-        x_t: jax.Array,
-        t: jax.Array,
-        batch: Mapping[str, jax.Array],
-        *,
-        pooled: jax.Array | None = None,
-        guidance: jax.Array | None = None,
-    ) -> Inputs:
-        """Embeds a batch into tokens; arguments and errors of `__call__`."""
+    def embed(self, x_t: jax.Array, t: jax.Array, batch: Mapping[str, jax.Array], pooled=None, guidance=None) -> Inputs:
+        """Embeds a batch into tokens; arguments and errors as in `__call__`."""
         config = self.config
         active = dict(zip(conditions.names(), batch["active"].T, strict=True))
         has_text = active["text"] & batch["text_mask"].any(-1)
@@ -160,7 +150,7 @@ class OmniHuman(nnx.Module):
         visual = visual._replace(value=self.x_embed(visual.value))
 
         def encoded(way: Way, *grid: int) -> dict[str, Any]:
-            """Condition name -> what its encoder makes, of those that enter this way and are in the batch."""
+            """Condition name -> output of its encoder, for those that enter this way and are in the batch."""
             fields = {name: conditions.get(name).field for name in entering(way)}
             return {n: getattr(self, n)(batch[f], active[n], *grid) for n, f in fields.items() if f in batch}
 
@@ -181,7 +171,7 @@ class OmniHuman(nnx.Module):
         )
 
     def _given(self, name: str, value: jax.Array | None, key: str, *, required: bool = False) -> bool:
-        """Whether an input is given; UserError where the model has no use for it, or cannot do without."""
+        """Whether an input is given; UserError if the model does not take it, or if it is required and missing."""
         setting = getattr(self.config, key)
         wrong = "given" if value is not None and not setting else "missing" if value is None and required else ""
         if wrong:
@@ -194,7 +184,7 @@ class OmniHuman(nnx.Module):
         embedded = self.text_embed(states)
         if self.config.text_refiner_depth:
             embedded = self.refiner(embedded, states, mask, t)
-        # The null token is learned as a whole and gets no embedding of a kind.
+        # The null token is learned as a whole, so it gets no kind embedding.
         words = text.text_tokens(self._of_kind(embedded, "text"), mask, self.null_text[...])
         if not self._given("text2", batch.get("text2"), "text2_dim"):
             return words
@@ -211,13 +201,13 @@ class OmniHuman(nnx.Module):
         return text.joining_tokens(self._of_kind(self.image_embed(states), "image"), mask)
 
     def _of_kind(self, embedded: jax.Array, kind: str) -> jax.Array:
-        """Embedded tokens (B, n, hidden) with the embedding of their kind, where the model has them."""
+        """Embedded tokens (B, n, hidden) plus the embedding of their kind, if the model has one."""
         if not self.config.token_kinds:
             return embedded
         return embedded + self.kind_embed(jnp.asarray(text.KINDS.index(kind)))
 
     def _vectors(self, t: jax.Array, has_text: jax.Array, pooled, guidance) -> jax.Array:
-        """Modulation vectors (B, 2, hidden): of the noisy tokens at t, and of the clean ones at 0."""
+        """Modulation vectors (B, 2, hidden): of noisy tokens at t, and of clean tokens at 0."""
         config = self.config
         has_pooled, distilled = bool(config.pooled_text_dim), config.guidance_embed
         if not self._given("pooled", pooled, "pooled_text_dim", required=config.pooled_required and has_pooled):
@@ -234,10 +224,7 @@ class OmniHuman(nnx.Module):
     def trunk(self, inputs: Inputs, *, clean_prefix: int = 0) -> jax.Array:
         """All blocks and the final layer: velocity patches (B, N, pt*ph*pw*C) of every visual token.
 
-        Args:
-          inputs: of `embed`.
-          clean_prefix: number of leading visual tokens known to be clean in every row, which the frame-wise
-            attention can skip (a saving; the values are the same).
+        The frame-wise attention skips the first `clean_prefix` visual tokens, which must be clean in every row.
         """
         config, n = self.config, inputs.visual.value.shape[1]
         shards = mesh_axis("sequence")
@@ -246,14 +233,14 @@ class OmniHuman(nnx.Module):
             words = tk.concatenate(inputs.image, words)
         words = tk.pad(words, shards)
         shared = self._shared(visual, words, inputs)
-        # A slice that does not fall on shard borders would move the whole sequence; then all tokens take part.
+        # With a sharded sequence all tokens take part: slicing off the prefix would reshard the whole sequence.
         span = slice(clean_prefix if shards == 1 else 0, visual.value.shape[1])
         streams = (constrain(visual.value, "batch", "tokens", None), words.value)
         streams = blocks.run(self.dual, streams, config, shared, span)
         x = constrain(jnp.concatenate(streams, 1), "batch", "tokens", None)
         x = blocks.run(self.single, x, config, shared, span)
         if self.decoder is not None:
-            # The tail knows the text through the encoded tokens only, which have no positions, as text has none.
+            # The encoded tokens take the place of text, and like text they have no positions.
             x = jnp.concatenate([visual.value, x[:, : visual.value.shape[1]]], 1)
             tail = shared._replace(
                 text_clean=shared.visual_clean,
@@ -284,11 +271,5 @@ class OmniHuman(nnx.Module):
 
 
 def _add_to_video(visual: tk.Tokens, value: jax.Array) -> tk.Tokens:
-    """Tokens with a value (B, n, hidden) added to the last n of them, those of the video."""
+    """Adds value (B, n, hidden) to the last n tokens, those of the video."""
     return visual._replace(value=visual.value.at[:, -value.shape[1] :].add(value.astype(visual.value.dtype)))
-
-
-def count_params(config: ModelConfig) -> int:
-    """Number of parameters, from shapes alone (nothing is allocated)."""
-    state = nnx.state(nnx.eval_shape(lambda: OmniHuman(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))

@@ -16,13 +16,12 @@ def heatmaps(keypoints: jax.Array, rows: int, columns: int, sigma: float) -> jax
 
     Args:
       keypoints: (..., K, 3): x, y as fractions of the frame's width and height, confidence 0..1.
-      rows: heatmap rows.
-      columns: heatmap columns.
+      rows, columns: size of a heatmap.
       sigma: standard deviation in heatmap cells.
 
     Returns:
-      (..., rows, columns, K) float32: confidence * exp(-d^2 / (2 sigma^2)), d in cells from the cell's centre, which
-      for cell (i, j) is ((j + 0.5) / columns, (i + 0.5) / rows).
+      (..., rows, columns, K) float32: confidence * exp(-d^2 / (2 sigma^2)), with d the distance in cells from the
+      centre ((j + 0.5) / columns, (i + 0.5) / rows) of cell (i, j).
     """
     keypoints = keypoints.astype(jnp.float32)
     x, y, confidence = keypoints[..., 0], keypoints[..., 1], keypoints[..., 2]
@@ -38,8 +37,8 @@ def heatmaps(keypoints: jax.Array, rows: int, columns: int, sigma: float) -> jax
 class PoseGuider(nnx.Module):
     """A small strided convolutional network from heatmaps to pose channels on the latent grid.
 
-    The last convolution is zero-initialised, so that an untrained pose path changes nothing. The features of the four
-    pixel frames of a latent frame are concatenated on the channels and projected without bias.
+    The last convolution is zero-initialised, so an untrained pose guider changes nothing. The features of a latent
+    frame's four pixel frames are concatenated and projected without bias.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -55,7 +54,7 @@ class PoseGuider(nnx.Module):
     def __call__(self, keypoints: jax.Array, present: jax.Array, rows: int, columns: int) -> jax.Array:
         """keypoints (B, 4T, K, 3), present (B,) bool -> pose channels (B, T, rows, columns, pose_channels).
 
-        Pixel frames 4k .. 4k + 3 of the window belong to its latent frame k. Absent poses give exactly 0.
+        Rows 4k .. 4k + 3 of the window belong to its latent frame k. The channels of an absent pose are exactly 0.
         """
         config = self.config
         b, frames = keypoints.shape[:2]

@@ -8,21 +8,20 @@ import numpy as np
 
 
 class Rotation(NamedTuple):
-    """cos and sin per token and head dimension, (B or 1, N, D) float32; each value stands twice (interleaved)."""
+    """cos and sin per token and head dimension, (B or 1, N, D) float32; each value appears twice (interleaved)."""
 
     cos: jax.Array
     sin: jax.Array
 
 
 def rotation(positions: jax.Array, axes: tuple[int, int, int], theta: float) -> Rotation:
-    """Angles of tokens at explicit positions, in the form of HunyuanVideo.
+    """Rotations of tokens at explicit positions, as in HunyuanVideo.
 
-    The head is cut into three parts for t, h and w. Pair i of a part of size n turns by
-    position * theta ** (-2 i / n) radians.
+    The head has a part each for t, h and w. Pair i of a part of size n turns by position * theta ** (-2 i / n) radians.
 
     Args:
       positions: (B or 1, N, 3) in patches.
-      axes: head dimensions given to t, h and w; even, summing to the head size D.
+      axes: sizes of the parts, even, summing to the head size D.
       theta: base of the frequencies.
     """
     angles = []

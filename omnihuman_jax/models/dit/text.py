@@ -1,6 +1,6 @@
 """Text condition: projection of the encoder's token states, the optional token refiner, and the learned null token.
 
-What joins the text tokens in some bases is here too: a second encoder's states and an image encoder's.
+Also the tokens that join the text in some bases: those of a second text encoder and of an image encoder.
 """
 
 import jax
@@ -39,10 +39,7 @@ def _norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class Text2Embedder(nnx.Module):
-    """States of a second text encoder (B, L2, text2_dim) -> tokens (B, L2, hidden) beside the text.
-
-    HunyuanVideo-1.5 has Glyph-ByT5 there.
-    """
+    """States of a second text encoder (B, L2, text2_dim) -> tokens (B, L2, hidden) (HunyuanVideo-1.5: Glyph-ByT5)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.norm = _norm(config, config.text2_dim, rngs)
@@ -56,7 +53,7 @@ class Text2Embedder(nnx.Module):
 
 
 class ImageEmbedder(nnx.Module):
-    """States of an image encoder (B, I, image_embed_dim) -> tokens (B, I, hidden) beside the text (Motif-Video)."""
+    """States of an image encoder (B, I, image_embed_dim) -> tokens (B, I, hidden) (Motif-Video)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config, dim = config, config.image_embed_dim
@@ -70,17 +67,17 @@ class ImageEmbedder(nnx.Module):
 
 
 def joining_tokens(embedded: jax.Array, mask: jax.Array) -> Tokens:
-    """Tokens without positions that join the text: embedded (B, n, hidden), mask (B, n) bool of those present."""
+    """Tokens without positions that join the text, from embedded (B, n, hidden) and mask (B, n) bool."""
     size = embedded.shape[1]
     return Tokens(embedded, jnp.zeros((1, size, 3)), mask.astype(jnp.int32), jnp.zeros((1, size), bool))
 
 
 def text_tokens(embedded: jax.Array, mask: jax.Array, null: jax.Array) -> Tokens:
-    """Text tokens of the joint attention; a sample without text has the learned null token and nothing else.
+    """Text tokens of the joint attention; a sample without text has only the learned null token.
 
     Args:
       embedded: (B, L, hidden).
-      mask: (B, L) bool, all false where the text is absent.
+      mask: (B, L) bool, all false if the text is absent.
       null: (hidden,) learned token.
     """
     absent = ~mask.any(-1)
@@ -123,7 +120,7 @@ class RefinerBlock(nnx.Module):
 
 
 class TokenRefiner(nnx.Module):
-    """HunyuanVideo's refiner of causal language-model states: a few bidirectional blocks before the network."""
+    """HunyuanVideo's refiner of causal language-model states: a few bidirectional blocks."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.depth = config.text_refiner_depth

@@ -1,4 +1,4 @@
-"""Layers that the speech encoders (wav2vec 2.0, Whisper) share, channels last: (B, N, C)."""
+"""Layers shared by the speech encoders (wav2vec 2.0, Whisper), channels last: (B, N, C)."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         self.out_proj = Affine(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x (B, N, C); mask (B, N) bool, False where a row is not attended to."""
+        """x (B, N, C); mask (B, N) bool, False for rows that are not attended to."""
         b, n, width = x.shape
         q, k, v = (f(x).reshape(b, n, self.heads, width // self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         attended = None if mask is None else mask[:, None, None, :]
@@ -86,5 +86,5 @@ class Attention(nnx.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU by the error function, as PyTorch's default."""
+    """Exact GELU, PyTorch's default."""
     return jax.nn.gelu(x, approximate=False)

@@ -1,8 +1,8 @@
-"""wav2vec 2.0 (Baevski et al. 2020): sound at 16 kHz -> features at 50 Hz, of every layer.
+"""wav2vec 2.0 (Baevski et al. 2020): sound at 16 kHz -> features at 50 Hz of every layer.
 
 Both published forms: base (group norm in the first convolution, normalisation after each residual) and large (layer
 norm in every convolution, "stable" normalisation before). Parameters are named as in Hugging Face's `Wav2Vec2Model`,
-with whose outputs this agrees.
+and the outputs agree with it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Wav2Vec2Config:
     Attributes:
       feat_extract_norm: "group" (the first convolution, over time) or "layer" (every convolution, over channels).
       do_stable_layer_norm: normalise before attention and MLP instead of after.
-      do_normalize: whether the sound is to be brought to zero mean and unit variance (preprocessor_config.json).
+      do_normalize: whether the input needs zero mean and unit variance (preprocessor_config.json).
     """
 
     hidden_size: int = 768
@@ -49,16 +49,16 @@ class Wav2Vec2Config:
         for name in ("conv_dim", "conv_kernel", "conv_stride"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
-            raise UserError("wav2vec2: conv_dim, conv_kernel and conv_stride must be equally long")
+            raise UserError("wav2vec2: conv_dim, conv_kernel and conv_stride must have the same length")
         if self.feat_extract_norm not in ("group", "layer"):
-            raise UserError(f"wav2vec2: feat_extract_norm={self.feat_extract_norm!r} is neither group nor layer")
+            raise UserError(f"wav2vec2: feat_extract_norm={self.feat_extract_norm!r}: must be group or layer")
 
     @classmethod
     def from_hf(cls, settings: Mapping[str, Any]) -> "Wav2Vec2Config":
         """From Hugging Face's config.json.
 
         Raises:
-          UserError: another model, or a part that is not supported.
+          UserError: another model, or an unsupported part.
         """
         kind = settings.get("model_type")
         if kind != "wav2vec2":
@@ -86,19 +86,18 @@ class Wav2Vec2Config:
         return size
 
     def rows(self, samples: Any) -> Any:
-        """Output rows for so many samples (a number or an array)."""
+        """Output rows for a number (or an array of numbers) of samples."""
         for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
 
 class ConvLayer(nnx.Module):
-    """Convolution, perhaps a norm ("group": over time, a channel at a time; "layer": over channels), GELU."""
+    """Convolution, optional norm ("group": each channel over time; "layer": over channels), GELU."""
 
     def __init__(self, config: Wav2Vec2Config, index: int, *, rngs: nnx.Rngs):
-        inputs = config.conv_dim[index - 1] if index else 1
+        inputs, outputs = (1, *config.conv_dim)[index : index + 2]
         size, stride = config.conv_kernel[index], config.conv_stride[index]
-        outputs = config.conv_dim[index]
         self.conv = Conv(inputs, outputs, size, stride=stride, bias=config.conv_bias, rngs=rngs)
         self.over_time = config.feat_extract_norm == "group"
         self.layer_norm = LayerNorm(outputs) if index == 0 or not self.over_time else None
@@ -187,7 +186,7 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Position embedding and the layers; one norm before them, or in the stable form after them."""
+    """Position embedding and layers, with a norm before the layers, or after them in the stable form."""
 
     def __init__(self, config: Wav2Vec2Config, *, rngs: nnx.Rngs):
         self.stable = config.do_stable_layer_norm
@@ -221,21 +220,18 @@ class Wav2Vec2(nnx.Module):
 
         Args:
           wave: (B, N) at 16 kHz, N at least `config.field`; see `normalised`.
-          lengths: (B,) samples that each row really has; None means all. The group-norm form mixes what is beyond into
-            the first convolution's statistics, as in the reference; base models are best run without padding.
+          lengths: (B,) samples of each row without padding; None means all. In the group-norm form padding affects the
+            statistics of the first convolution, as in the reference: run base models without padding.
 
         Returns:
-          The output (B, rows, hidden) and the hidden states, layers + 1 of them: what enters the first layer, and what
-          leaves each. In the post-norm form the last one is the output, in the stable form the output is its norm.
-          rows = `config.rows(N)`, 320 samples apart.
+          The output (B, rows, hidden), rows = `config.rows(N)`, 320 samples apart; and layers + 1 hidden states: the
+          input of the first layer and the output of each. In the stable form the output is the norm of the last state.
 
         Raises:
-          UserError: fewer samples than one row sees.
+          UserError: fewer samples than one row needs.
         """
         if wave.shape[1] < self.config.field:
-            raise UserError(
-                f"wav2vec2: {wave.shape[1]} samples of sound; one row of features needs {self.config.field}"
-            )
+            raise UserError(f"wav2vec2: {wave.shape[1]} samples of sound; one row needs {self.config.field}")
         x = self.feature_projection(self.feature_extractor(wave))
         mask = None
         if lengths is not None:
@@ -244,6 +240,6 @@ class Wav2Vec2(nnx.Module):
 
 
 def normalised(wave: np.ndarray) -> np.ndarray:
-    """(..., N) with zero mean and unit variance, as wav2vec 2.0's feature extractor of Hugging Face makes it."""
+    """(..., N) with zero mean and unit variance, as from Hugging Face's feature extractor."""
     wave = np.asarray(wave, np.float32)
     return (wave - wave.mean(-1, keepdims=True)) / np.sqrt(wave.var(-1, keepdims=True) + 1e-7)

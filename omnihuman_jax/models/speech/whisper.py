@@ -1,7 +1,7 @@
-"""The encoder of Whisper (Radford et al. 2022): log-mel spectra at 100 Hz -> features at 50 Hz, of every layer.
+"""The encoder of Whisper (Radford et al. 2022): log-mel spectra at 100 Hz -> features at 50 Hz of every layer.
 
-Parameters are named as in Hugging Face's `WhisperEncoder`, with whose outputs this agrees. Unlike it, this one takes
-any length up to 30 s, with the first positions.
+Parameters are named as in Hugging Face's `WhisperEncoder`, and the outputs agree with it. Unlike it, this one takes any
+length up to 30 s.
 """
 
 import dataclasses
@@ -38,9 +38,7 @@ class WhisperConfig:
         if kind != "whisper":
             raise UserError(f"config.json: model_type is {kind!r}, not 'whisper'; give a Whisper checkpoint")
         if settings.get("activation_function", "gelu") != "gelu":
-            raise UserError(
-                f"config.json: activation_function={settings['activation_function']!r}; only 'gelu' is known"
-            )
+            raise UserError(f"config.json: activation_function={settings['activation_function']!r}; must be 'gelu'")
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in settings.items() if name in names})
 
@@ -74,17 +72,14 @@ class WhisperEncoder(nnx.Module):
         self.layer_norm = LayerNorm(width)
 
     def __call__(self, mel: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Features of log-mel spectra.
-
-        Args:
-          mel: (B, channels, N) at 100 Hz, N at most 2 * max_source_positions (30 s).
+        """Features of log-mel spectra (B, channels, N) at 100 Hz, N at most 2 * max_source_positions (30 s).
 
         Returns:
-          The output (B, (N + 1) // 2, width) and the hidden states, layers + 1 of them: what enters the first layer and
-          what leaves each. The output is the last one, normalised.
+          The output (B, (N + 1) // 2, width) and layers + 1 hidden states: the input of the first layer and the output
+          of each. The output is the norm of the last state.
 
         Raises:
-          UserError: another number of channels, or more than the positions there are.
+          UserError: another number of channels, or too many steps.
         """
         c = self.config
         if mel.shape[1] != c.num_mel_bins or not 1 <= mel.shape[2] <= 2 * c.max_source_positions:

@@ -10,12 +10,7 @@ from omnihuman_jax.models.vae.layers import CausalConv3d, RMSNorm
 
 
 class PatchDiscriminator(nnx.Module):
-    """Three convolutions that halve rows and columns, then one score per remaining position.
-
-    Args:
-      width: channels of the first layer; each further layer doubles them.
-      rngs: initialisation keys.
-    """
+    """Three convolutions that halve rows and columns, `width` channels in the first and twice as many in each next."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         widths = [3, width, 2 * width, 4 * width]
@@ -39,5 +34,5 @@ def discriminator_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
 
 
 def generator_loss(fake: jax.Array) -> jax.Array:
-    """What the VAE minimises: minus the mean score of its reconstructions."""
+    """Loss of the VAE: minus the mean score of its reconstructions."""
     return -jnp.mean(fake)

@@ -1,9 +1,8 @@
 """Layers of the causal 3D VAE, in the form of Wan2.1 (`wan/modules/vae.py`), channels last: (B, F, H, W, C).
 
 The reference runs a clip in chunks (1 frame, then 4 at a time) with a two-frame cache per convolution. Here a chunk has
-any number of frames, the whole clip included, and the numbers are the same: a `Stream` carries the frames that a
-convolution still needs, and the first frame is kept apart where the reference's first chunk skips the temporal
-resampling.
+any number of frames, up to the whole clip, with the same result: a `Stream` carries the frames that convolutions still
+need, and the first frame skips temporal resampling, as the reference's first chunk does.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 _KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for convolutions
-# Of one 2D convolution on CPU: with more, Eigen's and its gradients take up to twice as long a pixel.
+# Pixels per 2D convolution on CPU; with more, Eigen's convolution and its gradients take up to twice as long per pixel.
 _CPU_PIXELS = 64 * 64
 
 
@@ -25,9 +24,9 @@ def _conv3d(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax
 
 
 def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int) -> jax.Array:
-    """The same as `_conv3d`: one 2D convolution for each of the kernel's frames, over a few of the clip's at a time.
+    """Same as `_conv3d`: one 2D convolution per frame of the kernel, over a few frames of the clip at a time.
 
-    Computes in float32, as XLA does on CPU whatever the type, so that the sum over taps is not rounded.
+    Computes in float32, as XLA does on CPU for any dtype, so that the sum over taps is not rounded.
     """
     taps, batch, frames = kernel.shape[0], x.shape[0], x.shape[1] - kernel.shape[0] + 1
     size, dtype = max(1, _CPU_PIXELS // (batch * x.shape[2] * x.shape[3])), x.dtype
@@ -47,18 +46,10 @@ def _conv2d_by_taps(x: jax.Array, kernel: jax.Array, spatial: tuple, stride: int
 
 
 def conv(x: jax.Array, kernel: jax.Array, spatial: tuple = ((0, 0), (0, 0)), stride: int = 1) -> jax.Array:
-    """Convolution, not padded in time, chosen at lowering for the platform.
+    """(B, F, H, W, Cin), (kt, kh, kw, Cin, Cout) -> (B, F - kt + 1, H', W', Cout): convolution without padding in time.
 
-    XLA's 3D convolution on CPU is 2-4 times slower than 2D ones of equal work, so CPU gets the 2D form.
-
-    Args:
-      x: (B, F, H, W, Cin).
-      kernel: (kt, kh, kw, Cin, Cout).
-      spatial: zero padding of rows and columns.
-      stride: of rows and columns.
-
-    Returns:
-      (B, F - kt + 1, H', W', Cout).
+    `spatial` zero-pads rows and columns, and `stride` applies to both. The form depends on the platform: XLA's 3D
+    convolution on CPU is 2-4 times slower than 2D ones of equal work, so CPU gets the 2D form.
     """
 
     def form(function):
@@ -70,7 +61,7 @@ def conv(x: jax.Array, kernel: jax.Array, spatial: tuple = ((0, 0), (0, 0)), str
 class Stream:
     """The frames that causal layers keep from one chunk of a clip for the next, in the order in which the layers run.
 
-    Made anew for every chunk while its pass is traced; `kept` of one chunk is `past` of the next.
+    Each chunk needs a new stream; `kept` of one chunk is `past` of the next.
 
     Attributes:
       first: this chunk begins the clip.
@@ -83,9 +74,9 @@ class Stream:
         self.kept: list[jax.Array] = []
 
     def extend(self, x: jax.Array, frames: int, *, zeros: bool = True) -> jax.Array:
-        """x (B, F, H, W, C) with the `frames` frames before it in front, (B, frames + F, H, W, C).
+        """Prepends the last `frames` frames to x (B, F, H, W, C) -> (B, frames + F, H, W, C).
 
-        At the clip's beginning they are zeros; with zeros=False there are none, and x comes back as it is.
+        At the start of the clip they are zeros; with zeros=False x is returned unchanged there.
         """
         if not self.first:
             x = jnp.concatenate([next(self._past), x], axis=1)
@@ -96,7 +87,7 @@ class Stream:
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution whose output frame f reads frames f-kt+1..f; frames before the clip are zeros."""
+    """Convolution whose output frame f reads frames f-kt+1 .. f; frames before the clip are zeros."""
 
     def __init__(self, cin: int, cout: int, kernel: tuple[int, int, int], *, dtype, rngs: nnx.Rngs, zero: bool = False):
         shape = (*kernel, cin, cout)
@@ -125,16 +116,14 @@ class CausalConv3d(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / |x| * sqrt(C) * gamma over channels; |x| is clipped from below at 1e-12 as in torch's `normalize`."""
+    """x / |x| * sqrt(C) * gamma over channels, with |x| at least 1e-12 as in torch's `normalize`."""
 
     def __init__(self, channels: int):
         self.gamma = nnx.Param(jnp.ones((channels,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-        scale = (
-            lax.rsqrt(jnp.maximum(square, 1e-24)) * x.shape[-1] ** 0.5
-        )  # rsqrt of the clipped square: finite gradient
+        scale = lax.rsqrt(jnp.maximum(square, 1e-24)) * x.shape[-1] ** 0.5  # clipped first: the gradient stays finite
         return (x * scale * self.gamma[...]).astype(x.dtype)
 
 
@@ -170,7 +159,7 @@ class FrameAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns; with `temporal`, 1+2n frames become 1+n, the first passing as it is."""
+    """Halves rows and columns; with `temporal`, 1+2n frames become 1+n, with the first unchanged."""
 
     def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.resample = CausalConv3d(channels, channels, (1, 3, 3), dtype=dtype, rngs=rngs)
@@ -187,7 +176,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles rows and columns, halves channels; with `temporal`, 1+n frames become 1+2n, the first passing as is."""
+    """Doubles rows and columns, halves channels; with `temporal`, 1+n frames become 1+2n, with the first unchanged."""
 
     def __init__(self, channels: int, temporal: bool, *, dtype, rngs: nnx.Rngs):
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None

@@ -1,7 +1,7 @@
-"""LPIPS with VGG-16 (Zhang et al. 2018): how different two pictures look.
+"""LPIPS with VGG-16 (Zhang et al. 2018): the perceptual distance between two pictures.
 
-Agrees with `lpips.LPIPS(net="vgg")` in evaluation: features after the last ReLU before each pooling, each pixel's at
-unit length, squared differences weighted by channel, averaged over pixels, added up over five levels.
+Agrees with `lpips.LPIPS(net="vgg")` in evaluation mode: features after the last ReLU before each pooling, normalised to
+unit length per pixel; squared differences, weighted by channel, averaged over pixels and summed over five levels.
 """
 
 import itertools
@@ -31,11 +31,7 @@ class Convolution(nnx.Module):
 
 
 class LPIPS(nnx.Module):
-    """The distance; fixed, its gradient goes to the pictures only.
-
-    Args:
-      widths: channels of the five levels (smaller ones for tests).
-    """
+    """The distance; `widths` are the channels of the five levels (smaller in tests)."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS, *, rngs: nnx.Rngs):
         levels = []

@@ -1,10 +1,10 @@
 """Encoding and decoding clips of any length, and frames of any size, in bounded memory.
 
-In time a clip goes through the VAE chunk by chunk; the causal layers' last input frames are carried along
-(`vae_layers.Stream`), so the result is that of one pass over the clip. The first chunk has 1 + n t frames, every later
-one m t, where t is the VAE's temporal stride; there is one compilation for each of the two shapes.
+In time the VAE processes a clip chunk by chunk. A `layers.Stream` carries the causal layers' last input frames, so the
+result is that of one pass over the clip. The first chunk has 1 + n t frames and every later one m t, where t is the
+VAE's temporal stride; each of the two shapes is compiled once.
 
-In space a large frame can be cut into overlapping tiles of one size, each with a stream of its own, whose results are
+In space a large frame can be split into overlapping tiles of one size, each with its own stream, whose results are
 blended linearly over the overlap. That is an approximation: a tile does not see beyond its border, and the attention
 of the middle blocks sees one tile instead of the frame.
 """
@@ -24,8 +24,8 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae.layers import Stream
 from omnihuman_jax.models.vae.vae import VAE
 
-# Pixels (frames x rows x columns x batch) of a chunk, chosen for memory: at Wan2.1's sizes one chunk's activations then
-# take a few GB. Small clips fit whole, and at 720p a chunk is one latent frame.
+# Pixels (frames x rows x columns x batch) of a chunk: at Wan2.1's sizes its activations take a few GB. Small clips fit
+# in one chunk; at 720p a chunk is one latent frame.
 CHUNK_PIXELS = 4 * 1280 * 720
 
 Cache = tuple[jax.Array, ...]
@@ -33,11 +33,11 @@ Cache = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How frames are cut.
+    """How to split frames into tiles.
 
     Attributes:
-      size: side of a tile in pixels; a frame no larger along a side is not cut along it.
-      overlap: pixels that neighbouring tiles share at least, blended linearly.
+      size: side of a tile in pixels; a frame is not split along a side that is no longer than this.
+      overlap: pixels that neighbouring tiles share at least.
     """
 
     size: int = 512
@@ -45,15 +45,15 @@ class Tiling:
 
     @classmethod
     def of_side(cls, side: int, stride: int) -> "Tiling | None":
-        """Tiles of `side` pixels that share a quarter, for a VAE of that spatial stride; None for side 0.
+        """Tiles of `side` pixels that overlap by a quarter, for a VAE of that spatial stride; None for side 0.
 
         Raises:
-          UserError: a side that the stride does not divide, or that is too small to share anything.
+          UserError: the side is not a multiple of the stride, or too small to overlap.
         """
         if not side:
             return None
         if side % stride or side < 4 * stride:
-            raise UserError(f"--vae_tile={side}: must be a multiple of {stride} from {4 * stride} on, for example 512")
+            raise UserError(f"--vae_tile={side}: must be a multiple of {stride}, at least {4 * stride}; try 512")
         return cls(side, side // 4 // stride * stride)
 
     def check(self, stride: int) -> None:
@@ -61,7 +61,7 @@ class Tiling:
         if self.size % stride or self.overlap % stride or not 0 <= self.overlap < self.size:
             raise UserError(
                 f"tiling of {self.size} pixels with overlap {self.overlap}: both must be multiples of {stride}, the "
-                f"overlap smaller than the tile; use for example size {64 * stride}, overlap {16 * stride}"
+                f"overlap smaller than the tile; try size {64 * stride}, overlap {16 * stride}"
             )
 
 
@@ -72,34 +72,15 @@ def _step(graph, method: str, state, chunk: jax.Array, past: Cache | None) -> tu
     return out, tuple(stream.kept)
 
 
-def steady_memory(vae: VAE, method: str, first: tuple[int, ...], later: tuple[int, ...]) -> int:
-    """Bytes that a chunk after the first takes while it runs: arguments, result and temporaries.
-
-    Args:
-      vae: the VAE.
-      method: "encode" or "decode".
-      first: shape (B, F or T, rows, columns, channels) of the first chunk.
-      later: shape of a later one.
-    """
-    graph, state = nnx.split(vae)
-    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (first, later)]
-    _, past = jax.eval_shape(functools.partial(_step, graph, method), state, shapes[0], None)
-    memory = _step.lower(graph, method, state, shapes[1], past).compile().memory_analysis()
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-
-
 def tile_starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles of `size` begin along a side of `length` so that neighbours share at least `overlap`.
-
-    The last one ends with the frame; a side of at most `size` has one tile.
-    """
+    """Where tiles of `size` start along a side of `length`, overlapping by at least `overlap`."""
     if length <= size:
         return [0]
     return [*range(0, length - size, size - overlap), length - size]
 
 
 def _ramps(starts: list[int], size: int, length: int) -> list[np.ndarray]:
-    """For each tile along a side, its weight (size,) in the blend; over every pixel the weights add up to 1."""
+    """Blending weights (size,) of each tile along a side; at every pixel they sum to 1."""
     weights = np.zeros((len(starts), length))
     for row, start in zip(weights, starts, strict=True):
         row[start : start + size] = 1
@@ -127,7 +108,7 @@ class _Pass:
         return out
 
     def __call__(self, chunk: Any) -> jax.Array | np.ndarray:
-        """(B, F or T, rows, columns, channels) -> the same of the other side."""
+        """(B, F or T, rows, columns, channels) -> (B, T or F, rows, columns, channels)."""
         rows, columns = chunk.shape[2:4]
         if self.tiling is None:
             return self._run(chunk, (0, 0))
@@ -155,53 +136,44 @@ class _Pass:
 
 
 def encode_stream(vae: VAE, chunks: Iterable[Any], tiling: Tiling | None = None) -> Iterator[jax.Array | np.ndarray]:
-    """Encodes a clip that comes in chunks.
+    """Encodes a clip in chunks.
 
     Args:
       vae: the VAE.
-      chunks: float32 (B, F, Hp, Wp, 3) in [-1, 1]; F = 1 + n t for the first, n t for the later ones, t the temporal
-        stride. Every new F of a later chunk is compiled for once.
-      tiling: how to cut frames, or None.
+      chunks: float32 (B, F, Hp, Wp, 3) in [-1, 1]; F = 1 + n t for the first, n t for later ones, with temporal stride
+        t. Every new F is compiled once.
+      tiling: how to split frames, or None.
 
-    Yields:
-      normalised latents (B, T, H, W, C) of each chunk: 1 + n, then n frames.
+    Returns:
+      an iterator over normalised latents (B, T, H, W, C) of each chunk: 1 + n, then n frames.
 
     Raises:
-      UserError: a chunk or a tile that the VAE does not divide.
+      UserError: the VAE does not divide a chunk or a tile.
     """
-    run = _Pass(vae, "encode", tiling)
-    for chunk in chunks:
-        yield run(chunk)
+    return map(_Pass(vae, "encode", tiling), chunks)
 
 
 def decode_stream(vae: VAE, chunks: Iterable[Any], tiling: Tiling | None = None) -> Iterator[jax.Array | np.ndarray]:
-    """Decodes latents that come in chunks.
+    """Decodes latents in chunks (B, T, H, W, C) of any T >= 1, with arguments as in `encode_stream`.
 
-    Args:
-      vae: the VAE.
-      chunks: normalised latents (B, T, H, W, C), any T >= 1. Every new T is compiled for once.
-      tiling: how to cut frames, or None.
-
-    Yields:
-      video (B, F, Hp, Wp, 3) in [-1, 1] of each chunk: 1 + t (T - 1) frames for the first, t T for the later ones.
+    Returns:
+      an iterator over video (B, F, Hp, Wp, 3) in [-1, 1] of each chunk: 1 + t (T - 1) frames, then t T.
     """
-    run = _Pass(vae, "decode", tiling)
-    for chunk in chunks:
-        yield run(chunk)
+    return map(_Pass(vae, "decode", tiling), chunks)
 
 
 def balanced(vae: VAE, batch: int, frames: int, height: int, width: int) -> int:
-    """Latent frames of a chunk when `frames` of them are cut into equal chunks of at most `CHUNK_PIXELS` pixels."""
+    """Latent frames per chunk when `frames` of them are split into equal chunks of at most `CHUNK_PIXELS` pixels."""
     most = max(1, CHUNK_PIXELS // (vae.config.temporal_stride * batch * height * width))
     return math.ceil(frames / math.ceil(frames / most))
 
 
 def _chunks(clip: Any, first: int, later: int) -> Iterator[Any]:
-    """`first` frames, then `later` at a time; the last is filled up with copies of the clip's last frame."""
+    """`first` frames, then `later` at a time; the last chunk is padded with copies of the clip's last frame."""
     if clip.shape[1] <= first:
         yield clip
         return
-    clip = np.asarray(clip)  # slices of a device array would be compiled one by one
+    clip = np.asarray(clip)  # each slice of a device array would be compiled
     yield clip[:, :first]
     for start in range(first, clip.shape[1], later):
         chunk = clip[:, start : start + later]
@@ -226,11 +198,11 @@ def encode_clip(vae: VAE, video: Any, *, latents: int | None = None, tiling: Til
     Args:
       vae: the VAE.
       video: the clip; F = 1 + t (T - 1).
-      latents: latent frames of a chunk; None chooses by size, and a small clip is one call.
-      tiling: how to cut frames, or None.
+      latents: latent frames per chunk; None chooses by size.
+      tiling: how to split frames, or None.
 
     Raises:
-      UserError: a size that the VAE does not divide.
+      UserError: the VAE does not divide the clip's size.
     """
     batch, frames, height, width, _ = video.shape
     vae.config.check_clip(frames, height, width)
@@ -241,10 +213,7 @@ def encode_clip(vae: VAE, video: Any, *, latents: int | None = None, tiling: Til
 
 
 def decode_clip(vae: VAE, z: Any, *, latents: int | None = None, tiling: Tiling | None = None) -> np.ndarray:
-    """Video (B, F, Hp, Wp, 3) float32 in [-1, 1] of normalised latents (B, T, H, W, C), in host memory.
-
-    Args: as those of `encode_clip`; F = 1 + t (T - 1).
-    """
+    """Video (B, 1 + t (T - 1), Hp, Wp, 3) float32 of normalised latents (B, T, H, W, C); see `encode_clip`."""
     batch, frames, rows, columns, _ = z.shape
     stride = vae.config.spatial_stride
     latents = latents or balanced(vae, batch, frames, rows * stride, columns * stride)

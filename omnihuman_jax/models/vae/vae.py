@@ -1,6 +1,6 @@
 """Causal 3D VAE, in the form of Wan2.1's: 1+4n pixel frames become 1+n latent frames, 8 x 8 pixels one latent pixel.
 
-The first frame is on its own: an image is a clip of one frame, and a reference is encoded as a video's first frame is.
+The first frame is encoded alone, so an image is a clip of one frame, and a reference is encoded like a first frame.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from omnihuman_jax.models.vae.layers import (
     Stream,
     Upsample,
 )
+from omnihuman_jax.weights.modules import build_with, parameter_shapes, parameters
 from omnihuman_jax.weights.write import save_tensors
 
 
@@ -37,16 +38,16 @@ class VAEConfig:
     Attributes:
       dim: channels of the first level.
       dim_mult: channels of each level, in units of `dim`; each level but the last halves rows and columns.
-      num_res_blocks: residual blocks a level in the encoder (the decoder has one more).
+      num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
       z_dim: latent channels C.
       temporal_downsample: for each level but the last, whether it also halves frames. Two of them give 1+4n -> 1+n.
-      patch_size: pixels folded into channels before the first level (1 in Wan2.1, 2 in Wan2.2); saves work.
-      linear_path: a linear map from each latent pixel's block of pixels to the latent, and one back, beside the
-        network, which then starts at zero. Begun at the data's principal components (experiments.train_vae does) a
-        small VAE is useful from the first step. Not in Wan2.1, whose checkpoints need False.
-      latent_mean: mean of each latent channel over the data, or None before it is known (then 0).
-      latent_std: standard deviation of each latent channel, or None (then 1).
-      dtype: computation type; parameters are float32.
+      patch_size: pixels folded into channels before the first level (1 in Wan2.1, 2 in Wan2.2).
+      linear_path: add a linear map from each latent pixel's block of pixels to the latent, and one back; the network
+        then starts at zero. Initialised to the data's principal components, as by experiments.train_vae, it makes a
+        small VAE useful from the first step. False in Wan2.1.
+      latent_mean: mean of each latent channel over the data; None means 0.
+      latent_std: standard deviation of each latent channel; None means 1.
+      dtype: compute dtype; parameters are float32.
     """
 
     dim: int = 96
@@ -67,8 +68,8 @@ class VAEConfig:
                 object.__setattr__(self, name, tuple(value))
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
-                f"vae.temporal_downsample has {len(self.temporal_downsample)} values for {len(self.dim_mult)} levels "
-                f"(vae.dim_mult); give one less than the levels"
+                f"vae.temporal_downsample has {len(self.temporal_downsample)} values, but vae.dim_mult has "
+                f"{len(self.dim_mult)} levels; give one value less than there are levels"
             )
         for name in ("latent_mean", "latent_std"):
             value = getattr(self, name)
@@ -98,16 +99,13 @@ class VAEConfig:
         """Raises UserError unless a clip of this size (frames, pixels), or a later chunk of one, can be encoded."""
         s, t = self.spatial_stride, self.temporal_stride
         if height < s or width < s or height % s or width % s:
-            low, high = max(s, height // s * s), max(s, width // s * s)
-            raise UserError(
-                f"size {height}x{width} pixels: the VAE needs multiples of {s}; use for example {low}x{high}"
-            )
+            fitting = f"{max(s, height // s * s)}x{max(s, width // s * s)}"
+            raise UserError(f"size {height}x{width} pixels: the VAE needs multiples of {s}; for example {fitting}")
         if not first and (frames < 1 or frames % t):
             raise UserError(f"a chunk of {frames} frames: after the first chunk the VAE needs a multiple of {t}")
         if first and (frames < 1 or (frames - 1) % t):
-            raise UserError(
-                f"{frames} frames: the VAE needs 1 + a multiple of {t}; use {1 + max(frames - 1, 0) // t * t}"
-            )
+            fitting = 1 + max(frames - 1, 0) // t * t
+            raise UserError(f"{frames} frames: the VAE needs 1 + a multiple of {t}; use {fitting}")
 
 
 class Encoder(nnx.Module):
@@ -164,10 +162,7 @@ class Decoder(nnx.Module):
 
 
 class LinearPath(nnx.Module):
-    """Blocks of pixels <-> latents, linearly; fixed while the network around it trains.
-
-    A block is temporal_stride frames of spatial_stride^2 pixels.
-    """
+    """A fixed linear map between latents and blocks of temporal_stride frames of spatial_stride^2 pixels."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -179,7 +174,7 @@ class LinearPath(nnx.Module):
         self.decode_bias = nnx.Param(jnp.zeros((size,), jnp.float32))
 
     def blocks(self, video: jax.Array, first: bool = True) -> jax.Array:
-        """(B, F, Hp, Wp, 3) -> (B, T, H, W, size); the clip's `first` frame stands for a whole block of itself."""
+        """(B, F, Hp, Wp, 3) -> (B, T, H, W, size); the clip's `first` frame is repeated to a whole block."""
         t, s = self.config.temporal_stride, self.config.spatial_stride
         if first:
             video = jnp.concatenate([video[:, :1]] * (t - 1) + [video], axis=1)
@@ -193,7 +188,7 @@ class LinearPath(nnx.Module):
         return self.blocks(video, first) @ matrix + bias
 
     def decode(self, z: jax.Array, first: bool = True) -> jax.Array:
-        """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3); of the clip's `first` block only the last frame is kept."""
+        """(B, T, H, W, z_dim) -> (B, F, Hp, Wp, 3); keeps only the last frame of the clip's `first` block."""
         t, s = self.config.temporal_stride, self.config.spatial_stride
         b, frames, h, w, _ = z.shape
         matrix, bias = lax.stop_gradient((self.decode_matrix[...], self.decode_bias[...]))
@@ -202,33 +197,26 @@ class LinearPath(nnx.Module):
         return video[:, t - 1 :] if first else video
 
     def principal_components(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
-        """Parameters that code blocks (n, size) by their first principal components, each with unit variance."""
+        """Parameters that encode blocks (n, size) as their first principal components with unit variance."""
         mean = blocks.mean(0)
         variance, axes = np.linalg.eigh(np.cov(blocks.T.astype(np.float64)))
         variance, axes = variance[::-1][: self.config.z_dim], axes[:, ::-1][:, : self.config.z_dim]
         scale = np.sqrt(np.maximum(variance, 1e-8))
-        kernel = axes / scale
-        values = {
-            "encode_matrix": kernel,
-            "encode_bias": -mean @ kernel,
-            "decode_matrix": (axes * scale).T,
-            "decode_bias": mean,
-        }
+        values = {"encode_matrix": axes / scale, "encode_bias": -mean @ (axes / scale)}
+        values |= {"decode_matrix": (axes * scale).T, "decode_bias": mean}
         return {name: value.astype(np.float32) for name, value in values.items()}
 
 
 def _middle(width: int, make: dict[str, Any]) -> nnx.List:
-    return nnx.List(
-        [ResidualBlock(width, width, **make), FrameAttention(width, **make), ResidualBlock(width, width, **make)]
-    )
+    first, attention = ResidualBlock(width, width, **make), FrameAttention(width, **make)
+    return nnx.List([first, attention, ResidualBlock(width, width, **make)])
 
 
 class VAE(nnx.Module):
-    """The causal 3D VAE: 194 tensors at the default sizes, one to one those of Wan2.1's checkpoint.
+    """The causal 3D VAE: 194 tensors at the default sizes, one for each in Wan2.1's checkpoint.
 
     Letters: F = 1 + 4 (T - 1) pixel frames, Hp = 8 H and Wp = 8 W pixels, C latent channels. The methods are pure and
-    traceable; `compiled` wraps them for callers with arrays in hand. With a `Stream` they take a chunk of a clip
-    instead of a whole one; see `vae_streaming`.
+    traceable. With a `Stream` they take a chunk of a clip instead of a whole one; see `streaming`.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
@@ -240,14 +228,14 @@ class VAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         if config.linear_path:
             self.linear = LinearPath(config, rngs=rngs)
-            # Unit variance of the latents is where this path starts: the posterior's noise should be well below it.
+            # Latents start with unit variance; the posterior's noise should be well below that.
             self.conv1.bias[...] = self.conv1.bias[...].at[config.z_dim :].set(-6.0)
 
     def encode_moments(self, video: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, jax.Array]:
         """(B, F, Hp, Wp, 3) in [-1, 1] -> mean and log variance of the posterior, both (B, T, H, W, C), float32.
 
         Raises:
-          UserError: a size the VAE does not divide.
+          UserError: the VAE does not divide the size.
         """
         stream = stream or Stream()
         self.config.check_clip(*video.shape[1:4], first=stream.first)
@@ -267,7 +255,7 @@ class VAE(nnx.Module):
         return self.normalise(self.encode_moments(video, stream)[0])
 
     def decode_raw(self, z: jax.Array, stream: Stream | None = None) -> jax.Array:
-        """Latents in the posterior's own units (B, T, H, W, C) -> video (B, F, Hp, Wp, 3), float32, not clipped."""
+        """Latents (B, T, H, W, C), not normalised -> video (B, F, Hp, Wp, 3), float32, not clipped."""
         stream = stream or Stream()
         video = _unfold(self.decoder(self.conv2(z), stream).astype(jnp.float32), self.config.patch_size)
         return video + self.linear.decode(z, stream.first) if self.config.linear_path else video
@@ -288,9 +276,8 @@ def _fold(x: jax.Array, p: int) -> jax.Array:
     if p == 1:
         return x
     b, f, h, w, c = x.shape
-    return (
-        x.reshape(b, f, h // p, p, w // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3).reshape(b, f, h // p, w // p, c * p * p)
-    )
+    x = x.reshape(b, f, h // p, p, w // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3)
+    return x.reshape(b, f, h // p, w // p, c * p * p)
 
 
 def _unfold(x: jax.Array, p: int) -> jax.Array:
@@ -303,7 +290,7 @@ def _unfold(x: jax.Array, p: int) -> jax.Array:
 
 
 def compiled(vae: VAE) -> tuple[Callable[[Any], jax.Array], Callable[[Any], jax.Array]]:
-    """(encode, decode) of `vae` under jit, for repeated calls on arrays; compiles once per shape."""
+    """Jitted (encode, decode) of `vae`."""
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, video: nnx.merge(graph, state).encode(video))
     decode = jax.jit(lambda state, latents: nnx.merge(graph, state).decode(latents))
@@ -311,30 +298,24 @@ def compiled(vae: VAE) -> tuple[Callable[[Any], jax.Array], Callable[[Any], jax.
 
 
 def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file: parameters by dotted path, the config with latent statistics as JSON in the header.
+    """Writes a safetensors file: parameters by dotted path, and the config (with latent statistics) as JSON metadata.
 
-    Args:
-      path: the file; written beside itself first, then renamed.
-      vae: the module.
-      dtype: storage type of the parameters, "float32" or "float16".
-      notes: further header entries (how it was trained).
+    Parameters are stored in `dtype`, "float32" or "float16"; `notes` are further metadata.
     """
-    tensors = {}
-    for keys, value in nnx.to_flat_state(nnx.state(vae, nnx.Param)):
-        tensors[".".join(map(str, keys))] = np.ascontiguousarray(np.asarray(value[...]).astype(dtype))
+    tensors = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in parameters(vae).items()}
     config = {**dataclasses.asdict(vae.config), "dtype": "float32"}
     metadata = {**(notes or {}), "format": "omnihuman_jax.vae", "config": json.dumps(config)}
     save_tensors(path, tensors, metadata)
 
 
 def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
-    """Reads a VAE from a file of `save_vae`.
+    """Reads a VAE that `save_vae` wrote.
 
     Args:
-      source: the file, or a mapping with its path under "checkpoint" and, if wanted, "dtype" (the `vae` config).
+      source: the file, or a mapping with its path under "checkpoint" and optionally "dtype" (the `vae` config).
 
     Raises:
-      UserError: no such file, not such a file, or tensors that do not fit its config.
+      UserError: the file is missing, is no VAE, or its tensors do not fit its config.
     """
     settings = source if isinstance(source, Mapping) else {"checkpoint": source}
     path = Path(settings.get("checkpoint") or "")
@@ -347,7 +328,7 @@ def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
     except safetensors.SafetensorError as error:
         raise UserError(f"vae.checkpoint={path}: not a readable safetensors file ({error}); give a VAE file") from error
     if metadata.get("format") != "omnihuman_jax.vae" or "config" not in metadata:
-        raise UserError(f"vae.checkpoint={path}: no VAE config in its header; give a file of experiments.train_vae")
+        raise UserError(f"vae.checkpoint={path}: has no VAE config; give a file from experiments.train_vae")
     config = json.loads(metadata["config"])
     if settings.get("dtype"):
         config["dtype"] = settings["dtype"]
@@ -355,16 +336,14 @@ def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
 
 
 def _from_tensors(config: VAEConfig, tensors: Mapping[str, np.ndarray], path: Path) -> VAE:
-    vae = nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(vae)
-    flat = nnx.to_flat_state(state)
-    for keys, value in flat:
-        name = ".".join(map(str, keys))
+    def build() -> VAE:
+        return VAE(config, rngs=nnx.Rngs(0))
+
+    for name, shape in parameter_shapes(build).items():
         if name not in tensors:
             raise UserError(f"vae.checkpoint={path}: tensor {name} is missing; the file does not fit its own config")
-        if tensors[name].shape != value.shape:
-            raise UserError(f"vae.checkpoint={path}: tensor {name} is {tensors[name].shape}, should be {value.shape}")
+        if tensors[name].shape != shape:
+            raise UserError(f"vae.checkpoint={path}: tensor {name} is {tensors[name].shape}, should be {shape}")
         if not np.isfinite(tensors[name]).all():
             raise UserError(f"vae.checkpoint={path}: tensor {name} holds NaN or infinity; give another VAE file")
-        value.set_value(jnp.asarray(tensors[name], jnp.float32))
-    return nnx.merge(graph, state)
+    return build_with(build, {name: value.astype(np.float32) for name, value in tensors.items()})

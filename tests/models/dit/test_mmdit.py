@@ -10,8 +10,8 @@ from flax import nnx
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.models.dit.flops import forward_breakdown, model_flops, train_step_flops
-from omnihuman_jax.models.dit.mmdit import OmniHuman, count_params
+from omnihuman_jax.models.dit.flops import forward_breakdown, train_step_flops
+from omnihuman_jax.models.dit.mmdit import OmniHuman
 from tests.models.dit.reference import Reference
 from tests.models.dit.tiny import B, H, T, W, initial, random_batch, tiny_config, trained, velocity
 
@@ -308,13 +308,6 @@ def test_an_image_of_zeros_is_absent_with_token_kinds_sample_by_sample():
     assert np.abs(velocity(plain, x_t, t, zeros) - velocity(plain, x_t, t, batch)).max() > 1e-3
 
 
-def test_parameters_are_counted_without_being_made():
-    config = tiny_config()
-    assert count_params(config) == sum(x.size for x in jax.tree.leaves(initial(config)[1]))
-    huge = ModelConfig(hidden_size=3072, num_heads=24, num_dual_blocks=20, num_single_blocks=40, mlp_hidden=12288)
-    assert count_params(huge) > 10e9
-
-
 @pytest.mark.parametrize("form", [{}, MOTIF], ids=["plain", "decoder and text cross-attention"])
 def test_flops_count_matmuls_of_the_compiled_program(form):
     config = tiny_config(num_dual_blocks=1, num_single_blocks=1, scan_blocks=False, **form)
@@ -322,7 +315,6 @@ def test_flops_count_matmuls_of_the_compiled_program(form):
     x_t, t, batch = random_batch(config, batch=1)
     jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p)(x_t, t, batch))(params)
     parts = forward_breakdown(config, T, H, W)
-    assert model_flops(config, T, H, W, batch=3) == 3 * sum(parts.values())
     assert train_step_flops(config, 2, (T, H, W)) == 6 * sum(parts.values())
     # The program computes audio logits over all frames and masks them; the model needs those of the own frame only.
     video, keys = T * (H // 2) * (W // 2), T * config.audio_tokens
@@ -367,7 +359,7 @@ def test_a_wrong_config_says_what_is_wrong(changes, message):
 
 def test_a_config_survives_its_dictionary():
     config = tiny_config(patch_size=[1, 2, 2])
-    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict(dataclasses.asdict(config)) == config
 
 
 def test_parameter_paths_are_the_documented_ones():

@@ -194,7 +194,7 @@ def test_a_file_with_a_tensor_missing_names_it(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((1, 5, 20, 16, 3), "multiples of 8; use for example 16x16"), ((1, 4, 16, 16, 3), r"1 \+ a multiple of 4; use 1")],
+    [((1, 5, 20, 16, 3), "multiples of 8; for example 16x16"), ((1, 4, 16, 16, 3), r"1 \+ a multiple of 4; use 1")],
 )
 def test_a_size_the_vae_does_not_divide_is_refused(small, shape, message):
     with pytest.raises(UserError, match=message):
@@ -204,7 +204,7 @@ def test_a_size_the_vae_does_not_divide_is_refused(small, shape, message):
 def test_config_mistakes_name_the_setting():
     with pytest.raises(UserError, match="did you mean 'num_res_blocks'"):
         VAEConfig.from_dict({"num_res_block": 1})
-    with pytest.raises(UserError, match="temporal_downsample has 3 values for 2 levels"):
+    with pytest.raises(UserError, match="temporal_downsample has 3 values, but vae.dim_mult has 2 levels"):
         VAEConfig(dim_mult=(1, 2))
     with pytest.raises(UserError, match="latent_mean has 2 values"):
         VAEConfig(latent_mean=(0.0, 1.0))
