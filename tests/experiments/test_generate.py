@@ -198,7 +198,7 @@ def test_the_seed_decides_the_clip(run, tmp_path):
     ],
 )
 def test_bad_input_is_named_before_the_model_is_loaded(run, files, tmp_path, monkeypatch, given, message):
-    monkeypatch.setattr(export, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(generate, "load_parameters", lambda *_, **__: pytest.fail("the model was loaded"))
     given = {name: files / value if isinstance(value, str) else value for name, value in given.items()}
     with pytest.raises(UserError, match=message) as raised:
         run(**given)
