@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.raw import media
-from data_pipelines.schema import Dataset, check_sizes, given
+from data_pipelines.schema import Dataset, check_sizes, condition_arrays
 from experiments.common import cli
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints.load import load_config
@@ -63,7 +63,9 @@ class SampleVideos:
         # Driven by what guidance strengthens (text and speech), as far as it is trained and all clips have it.
         trained = [name for name in conditions.guided() if name in conditions.selecting() and stage.ratios[name] > 0]
         drives = [name for name in trained if all(len(record[conditions.get(name).record]) for record in records)]
-        inputs = Inputs.of(network.config, [given(record, ["text", "reference", *drives]) for record in records])
+        inputs = Inputs.of(
+            network.config, [condition_arrays(record, ["text", "reference", *drives]) for record in records]
+        )
         settings = Settings.from_config(config, window=window)
         frames = pixel_frames(window)
         made = sample_latents(

@@ -31,7 +31,7 @@ from omnihuman_jax.models.vae.vae import VAE
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What one generated clip is given, by condition name (`schema.given`), and the seed of its noise."""
+    """What one generated clip is given, by condition name (`schema.condition_arrays`), and the seed of its noise."""
 
     given: Mapping[str, np.ndarray]
     seed: int
@@ -256,7 +256,7 @@ class _Group:
         if other is None:
             return None
         names = ["text", "reference", "audio", *([source.also] if source.also else [])]
-        own, others = (schema.given(c.record, names, reference=-1) for c in (clip, other))
+        own, others = (schema.condition_arrays(c.record, names, reference=-1) for c in (clip, other))
         foreign = {source.foreign: others[source.foreign]} if source.foreign else {}
         return Conditions(own | foreign, self.seed + clip.index)
 

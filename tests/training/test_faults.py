@@ -627,7 +627,7 @@ def test_a_read_error_that_heals_does_not_change_the_run(whole, monkeypatch):
 def test_a_read_error_that_stays_names_the_record(whole, monkeypatch):
     root, dataset, config = whole
     monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
-    with pytest.raises(UserError, match=r"record .* \(row \d+ of .*\) cannot be read, 3 times tried .*Input/output"):
+    with pytest.raises(UserError, match=r"record .* \(row \d+ of .*\) cannot be read after 3 attempts .*Input/output"):
         train_tiny(config, root / "unread", Flaky(dataset, failures=10**6))
 
 
