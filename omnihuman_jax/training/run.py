@@ -75,9 +75,10 @@ class Run:
         return self.task.stages[-1].last_step
 
     def log(self, message: str) -> None:
-        """Logs a line above the progress bar, once for all processes."""
+        """Logs a line above the progress bar, once for all processes; where it cannot be written, the run goes on."""
         if is_main():
-            self.bar.write(message)
+            with contextlib.suppress(OSError):  # a terminal's log on a full disk
+                self.bar.write(message)
 
     def restore_counters(self, meta: dict[str, Any], path: Path) -> None:
         """Restores what a checkpoint says beside the arrays; logs what it is and what changes from there on."""
@@ -135,8 +136,9 @@ class Run:
         if message:
             self.log(message)
         self.checkpoints.check()
-        self.bar.update(1)
-        self.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} {seconds:.2f} s/step", refresh=False)
+        with contextlib.suppress(OSError):
+            self.bar.update(1)
+            self.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} {seconds:.2f} s/step", refresh=False)
         if p.step % self.config.log_every and p.step != 1 and not ends_stage(self.task.stages, p.step):
             return
         line = {
