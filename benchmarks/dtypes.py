@@ -1,10 +1,10 @@
-"""What lower precision of parameters and optimizer states costs and saves: loss, memory of the state, step time.
+"""Effect of lower precision of parameters and optimizer states on loss, state memory and step time.
 
 python -m benchmarks.dtypes --data=DIR [--config=experiments/configs/demo.py] [--steps=60] [--output=FILE.json]
 
-Side by side in one run: every variant starts from the same parameters and takes the same batches (the first stage's, of
-one size, which saves compiling), noise and learning rate, a step of each in turn. The loss is the mean over the last
-quarter of the steps.
+Trains all variants in one run, a step of each in turn, with the same initial parameters, batches, noise and learning
+rate. All batches are of the first stage and one size, to compile once. The loss is the mean of the last quarter of the
+steps.
 """
 
 import itertools
@@ -23,9 +23,10 @@ from data_pipelines.schema import Dataset
 from experiments.common import cli
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import init_state, make_network
+from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
 
 BF16 = "bfloat16"
@@ -41,15 +42,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
+    """The command's flags."""
     cli.define_config_flag()
     flags.DEFINE_string("data", None, "Data set made by data_pipelines.prepare.")
-    flags.DEFINE_integer("steps", 60, "Steps of each variant.", lower_bound=4)
-    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+    flags.DEFINE_integer("steps", 60, "Steps per variant.", lower_bound=4)
+    flags.DEFINE_string("output", None, "JSON file for the results.")
 
 
 def variant_of(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """The config with a variant's types."""
+    """The config with a variant's changes."""
     config = ConfigDict(config.to_dict())
     for key, value in changes.items():
         (config.model if key == "param_dtype" else config.optimizer)[key] = value
@@ -57,12 +58,12 @@ def variant_of(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of parameters and optimizer, over all devices, without the EMA, which is float32 in any case."""
+    """Bytes of parameters and optimizer state over all devices, without the EMA, which is always float32."""
     return sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
 
 
 def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
-    """Trains all variants side by side; see the module."""
+    """Trains all variants in turn; see the module docstring."""
     stages = curriculum(config)
     input_pipeline, mesh = InputPipeline.from_config(config, stages, dataset), mesh_lib.training_mesh(config)
     rate = jnp.float32(stages[0].learning_rate)
@@ -102,11 +103,11 @@ def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, 
 
 def main(_: list[str]) -> None:
     """Entry point."""
-    config, data, values = flags.FLAGS.config, flags.FLAGS.data, flags.FLAGS
+    config, data = flags.FLAGS.config, flags.FLAGS.data
     if config is None or not data:
         raise UserError("give --config=PRESET.py and --data=DIR")
     cli.setup_platform(config)
-    results = compare(config, Dataset.open(data), values.steps)
+    results = compare(config, Dataset.open(data), flags.FLAGS.steps)
     for r in results:
         print(
             f"{r['variant']:26} loss {r['loss']:.4f}, parameters and moments {r['state_bytes'] / 2**20:.1f} MiB "

@@ -31,11 +31,12 @@ from data_pipelines.schema import Dataset
 from experiments.common import cli
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import compile_together, is_main, process_rows
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import init_state, make_network
+from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
 
 WARM = 5  # first steps of a run that are not counted: they compile

@@ -1,11 +1,10 @@
-"""Forward and backward of a HunyuanVideo-like network: ours beside diffusers' class in PyTorch, on this CPU.
+"""Forward and backward pass of a HunyuanVideo-like network: ours against diffusers' PyTorch class, on this CPU.
 
 python -m benchmarks.mmdit_torch [--tokens=2048] [--text=64] [--heads=8] [--head_dim=64] [--dual=2] [--single=4]
     [--repeats=5] [--output=FILE.json]        (in .venv-parity, which has PyTorch)
 
-Same weights, read from a file that the class wrote; same inputs; gradients of every parameter and of the input. The two
-alternate, so that a change of the machine's load meets both. Prints seconds and the ratio theirs / ours: above 1 ours
-is the quicker.
+Both have the same weights and inputs and compute the gradients of all parameters and of the input. They alternate, so
+that the machine's load affects both. Prints seconds and the ratio theirs / ours: above 1 ours is faster.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ CHANNELS, TEXT_DIM, POOLED = 16, 256, 64
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is run: visual tokens and text tokens, heads and their size, blocks."""
+    """Numbers of visual tokens, text tokens, heads, channels per head and blocks."""
 
     tokens: int = 2048
     text: int = 64
@@ -53,8 +52,8 @@ class Sizes:
 
 
 def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
-    side_by_side.define_flags(Sizes, repeats=5, timed="Timed runs of each, after one that is not timed.")
+    """The command's flags."""
+    side_by_side.define_flags(Sizes, repeats=5, timed="Timed runs of each side, after one that is not timed.")
 
 
 def model_config(sizes: Sizes) -> ModelConfig:
@@ -77,7 +76,7 @@ def model_config(sizes: Sizes) -> ModelConfig:
 
 
 def make_inputs(sizes: Sizes) -> dict[str, np.ndarray]:
-    """One sample of `tokens` patches, as square as they go, in 8 latent frames where 8 divides them."""
+    """One sample of `tokens` patches, as square as possible, in 8 latent frames if 8 divides them."""
     frames = math.gcd(sizes.tokens, 8)
     per_frame = sizes.tokens // frames
     rows = max(n for n in range(1, math.isqrt(per_frame) + 1) if per_frame % n == 0)
@@ -98,22 +97,22 @@ def make_inputs(sizes: Sizes) -> dict[str, np.ndarray]:
     }
 
 
-def theirs(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str) -> Callable[[], np.ndarray]:
-    """Their forward and backward; writes the weights into `folder`. Returns the gradient of x, channels first."""
+def theirs(sizes: Sizes, inputs: dict[str, np.ndarray], folder: Path, dtype: str) -> Callable[[], np.ndarray]:
+    """Their step, which returns the gradient of x, channels first; writes the weights to `folder`."""
     torch.manual_seed(0)
-    described = formats.FORMATS[NAMING].class_config(model_config(sizes))
-    model = diffusers.HunyuanVideoTransformer3DModel(**{k: v for k, v in described.items() if k != "_class_name"})
+    config = formats.FORMATS[NAMING].class_config(model_config(sizes))
+    model = diffusers.HunyuanVideoTransformer3DModel(**{k: v for k, v in config.items() if k != "_class_name"})
     model.save_pretrained(folder)
     kind = getattr(torch, dtype)
     model = model.to(kind)
-    x, cotangent = (torch.from_numpy(given[name].transpose(0, 4, 1, 2, 3).copy()) for name in ("x", "cotangent"))
+    x, cotangent = (torch.from_numpy(inputs[name].transpose(0, 4, 1, 2, 3).copy()) for name in ("x", "cotangent"))
     x, cotangent = x.to(kind).requires_grad_(), cotangent.to(kind)
     arguments = {
-        "timestep": 1000 * torch.from_numpy(given["t"]),
-        "encoder_hidden_states": torch.from_numpy(given["text"]).to(kind),
-        "encoder_attention_mask": torch.from_numpy(given["mask"]),
-        "pooled_projections": torch.from_numpy(given["pooled"]).to(kind),
-        "guidance": 1000 * torch.from_numpy(given["guidance"]),
+        "timestep": 1000 * torch.from_numpy(inputs["t"]),
+        "encoder_hidden_states": torch.from_numpy(inputs["text"]).to(kind),
+        "encoder_attention_mask": torch.from_numpy(inputs["mask"]),
+        "pooled_projections": torch.from_numpy(inputs["pooled"]).to(kind),
+        "guidance": 1000 * torch.from_numpy(inputs["guidance"]),
     }
 
     def step() -> np.ndarray:
@@ -125,8 +124,8 @@ def theirs(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str)
     return step
 
 
-def ours(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str) -> Callable[[], np.ndarray]:
-    """Our forward and backward with the weights in `folder`, the condition modules' gradients left out."""
+def ours(sizes: Sizes, inputs: dict[str, np.ndarray], folder: Path, dtype: str) -> Callable[[], np.ndarray]:
+    """Our step with the weights in `folder`, without the gradients of the condition modules."""
     config = dataclasses.replace(model_config(sizes), dtype=dtype, param_dtype=dtype, motion_frames=0)
     network = Network(config)
     files = open_files(folder)
@@ -134,13 +133,13 @@ def ours(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str) -
     shapes = our_shapes(network.abstract_params)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if is_condition(name)}
     params = load(ChainMap(Source(files, entries), zeros), network.abstract_params)
-    b, _, h, w, c = given["x"].shape
+    b, _, h, w, c = inputs["x"].shape
     batch = {
         "motion": np.zeros((b, 0, h, w, c), np.float32),
         "has_motion": np.zeros(b, bool),
         "reference": np.zeros((b, h, w, c), np.float32),
-        "text": given["text"],
-        "text_mask": given["mask"],
+        "text": inputs["text"],
+        "text_mask": inputs["mask"],
         "active": np.array([[True, False, False, False]]),
     }
 
@@ -150,27 +149,27 @@ def ours(sizes: Sizes, given: dict[str, np.ndarray], folder: Path, dtype: str) -
         leaves = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(leaves, params)
         model = nnx.merge(graph, leaves)
-        inputs = model.embed(x, given["t"], batch, pooled=given["pooled"], guidance=given["guidance"])
-        # A base alone has no reference tokens, so only the video tokens are run.
-        video = jax.tree.map(lambda leaf: leaf[:, -sizes.tokens :], inputs.visual)
-        return unpatchify(model.trunk(inputs._replace(visual=video)), x.shape[1:4], config.patch_size)
+        embedded = model.embed(x, inputs["t"], batch, pooled=inputs["pooled"], guidance=inputs["guidance"])
+        # The base model has no reference tokens, so keep only the video tokens.
+        video = jax.tree.map(lambda leaf: leaf[:, -sizes.tokens :], embedded.visual)
+        return unpatchify(model.trunk(embedded._replace(visual=video)), x.shape[1:4], config.patch_size)
 
     @jax.jit
     def gradients(params: Any, x: jax.Array) -> Any:
-        return jax.grad(lambda p, x: (velocity(p, x) * given["cotangent"]).sum(), (0, 1))(params, x)
+        return jax.grad(lambda p, x: (velocity(p, x) * inputs["cotangent"]).sum(), (0, 1))(params, x)
 
     def step() -> np.ndarray:
-        grads = jax.block_until_ready(gradients(params, given["x"]))
+        grads = jax.block_until_ready(gradients(params, inputs["x"]))
         return np.asarray(grads[1], np.float32).transpose(0, 4, 1, 2, 3)
 
     return step
 
 
 def compare(sizes: Sizes, dtype: str, repeats: int) -> dict[str, Any]:
-    """Times both; seconds are medians, `agreement` the relative difference of the gradients of x."""
-    given = make_inputs(sizes)
+    """Times both sides and compares the gradients of x."""
+    inputs = make_inputs(sizes)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {"theirs": theirs(sizes, given, Path(folder), dtype), "ours": ours(sizes, given, Path(folder), dtype)}
+        steps = {"theirs": theirs(sizes, inputs, Path(folder), dtype), "ours": ours(sizes, inputs, Path(folder), dtype)}
     first = {name: step() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -179,18 +178,10 @@ def compare(sizes: Sizes, dtype: str, repeats: int) -> dict[str, Any]:
             step()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    difference = np.linalg.norm(first["ours"] - first["theirs"]) / np.linalg.norm(first["theirs"])
-    return {
-        "dtype": dtype,
-        **dataclasses.asdict(sizes),
-        "ours_seconds": medians["ours"],
-        "theirs_seconds": medians["theirs"],
-        "ratio": medians["theirs"] / medians["ours"],
-        "agreement": float(difference),
-    }
+    return side_by_side.comparison(dtype, sizes, medians, first)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Entry point."""
     sizes = side_by_side.read_sizes(Sizes)
     results = []
@@ -207,4 +198,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command.run_main(lambda: main([]))
+    command.run_main(main)

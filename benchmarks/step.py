@@ -1,14 +1,12 @@
-"""Times the train step on random data: step time, tokens per second, peak memory.
+"""Measures step time, tokens per second and peak memory of the train step on random data.
 
 python -m benchmarks.step --config=experiments/configs/demo.py [--steps=10] [--output=FILE.json]
 """
 
-import json
 import math
 import resource
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,24 +15,26 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks import side_by_side
 from experiments.common import cli
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.training.state import init_state, make_network
+from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
 
 
 def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
+    """The command's flags."""
     cli.define_config_flag()
-    flags.DEFINE_integer("steps", 10, "Steps to time, after the one that compiles and one to warm up.", lower_bound=1)
-    flags.DEFINE_string("output", None, "JSON file for the numbers.")
+    flags.DEFINE_integer("steps", 10, "Timed steps, after compilation and one step to warm up.", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file for the results.")
 
 
 def random_batch(config: ConfigDict, bucket: tuple[int, int, int], seed: int = 0) -> dict[str, np.ndarray]:
-    """A global batch of the shapes that training sees for a bucket (T, H, W), with every condition active."""
+    """A global training batch for a bucket (T, H, W) with every condition active."""
     rng = np.random.default_rng(seed)
     batch = {}
     for name, (row, dtype) in batch_lib.fields(config.model, bucket).items():
@@ -45,7 +45,7 @@ def random_batch(config: ConfigDict, bucket: tuple[int, int, int], seed: int = 0
 
 
 def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> dict[str, Any]:
-    """Runs the step of training `steps` times; times in seconds, memory in bytes.
+    """Runs the train step `steps` times; times in seconds, memory in bytes.
 
     Returns:
       `compile_seconds`, `step_seconds` (median), `step_seconds_range`, `tokens_per_second` (noisy visual tokens),
@@ -83,16 +83,15 @@ def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> 
 
 
 def peak_memory() -> tuple[int, str]:
-    """Peak memory in bytes: of the fullest device where devices count theirs, else of this process."""
+    """Peak memory in bytes: of the fullest device if devices report it, otherwise of this process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(entry["peak_bytes_in_use"] for entry in stats), "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
 
 
-def main(argv: list[str]) -> None:
-    """Runs the command."""
-    del argv
+def main(_: list[str]) -> None:
+    """Entry point."""
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
@@ -110,8 +109,7 @@ def main(argv: list[str]) -> None:
             flush=True,
         )
         results.append(result)
-    if flags.FLAGS.output:
-        Path(flags.FLAGS.output).write_text(json.dumps(results, indent=2) + "\n")
+    side_by_side.write_results(results)
 
 
 if __name__ == "__main__":

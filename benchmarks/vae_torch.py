@@ -1,12 +1,12 @@
-"""The Wan2.1 VAE: ours beside diffusers' class in PyTorch, on this CPU: seconds and peak memory.
+"""Seconds and peak memory of the Wan2.1 VAE: ours against diffusers' PyTorch class, on this CPU.
 
 python -m benchmarks.vae_torch [--dim=96] [--frames=17] [--height=128] [--width=128] [--repeats=3]
     [--output=FILE.json]        (in .venv-parity, which has PyTorch)
 
-Same weights, read from a file that the class wrote; same clip. Encoding, decoding, and training: the gradients of a
-reconstruction's squared error in every parameter and in the clip. diffusers streams in chunks of one latent frame; so
-does ours where nothing is differentiated. Every measurement is a process of its own, the sides alternating, so that one
-side's memory is not the other's. Prints the ratios theirs / ours: above 1 ours is the quicker, or the smaller.
+Both have the same weights and clip. The tasks are encoding, decoding, and training: the gradients of the squared
+reconstruction error with respect to all parameters and the clip. Both stream in chunks of one latent frame; in
+training only diffusers does. Every measurement runs in a new process, and the sides alternate. Prints the ratios
+theirs / ours: above 1 ours is faster, or needs less memory.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from omnihuman_jax.errors import UserError
 
 CHANNELS = 16
 TASKS = ("encode", "decode", "train")
-ROUNDS = 2  # processes of each side a task
+ROUNDS = 2  # processes per side and task
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is run: channels of the first level (Wan2.1: 96), frames 1 + 4n, rows and columns in pixels."""
+    """Channels of the first level (Wan2.1: 96), frames 1 + 4n, height and width in pixels."""
 
     dim: int = 96
     frames: int = 17
@@ -42,8 +42,8 @@ class Sizes:
 
 
 def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
-    side_by_side.define_flags(Sizes, repeats=3, timed="Timed runs in each process, after one that is not timed.")
+    """The command's flags."""
+    side_by_side.define_flags(Sizes, repeats=3, timed="Timed runs per process, after one that is not timed.")
 
 
 def make_inputs(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +55,7 @@ def make_inputs(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def theirs(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.ndarray]:
-    """diffusers' side of a task; returns what it computes, channels last."""
+    """diffusers' side of a task; its result has channels last."""
     import diffusers
     import torch
 
@@ -79,7 +79,7 @@ def theirs(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.
 
 
 def ours(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.ndarray]:
-    """Our side of a task; streams a latent frame at a time, but trains on the whole clip."""
+    """Our side of a task; encodes and decodes one latent frame at a time, but trains on the whole clip."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -108,7 +108,7 @@ def ours(task: str, sizes: Sizes, folder: str, dtype: str) -> Callable[[], np.nd
 
 
 def write_weights(sizes: Sizes, folder: str) -> None:
-    """Random weights as diffusers writes them, and as our own file."""
+    """Writes random weights in diffusers' format and in ours."""
     import diffusers
     import torch
 
@@ -121,20 +121,16 @@ def write_weights(sizes: Sizes, folder: str) -> None:
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process by /proc: VmRSS now, VmHWM at most since `_forget_peak`."""
+    """Bytes of this process from /proc: VmRSS is the current memory, VmHWM the peak."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(side: str, task: str, sizes: Sizes, folder: str, dtype: str, repeats: int) -> dict[str, Any]:
-    """One side of a task in this process: seconds of each run, peak bytes above the loaded model, and the result."""
+    """Runs one side in this process: seconds of each run, peak bytes in addition to the model, and the result."""
     run = {"ours": ours, "theirs": theirs}[side](task, sizes, folder, dtype)
     loaded = _memory("VmRSS")
     result = run()  # compiles
-    _forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -144,42 +140,36 @@ def measure(side: str, task: str, sizes: Sizes, folder: str, dtype: str, repeats
 
 
 def compare(task: str, sizes: Sizes, folder: str, dtype: str, repeats: int) -> dict[str, Any]:
-    """Both sides of a task, alternating; seconds are medians, `agreement` the relative difference of the results."""
+    """Measures both sides of a task in alternation."""
     sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     for _ in range(ROUNDS):
         for side, runs in sides.items():
-            runs.append(_apart(measure, side, task, sizes, folder, dtype, repeats))
+            runs.append(_in_new_process(measure, side, task, sizes, folder, dtype, repeats))
     seconds = {side: statistics.median(s for run in runs for s in run["seconds"]) for side, runs in sides.items()}
     peak = {side: max(run["peak_bytes"] for run in runs) for side, runs in sides.items()}
-    a, b = (sides[side][0]["result"] for side in ("ours", "theirs"))
-    return {
+    results = {side: runs[0]["result"] for side, runs in sides.items()}
+    return side_by_side.comparison(dtype, sizes, seconds, results) | {
         "task": task,
-        "dtype": dtype,
-        **dataclasses.asdict(sizes),
-        "ours_seconds": seconds["ours"],
-        "theirs_seconds": seconds["theirs"],
-        "ratio": seconds["theirs"] / seconds["ours"],
         "ours_peak_bytes": peak["ours"],
         "theirs_peak_bytes": peak["theirs"],
         "memory_ratio": peak["theirs"] / peak["ours"],
-        "agreement": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
     }
 
 
-def _apart(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's result, computed in a new process."""
+def _in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result from a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Entry point."""
     sizes = side_by_side.read_sizes(Sizes)
     if sizes.frames % 4 != 1 or sizes.height % 8 or sizes.width % 8:
-        raise UserError(f"a clip of {sizes}: frames must be 1 + 4n, height and width multiples of 8")
+        raise UserError(f"{sizes}: frames must be 1 + 4n, height and width multiples of 8; change the flags")
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        _apart(write_weights, sizes, folder)
+        _in_new_process(write_weights, sizes, folder)
         for dtype in ("float32", "bfloat16"):
             for task in TASKS:
                 result = compare(task, sizes, folder, dtype, flags.FLAGS.repeats)
@@ -191,9 +181,9 @@ def main(_: list[str]) -> None:
                     flush=True,
                 )
                 results.append(result)
-                side_by_side.write_results(results)  # after each: the whole takes long
+                side_by_side.write_results(results)  # after each task, since all of them take long
 
 
 if __name__ == "__main__":
     define_flags()
-    command.run_main(lambda: main([]))
+    command.run_main(main)

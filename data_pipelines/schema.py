@@ -1,14 +1,14 @@
-"""What a record of a data set holds, in one place, for writers and readers.
+"""The fields of a data set's records, for writers and readers.
 
 A data set is a directory:
 
     dataset.json                  sizes, encoders and an index with one entry per record
     records/*.array_record        serialised TFDS `FeaturesDict` records (no TensorFlow needed)
-    clips/ID.mp4                  the curated clips at training size (the "/" of an id becomes "__")
+    clips/ID.mp4                  the prepared clips at training size ("/" in an id becomes "__")
 
-Everything is at 25 frames per second. A record is a dict; arrays that a clip lacks are present with zero rows, so
-"has audio" is `record["audio"].shape[0] > 0`. Which arrays a record has follows from the table of conditions when it is
-written (`array_fields`) and is kept in dataset.json: a data set describes itself.
+Everything is at 25 frames per second. A record is a dict. An array that a clip lacks has zero rows, so "has audio" is
+`record["audio"].shape[0] > 0`. The writer takes the arrays from the table of conditions (`array_fields`) and stores
+their names and types in dataset.json, so that a data set describes itself.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ RECORDS_PER_FILE = 64
 
 TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence")
 NUMBER_FIELDS = ("frames", "height", "width")
-# Name -> (rank, dtype) of arrays. Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
+# Array name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
 # R references, K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
 ArrayFields = Mapping[str, tuple[int, str]]
-# Beside those of the conditions: references (R,H,W,C), audio (F,Da) speech features, keypoints (F,K,3), text (L,Dt)
-# token states of the caption, not padded.
+# The conditions add references (R,H,W,C), audio (F,Da) speech features, keypoints (F,K,3), and text (L,Dt), the
+# unpadded token states of the caption.
 _OTHER_ARRAYS: ArrayFields = {
     "latents": (4, "float16"),  # (T,H,W,C) normalised latents of the whole clip, posterior mean
     "reference_frames": (1, "int32"),  # (R,) pixel frame of each reference
@@ -51,7 +51,7 @@ _OTHER_ARRAYS: ArrayFields = {
 
 
 def array_fields() -> ArrayFields:
-    """The arrays of a record, with those that the table of conditions brings."""
+    """The arrays of a record: the fixed ones and one for each condition of the table."""
     of_conditions = {c.record: (c.rank, np.dtype(c.dtype).name) for c in conditions.table()}
     return dict(_OTHER_ARRAYS) | of_conditions
 
@@ -61,11 +61,9 @@ class Meta:
     """What all records of one data set share (the head of dataset.json).
 
     Attributes:
-      latent_channels: channels C of the latents.
-      sizes: name -> size that the conditions' rows have (`Condition.sizes`): audio_dim, text_dim, num_keypoints.
-      encoders: condition -> name of the encoder that made it.
+      sizes: sizes of the conditions' rows by name (`Condition.sizes`): audio_dim, text_dim, num_keypoints.
+      encoders: condition -> name of its encoder.
       vae_sha256: digest of the VAE's file.
-      arrays: the arrays of every record.
     """
 
     latent_channels: int
@@ -76,28 +74,23 @@ class Meta:
     fps: int = FPS
     schema_version: int = SCHEMA_VERSION
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Names of all fields of a record."""
-        return TEXT_FIELDS + NUMBER_FIELDS + tuple(self.arrays)
-
 
 @functools.cache
 def _features(arrays: tuple[tuple[str, tuple[int, str]], ...]):
-    # Imported here because it takes about a second, which `--help` and plain imports should not pay.
+    # Imported here because it takes about a second, which would slow down `--help`.
     from tensorflow_datasets import features as tf_features
 
     spec: dict[str, Any] = {name: tf_features.Text() for name in TEXT_FIELDS}
     spec |= {name: np.int32 for name in NUMBER_FIELDS}
     for name, (rank, dtype) in arrays:
-        # zlib (or bytes) stores the shape with the values, which several unknown dimensions need.
+        # zlib also stores the shape, which an array of more than one unknown dimension needs.
         encoding = "zlib" if rank > 1 else "none"
         spec[name] = tf_features.Tensor(shape=(None,) * rank, dtype=np.dtype(dtype), encoding=encoding)
     return tf_features.FeaturesDict(spec)
 
 
 def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
-    """Serialises one record; arrays are cast to the schema's types.
+    """Serialises one record and casts its arrays to the schema's types.
 
     Raises:
       ValueError: a field is missing, unknown or of the wrong rank.
@@ -116,7 +109,7 @@ def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
 
 
 def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:
-    """The inverse of `encode`: text fields as str, number fields as int, arrays as NumPy."""
+    """Inverse of `encode`: text fields as str, number fields as int, arrays as NumPy."""
     record = dict(_features(tuple(arrays.items())).deserialize_example_np(data))
     for name in TEXT_FIELDS:
         record[name] = record[name].decode("utf-8")
@@ -125,25 +118,24 @@ def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:
     return record
 
 
-def given(record: Mapping[str, Any], names: Iterable[str], reference: int = 0) -> dict[str, np.ndarray]:
-    """What a record holds of the named conditions, to drive a generated clip (`omnihuman_jax.inference.inputs`).
+def condition_arrays(record: Mapping[str, Any], names: Iterable[str], reference: int = 0) -> dict[str, np.ndarray]:
+    """A record's arrays by condition name, as inputs for generation (`omnihuman_jax.inference.inputs`).
 
     Args:
-      record: one record.
-      names: of conditions that it has.
-      reference: which of its single-image latents to take.
+      names: conditions that the record has.
+      reference: index of the reference image to use.
     """
-    found = {name: record[conditions.get(name).record] for name in names}
-    return {name: x[reference] if conditions.get(name).kind is Kind.IMAGE else x for name, x in found.items()}
+    arrays = {name: record[conditions.get(name).record] for name in names}
+    return {name: x[reference] if conditions.get(name).kind is Kind.IMAGE else x for name, x in arrays.items()}
 
 
 def clip_filename(record_id: str) -> str:
-    """File name under clips/ of a record id."""
+    """The record's file name under clips/."""
     return record_id.replace("/", "__") + ".mp4"
 
 
 def _check(record: Mapping[str, Any], meta: Meta) -> None:
-    """Raises ValueError where sizes disagree with `meta` or with each other, or values are not finite."""
+    """Raises ValueError if shapes disagree with `meta` or with each other, or values are not finite."""
     frames, name, size = int(record["frames"]), record["id"], record["latents"].shape[1:3]
     expected = {
         "latents": (latent_frames(frames), *size, meta.latent_channels),
@@ -162,15 +154,15 @@ def _check(record: Mapping[str, Any], meta: Meta) -> None:
         if value.shape != shape:
             raise ValueError(f"record {name}: {field} has shape {value.shape}, expected {shape}")
         if not np.isfinite(value).all():
-            raise ValueError(f"record {name}: {field} holds values that are not finite")
+            raise ValueError(f"record {name}: {field} has values that are not finite")
     if pixel_frames(latent_frames(frames)) != frames or not len(record["references"]) or not len(record["text"]):
-        raise ValueError(f"record {name}: needs 1+4n frames, a reference and text tokens; it has {frames} frames")
+        raise ValueError(f"record {name} has {frames} frames; it needs 1+4n frames, a reference and text tokens")
     if record["split"] not in SPLITS:
         raise ValueError(f"record {name}: split is {record['split']!r}, expected one of {SPLITS}")
 
 
 def check_sizes(dataset: Dataset, model: Any) -> None:
-    """Raises UserError where the features of a data set have other sizes than the model's config says."""
+    """Raises UserError if the data set's feature sizes differ from the model config's."""
     keys = [key for condition in conditions.table() for key in condition.sizes if key in dataset.meta.sizes]
     for key in ("latent_channels", *keys):
         size = dataset.meta.latent_channels if key == "latent_channels" else dataset.meta.sizes[key]
@@ -182,13 +174,13 @@ def check_sizes(dataset: Dataset, model: Any) -> None:
 
 
 class DatasetWriter:
-    """Writes a data set directory; use as a context manager.
+    """Context manager that writes a data set directory.
 
-    Everything goes into a sibling `.NAME.partial` that is renamed at the end, so a data set is complete or absent.
+    It writes to a sibling `.NAME.partial` and renames that at the end, so a data set is complete or absent.
     """
 
     def __init__(self, directory: str | pathlib.Path, meta: Meta, extra: Mapping[str, Any] | None = None):
-        """`extra` is stored under its own keys in dataset.json (for example the digest of the inputs)."""
+        """`extra`: more top-level keys of dataset.json, such as the digest of the inputs."""
         self._final = pathlib.Path(directory).absolute()
         self._partial = self._final.parent / f".{self._final.name}.partial"
         self._meta, self._extra = meta, dict(extra or {})
@@ -198,22 +190,20 @@ class DatasetWriter:
 
     def __enter__(self) -> Self:
         if self._final.exists() and (not self._final.is_dir() or any(self._final.iterdir())):
-            raise UserError(
-                f"output {self._final} already exists and is not empty; name another directory or delete it"
-            )
-        shutil.rmtree(self._partial, ignore_errors=True)  # left by a process that was killed
+            raise UserError(f"output {self._final} already exists and is not empty; choose another or delete it")
+        shutil.rmtree(self._partial, ignore_errors=True)  # left over from a killed process
         try:
             (self._partial / "records").mkdir(parents=True)
             (self._partial / "clips").mkdir()
         except OSError as error:
-            raise UserError(f"cannot write {self._final}: {error.strerror}; name a directory you may write") from error
+            raise UserError(f"cannot write {self._final}: {error.strerror}; choose a writable directory") from error
         return self
 
     def add(self, record: Mapping[str, Any], clip_path: str | pathlib.Path | None = None) -> None:
-        """Appends one record and copies its clip; ids must be unique.
+        """Appends one record and copies its clip.
 
         Raises:
-          ValueError: the record disagrees with the schema or with `Meta`.
+          ValueError: the record does not match the schema or `Meta`, or its id is already used.
         """
         if record["id"] in self._ids:
             raise ValueError(f"record id {record['id']!r} is used twice")
@@ -224,7 +214,7 @@ class DatasetWriter:
         name = f"records/records-{file:05d}.array_record"
         if row == 0:
             self._close_file()
-            # One record a group: batches read single records in random order.
+            # One record per group, because batches read single records in random order.
             self._writer = ArrayRecordWriter(str(self._partial / name), "group_size:1")
         self._writer.write(data)
         if clip_path is not None:
@@ -258,7 +248,7 @@ class DatasetWriter:
 
 
 class Dataset:
-    """Random access to the records of one data set; picklable and safe to read from several threads."""
+    """Random access to the records of one data set; picklable and thread-safe."""
 
     def __init__(self, directory: pathlib.Path, meta: Meta, index: list[dict[str, Any]], extra: dict[str, Any]):
         self.directory, self.meta, self.index, self.extra = directory, meta, index, extra
@@ -270,15 +260,15 @@ class Dataset:
         """Opens a data set directory.
 
         Raises:
-          UserError: it is missing, no data set, empty, damaged or of another schema version.
+          UserError: it is missing, not a data set, empty, damaged or of another schema version.
         """
         directory = pathlib.Path(directory).absolute()
-        make = "make one with `python -m data_pipelines.prepare`"
+        make = "create one with `python -m data_pipelines.prepare`"
         if not directory.is_dir():
             raise UserError(f"data directory {directory} does not exist; {make}")
         path = directory / "dataset.json"
         if not path.is_file():
-            what = "holds no dataset.json" if any(directory.iterdir()) else "is empty"
+            what = "has no dataset.json" if any(directory.iterdir()) else "is empty"
             raise UserError(f"data directory {directory} {what}; {make}")
         try:
             head = json.loads(path.read_text())
@@ -286,16 +276,14 @@ class Dataset:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}); prepare the data again") from error
         if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; prepare the data again"
-            )
+            raise UserError(f"{path} has schema version {version}, not {SCHEMA_VERSION}; prepare the data again")
         names = [field.name for field in dataclasses.fields(Meta) if field.name != "schema_version"]
         missing = [name for name in [*names, "index"] if name not in head]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}; prepare the data again")
         index = head.pop("index")
         if not index:
-            raise UserError(f"data directory {directory} holds no records; {make}")
+            raise UserError(f"data directory {directory} has no records; {make}")
         for name in sorted({entry["file"] for entry in index}):
             if not (directory / name).is_file():
                 raise UserError(f"data directory {directory} lacks {name}; prepare the data again")
@@ -307,7 +295,7 @@ class Dataset:
         return len(self.index)
 
     def read(self, i: int) -> dict[str, Any]:
-        """Record i (an index into `.index`) as a dict of `meta.fields`."""
+        """Record i (an index into `.index`)."""
         entry = self.index[i]
         with self._lock:
             reader = self._readers.get(entry["file"])
@@ -318,26 +306,26 @@ class Dataset:
             return decode(reader.read([entry["row"]])[0], self.meta.arrays)
         except Exception:
             with self._lock:
-                self._readers.pop(entry["file"], None)  # opened anew by the next try
+                self._readers.pop(entry["file"], None)  # the next attempt reopens it
             raise
 
     def fingerprint(self) -> str:
-        """Hex sha256 of what dataset.json says that decides batches; the same wherever the directory lies.
+        """Hex sha256 of all metadata that affects batches; independent of the directory's path.
 
-        Sizes and encoders, the digest of the inputs, and every record in order; the arrays themselves are not read.
+        Covers sizes, encoders, the digest of the inputs and the index in order, but not the arrays.
         """
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.meta), self.extra], sort_keys=True).encode())
         for entry in self.index:
-            decides = {key: value for key, value in entry.items() if key not in ("file", "row")}
-            digest.update(json.dumps(decides, sort_keys=True).encode())
+            relevant = {key: value for key, value in entry.items() if key not in ("file", "row")}
+            digest.update(json.dumps(relevant, sort_keys=True).encode())
         return digest.hexdigest()
 
     def clip_path(self, i: int) -> pathlib.Path:
-        """The curated mp4 of record i (may be absent)."""
+        """The prepared mp4 of record i (may be absent)."""
         return self.directory / "clips" / clip_filename(self.index[i]["id"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open readers and locks do not travel to another process; they are made again there.
+        # Readers and locks cannot be pickled; the other process creates its own.
         return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from absl import flags
 from experiments.common import cli
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.export import FORMATS
+from omnihuman_jax.checkpoints.load import is_exported, load_config, load_parameters
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.weights.formats import FORMATS as NAMINGS
 from omnihuman_jax.weights.formats import check_format
@@ -36,10 +37,10 @@ def export_checkpoint(
     if naming:
         check_format(naming, "--naming")
     folder = export.check_output(output)
-    if export.is_exported(checkpoint):
+    if is_exported(checkpoint):
         raise UserError(f"--checkpoint={checkpoint}: is an exported directory already; give a training checkpoint")
-    cli.setup_one_device(export.load_config(checkpoint))
-    config, params, info = export.load(checkpoint, use_ema=ema)
+    cli.setup_one_device(load_config(checkpoint))
+    config, params, info = load_parameters(checkpoint, use_ema=ema)
     print(f"{info['path']}: step {info['step']} ({info['stage']}), {'EMA' if ema else 'raw'} parameters")
     export.save(folder, config, params, info, ema=ema, naming=naming)
     cli.list_files(folder)

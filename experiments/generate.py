@@ -25,17 +25,17 @@ from data_pipelines.encoders import speech, text
 from data_pipelines.raw import media
 from experiments.common import cli, files
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import load_config, load_parameters
 from omnihuman_jax.diffusion import guidance, sampler
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS, pixel_frames
 from omnihuman_jax.inference import images, segments
 from omnihuman_jax.inference.generate import Request, check_request, generate, pixel_multiple
 from omnihuman_jax.inference.sampling import Settings
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.streaming import Tiling
 from omnihuman_jax.models.vae.vae import load_vae
 from omnihuman_jax.pixels import to_pixels
-from omnihuman_jax.training.state import make_network
 
 OUTPUT_RATE = 48_000  # of the output's sound, in Hz; the encoder's 16 kHz would sound dull
 
@@ -256,7 +256,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
     """
     check_options(options)
     inputs = read_inputs(options)
-    config = export.load_config(options.checkpoint)
+    config = load_config(options.checkpoint)
     if setup:
         cli.setup_one_device(config)
     settings = Settings.from_config(
@@ -279,7 +279,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
     request = build_request(options, inputs, config, *size)
     check_request(network.config, request, multiple)
 
-    _, params, info = export.load(options.checkpoint, use_ema=options.ema)
+    _, params, info = load_parameters(options.checkpoint, use_ema=options.ema)
     count = describe(config, info, request, settings)
     progress = Progress(count * settings.steps)
     try:

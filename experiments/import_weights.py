@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from experiments.common import cli
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
+from omnihuman_jax.random_keys import INIT, purpose_key
 from omnihuman_jax.training import config_ranges
-from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.formats import FORMATS
 from omnihuman_jax.weights.load import Cast, Source
@@ -79,7 +79,8 @@ def fresh_conditions(network: Network, seed: int) -> dict[str, Any]:
 
     paths = jax.tree_util.tree_flatten_with_path(network.abstract_params)[0]
     names = [path_name(path) for path, _ in paths if is_condition(path_name(path))]
-    return traverse_util.unflatten_dict(dict(zip(names, init(jax.random.key(seed)), strict=True)), sep=".")
+    leaves = init(purpose_key(seed, INIT))
+    return traverse_util.unflatten_dict(dict(zip(names, leaves, strict=True)), sep=".")
 
 
 def define_flags() -> None:

@@ -4,8 +4,6 @@ python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workd
 """
 
 import dataclasses
-import sys
-import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +14,23 @@ from ml_collections import ConfigDict
 
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
-from data_pipelines.schema import Dataset, check_sizes, given
+from data_pipelines.raw import media
+from data_pipelines.schema import Dataset, check_sizes, condition_arrays
 from experiments.common import cli
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import load_config
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import pixel_frames
+from omnihuman_jax.inference.generate import decode_latents
 from omnihuman_jax.inference.inputs import Inputs
 from omnihuman_jax.inference.sampling import Settings, sample_latents
-from omnihuman_jax.models.vae.streaming import decode_clip
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
-from omnihuman_jax.sharding.mesh import training_mesh
 from omnihuman_jax.training import config_ranges, loop
-from omnihuman_jax.training.metrics import write_gif
 from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 
 
 class SampleVideos:
@@ -61,19 +59,21 @@ class SampleVideos:
         # Driven by the guided conditions (text and speech) that this stage trains and all clips have.
         trained = [name for name in conditions.guided() if name in conditions.selecting() and stage.ratios[name] > 0]
         drives = [name for name in trained if all(len(record[conditions.get(name).record]) for record in records)]
-        inputs = Inputs.of(network.config, [given(record, ["text", "reference", *drives]) for record in records])
+        inputs = Inputs.of(
+            network.config, [condition_arrays(record, ["text", "reference", *drives]) for record in records]
+        )
         settings = Settings.from_config(config, window=window)
         frames = pixel_frames(window)
         made = sample_latents(
             network, params, inputs, settings, frames=frames, seeds=range(config.seed, config.seed + len(records))
         )
         real = np.stack([r["latents"][:window] for r in records]).astype(np.float32)
-        pair = [np.concatenate(list(decode_clip(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
+        pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
         video = to_pixels(np.concatenate(pair, axis=1))
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step, stage)
         part = path.with_name(f".{path.name}")
-        write_gif(part, video)
+        media.write_gif(part, video)
         part.replace(path)  # so that an existing sample is complete
         return path, video.shape[1:3]
 
@@ -101,7 +101,7 @@ def check_start(
     check_init_from(stages, replace_parameters_at, fresh=not done)
     for stage in stages:  # a stage that has started no longer needs it
         if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
-            there = export.load_config(stage.init_from).model.to_dict()
+            there = load_config(stage.init_from).model.to_dict()
             check_same_model(there, config.model.to_dict(), stage.init_from)
 
 
@@ -127,37 +127,18 @@ def main(_: list[str]) -> None:
     check_sizes(dataset, config.model)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     input_pipeline = InputPipeline.from_config(config, stages, dataset)
-    num_processes = cli.join_processes()
-    cli.setup_platform(config, num_processes)
-    try:
-        _train(config, stages, dataset, input_pipeline)
-    except BaseException as error:
-        if num_processes == 1:
-            raise
-        expected = isinstance(error, UserError)
-        try:
-            print(f"error: {error}" if expected else traceback.format_exc(), file=sys.stderr)
-        finally:  # even if that cannot be written, because the other processes must not wait
-            cli.end_process(2 if expected else 1)
+    with cli.one_of_several(config):
+        _train(config, dataset, input_pipeline)
 
 
-def _train(config: ConfigDict, stages: Sequence[Stage], dataset: Dataset, input_pipeline: InputPipeline) -> None:
-    # Errors in these are raised before the run directory is made.
-    training_mesh(config)
-    make_network(config)
+def _train(config: ConfigDict, dataset: Dataset, input_pipeline: InputPipeline) -> None:
+    f = flags.FLAGS
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
-    workdir = cli.make_workdir(flags.FLAGS.workdir)
-    sample = SampleVideos(config, dataset, vae, workdir) if vae else None
-    plain = cli.to_plain(config) | {"dataset": describe(dataset)}
-    loop.train(
-        config,
-        plain,
-        workdir,
-        input_pipeline,
-        sample,
-        replace_parameters_at=flags.FLAGS.replace_parameters_at,
-        started=cli.process_started(),
-    )
+    sample = SampleVideos(config, dataset, vae, Path(f.workdir)) if vae else None
+    # Errors in the mesh or the network are raised before the run directory is made.
+    task = OmniHumanTask(config, input_pipeline, sample, f.replace_parameters_at)
+    plain = cli.to_plain(config) | {"dataset": describe(dataset), "conditions": list(conditions.names())}
+    loop.train(task, config, plain, cli.make_workdir(f.workdir), started=cli.process_started())
 
 
 if __name__ == "__main__":

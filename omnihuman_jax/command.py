@@ -10,9 +10,7 @@ from absl import app, flags, logging
 from omnihuman_jax.errors import UserError, nearest
 
 PLUGINS = "plugins"
-flags.DEFINE_list(
-    PLUGINS, [], "Modules to import first, comma-separated: they register conditions, model families or metrics."
-)
+flags.disclaim_key_flags()  # what is defined here belongs to the command, whose --help lists it
 
 
 def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] | None = None) -> None:
@@ -41,6 +39,9 @@ def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] 
                 raise
             return _fail(UserError(f"{error.filename or 'a file'}: {error.strerror}; free some space and restart"))
 
+    flags.DEFINE_list(
+        PLUGINS, [], "Modules to import first, comma-separated: they register conditions, model families or metrics."
+    )
     logging.set_verbosity(logging.WARNING)
     try:
         app.run(guarded, flags_parser=parse)

@@ -23,6 +23,11 @@ def pixel_frames(latents: int) -> int:
     return 1 + STRIDE * (latents - 1)
 
 
+def seconds(latents: int) -> float:
+    """Seconds of video that `latents` latent frames in the middle of a clip stand for."""
+    return STRIDE * latents / FPS
+
+
 def frames_around(last: int, count: int, num_frames: int, context: int = 0) -> np.ndarray:
     """The `count` pixel frames that end with `last` and `context` more at each end, int64 (count + 2 * context,).
 

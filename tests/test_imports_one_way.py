@@ -59,3 +59,24 @@ def test_imports_are_resolved_to_modules():
     source = "import a.b\nimport numpy\nfrom a import c, f\nfrom . import b\ndef g():\n    from .d import x\n"
     found = imported_modules(source, pathlib.PurePath("a/e.py"), modules)
     assert found == {"a", "a.b", "a.c", "a.d"}
+
+
+# Room of omnihuman_jax -> rooms that it must not need.
+APART = {
+    "omnihuman_jax.training": ("omnihuman_jax.inference", "omnihuman_jax.checkpoints.export"),
+    "omnihuman_jax.checkpoints": ("omnihuman_jax.inference", "omnihuman_jax.training"),
+    "omnihuman_jax.inference": ("omnihuman_jax.training",),
+    "omnihuman_jax.models": ("omnihuman_jax.training", "omnihuman_jax.checkpoints", "omnihuman_jax.inference"),
+}
+
+
+@pytest.mark.parametrize("room", APART)
+def test_rooms_of_the_library_are_apart(room):
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in import_graph().items()
+        if f"{name}.".startswith(f"{room}.")
+        for other in sorted(others)
+        if f"{other}.".startswith(tuple(f"{apart}." for apart in APART[room]))
+    ]
+    assert wrong == []

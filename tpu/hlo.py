@@ -1,8 +1,8 @@
-"""Cycles in an optimised TPU program: the compiler's estimate of each operation times the trips of the loops around it.
+"""Cycles of an optimised TPU program: the compiler's estimate for each operation times the trips of its loops.
 
-`cost_analysis()` counts the body of a loop once, and its `optimal_seconds` is not usable for several generations; the
-program's text carries `estimated_cycles` for every operation that XLA itself schedules. Pallas kernels and collectives
-carry none, so they are counted but not timed.
+`cost_analysis()` counts the body of a loop once, and its `optimal_seconds` is unusable for several generations. The
+program's text has `estimated_cycles` for every operation that XLA schedules itself. Pallas kernels and collectives have
+none, so they are counted but not timed.
 """
 
 import dataclasses
@@ -44,13 +44,13 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one run of a program costs on one device.
+    """Cost of one run of a program on one device, with loops multiplied out.
 
     Attributes:
       cycles: estimated by the TPU compiler, without Pallas kernels and collectives.
-      kernels: Pallas calls made, loops multiplied out.
-      collectives: collectives made, loops multiplied out.
-      unknown_loops: loops whose number of trips could not be read; their bodies are counted once.
+      kernels: number of Pallas calls.
+      collectives: number of collectives.
+      unknown_loops: loops with an unknown number of trips; their bodies are counted once.
     """
 
     cycles: float = 0.0
@@ -59,20 +59,16 @@ class Estimate:
     unknown_loops: int = 0
 
     def __add__(self, other: "Estimate") -> "Estimate":
-        return Estimate(
-            self.cycles + other.cycles,
-            self.kernels + other.kernels,
-            self.collectives + other.collectives,
-            self.unknown_loops + other.unknown_loops,
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Estimate(*(a + b for a, b in pairs))
 
     def times(self, trips: int) -> "Estimate":
-        """The same, run `trips` times."""
+        """The cost of `trips` runs."""
         return Estimate(self.cycles * trips, self.kernels * trips, self.collectives * trips, self.unknown_loops)
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
-    """Name of the entry computation, and every computation by name."""
+    """The name of the entry computation, and all computations by name."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in _logical_lines(text):
@@ -87,7 +83,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
 
 
 def _logical_lines(text: str) -> list[str]:
-    """Lines, with the attributes of Pallas calls joined to theirs: those are printed over several lines."""
+    """The text's lines, with the multi-line attributes of Pallas calls joined to their line."""
     lines: list[str] = []
     for line in text.splitlines():
         if not line or line == "}" or line.startswith("}, execution_thread") or _STARTS.match(line):
@@ -98,7 +94,7 @@ def _logical_lines(text: str) -> list[str]:
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction | None:
-    """Splits "TYPE opcode(ARGUMENTS), ATTRIBUTES"; a tuple's TYPE is in parentheses."""
+    """Parses "TYPE opcode(ARGUMENTS), ATTRIBUTES"; a tuple's TYPE is in parentheses."""
     start = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     opening = rest.find("(", start)
     if start <= 0 or opening < 0:
@@ -117,79 +113,15 @@ def _closing(text: str, opening: int) -> int:
     return len(text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective of a program, on one device.
-
-    Attributes:
-      opcode: "all-gather", …
-      shapes: (dtype, dimensions) of each array that it makes.
-      runs: how often it runs; in a loop of unknown length once a trip of the loops around that.
-      in_loop: whether a loop runs it.
-      source: where it comes from, as JAX names it.
-    """
-
-    opcode: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    runs: int
-    in_loop: bool
-    source: str
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that all its runs make on a device."""
-        return self.runs * sum(_bytes(dtype) * math.prod(dims) for dtype, dims in self.shapes)
-
-
-def collectives(text: str) -> list[Collective]:
-    """Every collective of an optimised program, those of loops with the loops' trips."""
-    entry, computations = parse(text)
-    found: list[Collective] = []
-
-    def walk(name: str, runs: int, in_loop: bool) -> None:
-        for item in computations[name].values():
-            opcode = item.opcode.removesuffix("-start")
-            if opcode in COLLECTIVES:
-                source = re.search(r'op_name="([^"]*)"', item.attributes)
-                found.append(Collective(opcode, _made(item), runs, in_loop, source[1] if source else ""))
-            elif opcode == "while":
-                trips = trip_count(item, computations[name], computations)
-                walk(item.attribute("body"), runs * (1 if trips is None else trips), True)
-            else:
-                for called in _called(item):
-                    if called in computations:
-                        walk(called, runs, in_loop)
-
-    walk(entry, 1, False)
-    return found
-
-
-def _called(item: Instruction) -> list[str]:
-    """Computations that an instruction runs once: of calls, fusions, asynchronous pairs and conditionals."""
-    branches = re.search(r"branch_computations=\{([^}]*)\}", item.attributes)
-    names = _NAME.findall(branches[1]) if branches else []
-    keys = ("calls", "true_computation", "false_computation") + (("to_apply",) if item.opcode == "call" else ())
-    return names + [called for key in keys if (called := item.attribute(key))]
-
-
-def _made(item: Instruction) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Arrays that a collective makes. An asynchronous start also names what it reads; its result is the largest."""
-    shapes = [
-        (dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", item.shape)
-    ]
-    if item.opcode in ("all-gather-start", "collective-permute-start"):
-        shapes = [max(shapes, key=lambda shape: math.prod(shape[1]))]
-    return tuple(shapes)
-
-
-def _bytes(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    return max(1, int(bits[0]) // 8) if bits else 1
+def branches(item: Instruction) -> list[str]:
+    """The branch computations of a conditional."""
+    if found := re.search(r"branch_computations=\{([^}]*)\}", item.attributes):
+        return _NAME.findall(found[1])
+    return [name for key in ("true", "false") if (name := item.attribute(f"{key}_computation"))]
 
 
 def estimate(text: str) -> Estimate:
-    """Adds up an optimised program, as `compiled.as_text()` gives it."""
+    """Cost of an optimised program (`compiled.as_text()`); a conditional costs as much as its worst branch."""
     entry, computations = parse(text)
     done: dict[str, Estimate] = {}
 
@@ -206,13 +138,7 @@ def estimate(text: str) -> Estimate:
         if item.opcode == "call":
             return total(item.attribute("to_apply"))
         if item.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}", item.attributes)
-            names = (
-                _NAME.findall(branches[1])
-                if branches
-                else [item.attribute(f"{b}_computation") for b in ("true", "false")]
-            )
-            return max((total(name) for name in names), key=lambda e: e.cycles)
+            return max((total(name) for name in branches(item)), key=lambda e: e.cycles)
         if item.opcode.removesuffix("-start") in COLLECTIVES:
             return Estimate(collectives=1)
         if item.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in item.attributes:
@@ -224,7 +150,7 @@ def estimate(text: str) -> Estimate:
 
 
 def trip_count(loop: Instruction, inside: Computation, computations: dict[str, Computation]) -> int | None:
-    """Trips of a counted loop: from its initial value by its step while it is below (or at, or above) its bound."""
+    """Trips of a counted loop, from its initial value, step and bound; None if they are unknown."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -243,7 +169,7 @@ def trip_count(loop: Instruction, inside: Computation, computations: dict[str, C
 
 
 def _resolve(name: str, computation: Computation) -> Instruction | None:
-    """The instruction behind copies and bitcasts."""
+    """The instruction that a copy, bitcast or conversion takes its value from."""
     item = computation.get(name)
     while item is not None and item.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
         item = computation.get(item.operands[0])
@@ -263,7 +189,7 @@ def _tuple_index(item: Instruction | None) -> int | None:
 
 
 def _initial(loop: Instruction, inside: Computation, index: int | None) -> int | None:
-    """Value of the counter before the first trip."""
+    """Initial value of the counter."""
     state = inside.get(loop.operands[0])
     if index is None or state is None or state.opcode != "tuple":
         return None
@@ -271,7 +197,7 @@ def _initial(loop: Instruction, inside: Computation, index: int | None) -> int |
 
 
 def _step(body: Computation, index: int | None) -> int | None:
-    """What one trip adds to the counter."""
+    """Increment of the counter per trip."""
     root = next((item for item in body.values() if item.root), None)
     if index is None or root is None or root.opcode != "tuple":
         return None

@@ -1,8 +1,8 @@
-"""Compiles every stage's train step for a TPU topology, without a TPU: fits or not, HBM per chip, FLOPs, step time.
+"""Compiles every stage's train step for a TPU topology without a TPU; reports whether it fits, HBM, FLOPs, step time.
 
 python -m tpu.plan --config=experiments/configs/omni_2b.py --topology=v5p:4x4x4 [--num_slices=2] [--output=plan.json]
 
-The step is the one that training runs (`omnihuman_jax.training.step.jit_train_step`), with the preset's mesh over the
+It compiles the step of training (`omnihuman_jax.training.step.jit_train_step`) with the preset's mesh over the
 topology's devices, for every (T, H, W) of `config.plan.buckets`. Exit status: 0 all fit, 1 one does not, 2 bad input.
 """
 
@@ -27,12 +27,12 @@ from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.checkpoints.manager import COPY_SIZE
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops as flops_lib
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
-from omnihuman_jax.training.state import abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
 from tpu import hlo
 from tpu.topologies import GIB, Topology, get_topology
@@ -45,24 +45,24 @@ Bucket = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What the compiler says of one train step on one bucket. Memory in bytes of a chip, times in seconds.
+    """The compiler's result for one train step on one bucket. Memory in bytes per chip, times in seconds.
 
     Attributes:
       bucket: latent (T, H, W) of the noisy window.
       fits: whether it compiles within the HBM.
-      hbm_needed: arguments + temporaries + outputs - donated; None when the compiler does not say.
+      hbm_needed: arguments + temporaries + outputs - donated; None if the compiler does not report it.
       hbm_available: HBM that the compiler may use.
-      memory: the parts of hbm_needed; the program itself; and the copy of the state, the most that
-        checkpoint.copy_on_device takes besides during a save (where there is no room for it, training waits instead).
-      error: the compiler's words when it does not fit.
-      model_flops: forward and backward of the global batch, counted analytically, without recomputation.
-      flops_per_chip: the same divided by the number of chips.
-      seconds_at_mfu: step time if this share of the chip's peak were reached; an assumption.
+      memory: the parts of hbm_needed; the program; and the copy of the state, the maximum that
+        checkpoint.copy_on_device needs in addition during a save (without room for it, training waits instead).
+      model_flops: forward and backward pass of the global batch, counted analytically, without recomputation.
+      flops_per_chip: model_flops divided by the number of chips.
+      seconds_at_mfu: step time at an assumed share of the chip's peak.
+      compile_seconds: compilation time on this machine.
+      error: the compiler's message if it does not fit.
       compiler_seconds: estimated by the TPU compiler, without Pallas kernels and collectives; never measured.
-      pallas_calls: Pallas calls a step, which compiler_seconds leaves out.
-      collectives: collectives a step, which compiler_seconds leaves out.
-      unknown_loops: loops counted once in compiler_seconds because their trips could not be read.
-      compile_seconds: time that compilation took on this machine.
+      pallas_calls: Pallas calls per step.
+      collectives: collectives per step.
+      unknown_loops: loops of unknown length, which compiler_seconds counts once.
     """
 
     bucket: Bucket
@@ -70,22 +70,22 @@ class StepPlan:
     hbm_needed: int | None
     hbm_available: int
     memory: dict[str, int]
-    error: str
     model_flops: float
     flops_per_chip: float
     seconds_at_mfu: dict[str, float]
-    compiler_seconds: float | None
-    pallas_calls: float
-    collectives: float
-    unknown_loops: int
     compile_seconds: float
+    error: str = ""
+    compiler_seconds: float | None = None
+    pallas_calls: float = 0
+    collectives: float = 0
+    unknown_loops: int = 0
 
 
 def stage_buckets(config: ConfigDict) -> dict[str, list[Bucket]]:
-    """Stage name -> latent (T, H, W) of its steps: `plan.buckets`, with the stage's own T where it sets one.
+    """Stage name -> latent (T, H, W) of its steps: `plan.buckets`, with the stage's own T if it has one.
 
     Raises:
-      UserError: no buckets, or one that the patch size does not divide.
+      UserError: no buckets, or one that is not divisible by the patch size.
     """
     buckets = [tuple(int(size) for size in bucket) for bucket in config.plan.buckets]
     if not buckets:
@@ -103,10 +103,10 @@ def stage_buckets(config: ConfigDict) -> dict[str, list[Bucket]]:
 
 
 def plan(config: ConfigDict, topology: Topology, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Compiles each distinct step of a resolved config for `topology`; the report as plain JSON types.
+    """Compiles each distinct step of a resolved config for `topology`; returns the report as plain JSON types.
 
     Raises:
-      UserError: the mesh or the batch does not divide over the devices, or wrong stages or buckets.
+      UserError: the mesh or the batch is not divisible over the devices, or stages or buckets are wrong.
     """
     table = stage_buckets(config)
     mesh = mesh_lib.training_mesh(config, topology.devices, num_slices=topology.num_slices)
@@ -120,7 +120,7 @@ def plan(config: ConfigDict, topology: Topology, log: Callable[[str], None] = pr
     for stage, buckets in table.items():
         for bucket in buckets:
             if bucket in plans:
-                log(f"{stage} {_size(bucket)}: the same step as {first_stage[bucket]}'s")
+                log(f"{stage} {_size(bucket)}: same step as {first_stage[bucket]}")
             else:
                 first_stage[bucket] = stage
                 plans[bucket] = compile_step(config, network, mesh, bucket, topology)
@@ -132,7 +132,7 @@ def plan(config: ConfigDict, topology: Topology, log: Callable[[str], None] = pr
 
 
 def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucket, topology: Topology) -> StepPlan:
-    """Lowers and compiles the train step for one bucket; too large for the HBM is a result, not an exception."""
+    """Lowers and compiles the train step for one bucket; exceeding the HBM is a result, not an exception."""
     devices_per_chip = topology.generation.devices_per_chip
     flops = flops_lib.train_step_flops(network.config, config.global_batch_size, bucket)
     per_chip = flops / topology.chips
@@ -161,7 +161,7 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
         "temporaries": stats.temp_size_in_bytes * devices_per_chip,
         "outputs": stats.output_size_in_bytes * devices_per_chip,
         "donated": stats.alias_size_in_bytes * devices_per_chip,
-        "copy": int(COPY_SIZE * stats.alias_size_in_bytes) * devices_per_chip,  # what is donated is the state
+        "copy": int(COPY_SIZE * stats.alias_size_in_bytes) * devices_per_chip,  # the state is what is donated
         "program": stats.generated_code_size_in_bytes * devices_per_chip,
     }
     needed = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["donated"]
@@ -170,7 +170,6 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
         fits=needed <= fixed["hbm_available"],
         hbm_needed=needed,
         memory=memory,
-        error="",
         compiler_seconds=cost.cycles / topology.generation.clock_hz,
         pallas_calls=cost.kernels,
         collectives=cost.collectives,
@@ -180,25 +179,14 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
 
 
 def _too_large(fixed: dict[str, Any], message: str, devices_per_chip: int, seconds: float) -> StepPlan:
-    """The compiler ran out of memory: its own words, and the total where they name one."""
+    """The result if the compiler runs out of memory: its message, and the needed memory if that names it."""
     words = " ".join(message.split())
     named = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|\(([\d.]+)([KMGT])\) exceeds available HBM", words)
     needed = None
     if named:
         number, unit = (part for part in named.groups() if part)
         needed = int(float(number) * _UNITS[unit]) * devices_per_chip
-    return StepPlan(
-        **fixed,
-        fits=False,
-        hbm_needed=needed,
-        memory={},
-        error=words[:400],
-        compiler_seconds=None,
-        pallas_calls=0,
-        collectives=0,
-        unknown_loops=0,
-        compile_seconds=seconds,
-    )
+    return StepPlan(**fixed, fits=False, hbm_needed=needed, memory={}, error=words[:400], compile_seconds=seconds)
 
 
 def _header(config: ConfigDict, topology: Topology, mesh: Mesh, parameters: int) -> dict[str, Any]:
@@ -235,7 +223,7 @@ def _size(bucket: Bucket) -> str:
 
 
 def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
-    """A few lines for the terminal; every time is named an assumption or an estimate."""
+    """Lines for the terminal, which call every time an assumption or an estimate."""
     tokens = math.prod(step.bucket) // math.prod(config.model.patch_size)
     need = "?" if step.hbm_needed is None else f"{step.hbm_needed / GIB:.2f}"
     lines = [
@@ -249,7 +237,7 @@ def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
             room = step.hbm_needed + step.memory["copy"] <= step.hbm_available
             lines.append(
                 f"a save's copy of the state, at most {step.memory['copy'] / GIB:.2f} GiB: "
-                + ("fits besides" if room else "does not fit besides, so training waits while a save reads the state")
+                + ("fits too" if room else "does not fit too, so training waits while a save reads the state")
             )
     else:
         lines.append(f"compiler: {step.error}")
@@ -268,16 +256,15 @@ def _describe(config: ConfigDict, step: StepPlan, topology: Topology) -> str:
 
 
 def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
+    """The command's flags."""
     cli.define_config_flag()
     flags.DEFINE_string("topology", None, "TPU topology, as v5p:4x4x4 or v5e:16x16.")
-    flags.DEFINE_integer("num_slices", 1, "Slices of that topology; data parallelism goes over the network between.")
+    flags.DEFINE_integer("num_slices", 1, "Number of slices; data parallelism spans the network between them.")
     flags.DEFINE_string("output", None, "JSON file for the report.")
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    del argv
     if flags.FLAGS.config is None:
         raise UserError("--config is missing; give a preset, as --config=experiments/configs/demo.py")
     config_ranges.check(flags.FLAGS.config)
@@ -285,8 +272,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--topology is missing; give one, as --topology=v5p:2x2x2")
     output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
     if output and not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: {output.absolute().parent} is no directory; make it first")
-    # Programs for another machine cannot be read back from the cache, so writing them is waste.
+        raise UserError(f"--output={output}: {output.absolute().parent} is not a directory; create it first")
+    # Programs for another machine cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     report = plan(flags.FLAGS.config, get_topology(flags.FLAGS.topology, flags.FLAGS.num_slices))
     if output:

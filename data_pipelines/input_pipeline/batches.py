@@ -1,7 +1,7 @@
-"""From records to batches: the schedule's rows are read, cut into windows and stacked.
+"""Reads the records that the schedule selects, cuts windows out of them and stacks these into batches.
 
-A batch is a pure function of (seed, step) and the rows asked for, so the state of the input is one integer, the next
-step, and a host reads only its slice of the global rows.
+A batch is a pure function of (seed, step, rows), so the input pipeline's state is the next step, one integer, and each
+host reads only its slice of the global rows.
 """
 
 import collections
@@ -23,75 +23,64 @@ from omnihuman_jax.frames import pixel_frames
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.training.stages import Stage
 
-RETRY_SECONDS = (0.2, 1.0, 5.0)  # pauses before a record that could not be read is tried again
+RETRY_SECONDS = (0.2, 1.0, 5.0)  # pauses between attempts to read a record
 
 
-def _needed() -> tuple[str, ...]:
-    """Fields of a record that `cut_window` reads."""
-    return ("latents", "reference_frames", *(condition.record for condition in conditions.table()))
-
-
-def usable_records(
-    index: Sequence[Mapping[str, Any]], frames: int, split: str = "train", stages: str = ""
-) -> list[int]:
-    """Index positions of a split's clips with at least `frames` latent frames; says how many are left out.
+def usable_records(index: Sequence[Mapping[str, Any]], frames: int, stages: str = "") -> list[int]:
+    """Index positions of the training clips with at least `frames` latent frames; warns about shorter ones.
 
     Args:
       stages: names of the stages with this window, for the messages.
 
     Raises:
-      UserError: the split is empty, or every clip is too short.
+      UserError: there are no training clips, or all are too short.
     """
-    members = [i for i, entry in enumerate(index) if entry["split"] == split]
+    members = [i for i, entry in enumerate(index) if entry["split"] == "train"]
     usable = [i for i in members if index[i]["shape"][0] >= frames]
     if not members:
-        raise UserError(f"the data set has no clips of split {split!r}; prepare data that has some")
+        raise UserError("the data set has no clips of split 'train'; prepare data that has some")
     pixels, of_stages = pixel_frames(frames), f" of {stages}" if stages else ""
     if not usable:
         longest = max(index[i]["frames"] for i in members)
         raise UserError(
-            f"all {len(members)} {split} clips are shorter than the training window{of_stages} of {frames} latent "
+            f"all {len(members)} train clips are shorter than the training window{of_stages} of {frames} latent "
             f"frames ({pixels} frames; the longest has {longest}); use longer clips or a shorter window"
         )
     if len(usable) < len(members):
         logging.warning(
-            "%d of %d %s clips are shorter than %d frames (the training window%s) and are left out",
-            len(members) - len(usable),
-            len(members),
-            split,
-            pixels,
-            of_stages,
+            f"{len(members) - len(usable)} of {len(members)} train clips are shorter than {pixels} frames (the "
+            f"training window{of_stages}) and are left out"
         )
     return usable
 
 
 def read_record(dataset: Dataset, i: int) -> dict[str, Any]:
-    """Record i of a data set, read again after a pause where a file system fails for a moment.
+    """Reads record i and retries after pauses, since network file systems can fail temporarily.
 
     Raises:
-      UserError: it cannot be read, with the record and its file.
+      UserError: the record still cannot be read.
     """
     pauses = iter(RETRY_SECONDS)
     while True:
         try:
             return dataset.read(i)
-        # ArrayRecord raises OSError, RuntimeError or ValueError by what it met, and a cut record fails to decode.
+        # ArrayRecord raises OSError, RuntimeError or ValueError, and decoding a truncated record raises others.
         except Exception as error:
             entry = dataset.index[i]
-            told = f"record {entry['id']} (row {entry['row']} of {dataset.directory / entry['file']})"
+            where = f"record {entry['id']} (row {entry['row']} of {dataset.directory / entry['file']})"
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             pause = next(pauses, None)
             if pause is None:
                 raise UserError(
-                    f"{told} cannot be read, {1 + len(RETRY_SECONDS)} times tried ({why}); restore the file, or "
+                    f"{where} cannot be read after {1 + len(RETRY_SECONDS)} attempts ({why}); restore the file or "
                     f"prepare the data again; the run continues from its last checkpoint"
                 ) from error
-            logging.warning("%s: reading failed (%s); trying again in %g s", told, why, pause)
+            logging.warning(f"{where}: reading failed ({why}); retrying in {pause:g} s")
             time.sleep(pause)
 
 
 class _RecordCache:
-    """Decoded records, the least recently used leaving first when `max_bytes` is exceeded."""
+    """LRU cache of decoded records with a limit of `max_bytes`."""
 
     def __init__(self, dataset: Dataset, max_bytes: int):
         self._dataset, self._max_bytes = dataset, max_bytes
@@ -106,8 +95,9 @@ class _RecordCache:
             if i in self._records:
                 self._records.move_to_end(i)
                 return self._records[i]
-        whole = read_record(self._dataset, i)  # outside the lock: other threads may read meanwhile
-        record = {name: whole[name] for name in _needed() if name in whole}
+        whole = read_record(self._dataset, i)  # outside the lock, so that other threads can read
+        needed = ("latents", "reference_frames", *(condition.record for condition in conditions.table()))
+        record = {name: whole[name] for name in needed if name in whole}
         with self._lock:
             if i not in self._records:
                 self._records[i] = record
@@ -129,10 +119,10 @@ def _nbytes(record: Mapping[str, np.ndarray]) -> int:
 
 
 class Batches:
-    """Batches by random access; picklable and safe to call from several threads."""
+    """Random access to batches by step; picklable and thread-safe."""
 
-    def __init__(self, dataset: Dataset, schedule: Schedule, model: ModelConfig, *, cache_bytes: int = 2**30):
-        """Use `open`; `cache_bytes` bounds the records kept in memory."""
+    def __init__(self, dataset: Dataset, schedule: Schedule, model: ModelConfig, cache_bytes: int):
+        """Use `open`."""
         self.dataset, self.schedule, self.model = dataset, schedule, model
         self._cache = _RecordCache(dataset, cache_bytes)
 
@@ -147,49 +137,46 @@ class Batches:
         guidance_dropout: Mapping[str, float] | None = None,
         cache_bytes: int = 2**30,
     ) -> "Batches":
-        """Plans the schedule, each stage over the training clips that are as long as its window.
+        """Plans each stage over the training clips that are at least as long as its window.
+
+        Args:
+          guidance_dropout: see `Schedule`.
+          cache_bytes: limit of the records kept in memory.
 
         Raises:
-          UserError: no such clips, or a stage that they cannot give (see `Schedule`).
+          UserError: no such clips, or they cannot meet a stage's ratios (see `Schedule`).
         """
         named: dict[int, list[str]] = {}
         for stage in stages:
             named.setdefault(stage.latent_frames, []).append(stage.name)
         for frames, names in named.items():
             records = usable_records(dataset.index, frames, stages=", ".join(names))
-            cls._warn_of_clips_without_motion(dataset, records, frames, model)
+            needed = frames + model.motion_frames
+            short = sum(dataset.index[i]["shape"][0] < needed for i in records)
+            if short and frames > 1 and model.motion_frames:
+                logging.warning(
+                    f"{short} of {len(records)} training clips are shorter than {pixel_frames(needed)} frames (window "
+                    f"and motion frames): their windows always start at frame 0 and do not train continuation"
+                )
         schedule = Schedule(stages, dataset.index, seed=seed, guidance_dropout=guidance_dropout)
-        return cls(dataset, schedule, model, cache_bytes=cache_bytes)
+        return cls(dataset, schedule, model, cache_bytes)
 
     def with_stages(self, stages: Sequence[Stage]) -> Self:
-        """The batches of another stage table over the same data; they share the records kept in memory.
+        """The batches of another stage table over the same data, with the same record cache.
 
         Raises:
-          UserError: a stage that the data cannot give.
+          UserError: the data cannot meet a stage's ratios.
         """
         other = copy.copy(self)
         other.schedule = self.schedule.with_stages(stages)
         return other
 
-    @staticmethod
-    def _warn_of_clips_without_motion(dataset: Dataset, records: Sequence[int], frames: int, model: ModelConfig):
-        needed = frames + model.motion_frames
-        short = sum(dataset.index[i]["shape"][0] < needed for i in records)
-        if short and frames > 1 and model.motion_frames:
-            logging.warning(
-                "%d of %d training clips are shorter than %d frames (window and motion frames): their windows always "
-                "start at frame 0, so they do not train how a segment continues another",
-                short,
-                len(records),
-                pixel_frames(needed),
-            )
-
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
-        """The given global rows of a step's batch (steps count from 1).
+        """The global `rows` of a step's batch (steps count from 1).
 
         Returns:
-          the fields of `omnihuman_jax.batch.fields`; beside them scheduled bool (B,conditions), record int32 (B,) data
-          set indices; latent_shape (H,W), the same for all rows.
+          The fields of `omnihuman_jax.batch.fields`; in addition scheduled bool (B,conditions), record int32 (B,) data
+          set indices, and latent_shape (H,W) of all rows.
         """
         selection = self.schedule.select(step, rows)
         stage = self.schedule.stages[selection.stage]
@@ -207,11 +194,7 @@ class Batches:
         }
 
     def describe(self, step: int) -> dict[str, Any]:
-        """What data_log.jsonl says about a step, in global row order.
-
-        Returns:
-          step; records, the ids; active and scheduled, the names of the conditions of each row.
-        """
+        """The entry of data_log.jsonl for a step: step, record ids, active and scheduled conditions by global row."""
         selection = self.schedule.select(step)
         return {
             "step": step,

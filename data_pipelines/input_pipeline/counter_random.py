@@ -1,9 +1,8 @@
-"""Random numbers as pure functions of a key and counters, the same on every machine and library version.
+"""Random numbers as pure functions of a key and counters, identical on every machine and library version.
 
 The generator is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014), chained once per counter: h <- mix(h + GOLDEN * (counter + 1)). It is a bijection of each counter, so numbers
-that differ only in the last counter never collide. NumPy's own generators are not used: their streams are read in
-order, while training must be able to ask for step one million first.
+2014), applied once per counter: h <- mix(h + GOLDEN * (counter + 1)). It is a bijection of each counter, so numbers
+that differ only in the last counter never collide. Unlike NumPy's generators it gives random access to any step.
 """
 
 import functools
@@ -15,7 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def make_key(*parts: object) -> int:
-    """64-bit key for a purpose, from the `repr` of its parts (strings, integers, tuples of them)."""
+    """64-bit key from the `repr` of its parts (strings, integers, tuples of them)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 

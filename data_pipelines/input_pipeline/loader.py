@@ -1,7 +1,5 @@
 """Batches in the order of the steps, with Grain reading ahead in threads whose failures reach the training loop."""
 
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +8,6 @@ from absl import logging
 
 from data_pipelines.input_pipeline.batches import Batches
 from omnihuman_jax.errors import UserError
-
-POLL_SECONDS = 1.0  # how often a waiting loop looks whether the reading threads still live
 
 
 class _Read:
@@ -22,11 +18,8 @@ class _Read:
 
     def __init__(self, batches: Batches, rows: slice):
         self._batches, self._rows = batches, rows
-        self.threads: list[threading.Thread] = []  # that have read
 
     def __call__(self, step: int) -> dict[str, Any] | UserError:
-        if threading.current_thread() not in self.threads:
-            self.threads.append(threading.current_thread())
         try:
             return self._batches.batch(int(step), self._rows)
         except UserError as error:
@@ -58,46 +51,30 @@ def _caused(cause: BaseException, message: str) -> UserError:
 
 
 class _Loader(Iterator[dict[str, Any]]):
-    """Grain's iterator, which waits for ever for a thread that has died: this one ends with an error.
+    """Grain's iterator, which after an error gives nothing more: the step that failed would be left out unseen.
 
-    After an error it gives nothing more: the step that failed would otherwise be left out unseen.
+    Should a reading thread ever die without a word, Grain waits for its batch for ever; `training.faults.Watchdog` ends
+    the run then, as it does where a file system hangs.
     """
 
-    def __init__(self, given: grain.DatasetIterator, read: _Read):
-        self._given, self._read = given, read
-        self._error: BaseException | None = None
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._got: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
-        # A daemon, since it may wait for ever and the program must be able to end. It does not hold the loader, so
-        # that a loader nobody uses any more is collected and ends it.
-        self._thread = threading.Thread(target=_serve, args=(given, self._asked, self._got), name="loader", daemon=True)
-        self._thread.start()
-
-    def __del__(self) -> None:
-        self._asked.put(False)
+    def __init__(self, given: grain.DatasetIterator):
+        self._given = given
+        self._error: UserError | None = None
 
     def __next__(self) -> dict[str, Any]:
         if self._error is None:
-            self._asked.put(True)
-            batch = self._wait()
-            if not isinstance(batch, BaseException):
+            try:
+                batch = next(self._given)
+            except StopIteration:
+                raise
+            except Exception as error:  # noqa: BLE001 (of Grain's own threads: those of `_Read` are returned)
+                message = f"reading ahead has ended ({_told(error)}); the run continues from its last checkpoint"
+                batch = _caused(error, message)
+            if not isinstance(batch, UserError):
                 return batch
             self._error = batch
-            self.close()
+            self._given.close()
         raise self._error
-
-    def _wait(self) -> dict[str, Any] | BaseException:
-        while True:
-            # Before the wait: what a thread had finished when it died still counts.
-            dead = [thread.name for thread in (self._thread, *self._read.threads) if not thread.is_alive()]
-            try:
-                return self._got.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if dead:
-                    return UserError(
-                        f"data thread {dead[0]} has died and its batch will not come; what it said is above; the run "
-                        f"continues from its last checkpoint"
-                    )
 
     def get_state(self) -> dict[str, Any]:
         """One integer: the steps already given."""
@@ -106,22 +83,6 @@ class _Loader(Iterator[dict[str, Any]]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the steps that `state` had given."""
         self._given.set_state(state)
-
-    def close(self) -> None:
-        """Reads nothing more ahead."""
-        self._asked.put(False)
-        self._given.close()
-
-
-def _serve(given: Iterator[Any], asked: queue.SimpleQueue, got: queue.SimpleQueue) -> None:
-    while asked.get():
-        try:
-            got.put(next(given))
-        except StopIteration as error:
-            got.put(error)
-        except BaseException as error:  # for the thread that waits
-            message = f"reading ahead has ended ({_told(error)}); the run continues from its last checkpoint"
-            got.put(_caused(error, message))
 
 
 def make_dataset(
@@ -153,9 +114,8 @@ def make_loader(
       reading: `threads` and `prefetch` of `make_dataset`.
 
     Raises (from `next`):
-      UserError: a batch that cannot be made, or a reading thread that has died; the loader is at its end then.
+      UserError: a batch that cannot be made; the loader is at its end then.
     """
     if num_steps is None:
         num_steps = max(batches.schedule.num_steps - start_step + 1, 0)
-    read = _Read(batches, rows)
-    return _Loader(iter(make_dataset(read, start_step, num_steps, **reading)), read)
+    return _Loader(iter(make_dataset(_Read(batches, rows), start_step, num_steps, **reading)))

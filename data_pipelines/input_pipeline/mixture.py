@@ -1,17 +1,17 @@
-"""How much of each batch comes from where: one stage's ratios, frame sizes and sources turned into rates of draws.
+"""Turns one stage's ratios, bucket weights and source weights into rates of draws.
 
-Records fall into cells: same source, same bucket (latent H,W), same eligibility. A draw needs any subset of the
-conditions that select records (audio and pose; text and reference are possible with every record). The plan gives, per
-bucket, how often each need occurs and from which cells it is served, so that
+A cell is the set of records of one source, one bucket (latent H,W) and one eligibility. A draw needs any subset of the
+conditions that select records (audio and pose; every record has text and reference). For each bucket the plan gives
+the rate of each need and the cells that serve it, so that
 
-1. the ratios of these conditions hold exactly over all buckets (buckets without eligible records leave their quota to
-   the others), each bucket keeping its share of steps,
-2. records that lack a needed condition never serve it (principle 1: they serve the weaker draws),
-3. as far as 1 and 2 allow, sources keep their weights (a warning says which do not) and all records of a source are
-   used equally often.
+1. the ratios hold exactly over all buckets (buckets without eligible records leave their quota to the others), and each
+   bucket keeps its share of steps,
+2. a record never serves a need for a condition that it lacks (principle 1: it serves the weaker draws),
+3. within these limits sources keep their weights (with a warning if not) and all records of a source are used equally
+   often.
 
-2 and 3 are a transport problem, solved by iterative proportional fitting. Sums go through `np.bincount`, which adds in
-order, or `math.fsum`, which rounds once, so that every host gets the same bits.
+2 and 3 are a transport problem, solved by iterative proportional fitting. Sums use `np.bincount`, which adds in order,
+or `math.fsum`, which rounds once, so that all hosts get identical results.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from absl import logging
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError, nearest
 
-UNIT = 10_000_000  # rates are integers out of UNIT: decimal ratios are exact, and counts stay in 64 bits
+UNIT = 10_000_000  # rates are integers out of UNIT, so decimal ratios are exact and counts fit into 64 bits
 
 Bucket = tuple[int, int]
 Need = tuple[bool, ...]  # whether a draw needs each condition that selects records
 
 
 def needs() -> tuple[Need, ...]:
-    """All needs, in the order that makes a balanced split decide the weakest condition first (audio, then pose)."""
+    """All needs, ordered so that a balanced split decides the weakest condition first (audio, then pose)."""
     return tuple(itertools.product((True, False), repeat=len(conditions.selecting())))
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Records that are interchangeable for the schedule."""
+    """Records that the schedule treats alike."""
 
     source: str
     bucket: Bucket  # latent (H,W)
@@ -47,19 +47,19 @@ class Cell:
 
     @property
     def name(self) -> tuple[str | Bucket | bool, ...]:
-        """What its records have in common; keys their order."""
+        """What its records have in common; part of the key of their permutations."""
         return (self.source, self.bucket, *self.has)
 
     def serves(self, need: Need) -> bool:
-        """Whether its records can take a draw with this need."""
+        """Whether its records have all needed conditions."""
         return all(has >= needed for has, needed in zip(self.has, need, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Integer rates of one stage. `cells` are positions in the cell list given to `plan_mixture`."""
+    """Integer rates of one stage; a cell is its position in the list passed to `plan_mixture`."""
 
-    buckets: tuple[Bucket, ...]  # those that get steps
+    buckets: tuple[Bucket, ...]  # with a positive share of steps
     bucket_rates: tuple[int, ...]  # share of steps
     need_rates: tuple[tuple[int, ...], ...]  # [bucket][need], out of UNIT
     # [bucket][need]: ((cell, rate), ...), out of UNIT; empty where the need has rate 0
@@ -67,7 +67,7 @@ class Mixture:
 
 
 def make_cells(index: Sequence[Mapping], records: Sequence[int]) -> tuple[Cell, ...]:
-    """Groups the given records of a data set index (source, shape [Tclip,H,W], audio, pose, ...) into cells, sorted."""
+    """Groups records of a data set index (source, shape [Tclip,H,W], audio, pose, ...) into sorted cells."""
     groups: dict[tuple, list[int]] = {}
     selects = [conditions.index(name) for name in conditions.selecting()]
     for i in records:
@@ -85,9 +85,9 @@ def _group_sum(values: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
 def _fit(
     x: np.ndarray, constraints: Sequence[tuple[np.ndarray, np.ndarray]], iterations: int, tolerance: float = 1e-12
 ) -> np.ndarray:
-    """Scales x [n] >= 0 until, for each (groups [n], targets), the sums of its groups equal the targets.
+    """Scales x [n] >= 0 until the group sums of every constraint (groups [n], targets) equal its targets.
 
-    The last constraint is met exactly; where they contradict each other, the earlier ones only nearly.
+    Meets the last constraint exactly and, if they contradict each other, the earlier ones approximately.
     """
     for _ in range(iterations):
         error = 0.0
@@ -100,47 +100,50 @@ def _fit(
     return x
 
 
-def _source_weights(given: Mapping[str, float] | None, cells: Sequence[Cell]) -> dict[str, float]:
+def _source_weights(weights: Mapping[str, float] | None, cells: Sequence[Cell]) -> dict[str, float]:
     """Normalised weight of each source; by default its share of the records."""
     sizes: dict[str, int] = {}
     for cell in cells:
         sizes[cell.source] = sizes.get(cell.source, 0) + len(cell.records)
-    if given is None:
+    if weights is None:
         return {name: size / sum(sizes.values()) for name, size in sizes.items()}
-    for name, weight in given.items():
+    for name, weight in weights.items():
         if name not in sizes:
             raise UserError(f"data.source_weights.{name}: no training clips of that source{nearest(name, sizes)}")
         if not weight >= 0:
             raise UserError(f"data.source_weights.{name}={weight}: a weight must not be negative")
-    missing = sorted(set(sizes) - set(given))
-    if missing or not sum(given.values()) > 0:
+    missing = sorted(set(sizes) - set(weights))
+    if missing or not sum(weights.values()) > 0:
         what = f"no weight for source {missing[0]!r}" if missing else "all weights are 0"
         raise UserError(f"data.source_weights: {what}; give every source ({', '.join(sorted(sizes))}) a weight")
-    return {name: weight / sum(given.values()) for name, weight in given.items()}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def _bucket_weights(
-    given: Mapping[Bucket, float] | None, by_data: np.ndarray, buckets: Sequence[Bucket], where: str
+    by_bucket: Mapping[Bucket, float] | None, default: np.ndarray, buckets: Sequence[Bucket], where: str
 ) -> np.ndarray:
-    if given is None:
-        return by_data
-    for bucket, weight in given.items():
+    """Normalised weights [b]."""
+    if by_bucket is None:
+        return default
+    for bucket, weight in by_bucket.items():
         if bucket not in buckets:
             sizes = ", ".join(f"{h}x{w}" for h, w in buckets)
             raise UserError(f"{where}: no training clips of latent size {bucket[0]}x{bucket[1]}; there are {sizes}")
         if not weight >= 0:
             raise UserError(f"{where}: weight {weight} of latent size {bucket[0]}x{bucket[1]} must not be negative")
-    weights = np.array([float(given.get(bucket, 0.0)) for bucket in buckets])
+    weights = np.array([float(by_bucket.get(bucket, 0.0)) for bucket in buckets])
     if not math.fsum(weights) > 0:
         raise UserError(f"{where}: all bucket weights are 0; give one a positive weight")
     return weights / math.fsum(weights)
 
 
 def _reach(weights: np.ndarray, can: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
-    """Moves share of steps to buckets with eligible records where the ratios need more than they have.
+    """Raises the share of steps of buckets with eligible records as far as the ratios need it.
 
     Args:
-      weights: [b], sums to 1. can: bool [c,b], bucket has records with the condition. ratios: of the conditions.
+      weights: [b], sums to 1.
+      can: bool [c,b], bucket has records with the condition.
+      ratios: [c].
     """
     for _ in range(20):
         for mask, ratio in zip(can, ratios, strict=True):
@@ -151,7 +154,7 @@ def _reach(weights: np.ndarray, can: np.ndarray, ratios: Sequence[float]) -> np.
 
 
 def _check_reach(stage: str, ratios: Mapping[str, float], weights: np.ndarray, can: np.ndarray) -> None:
-    """Raises UserError for a ratio above the share of steps whose frame size has clips with the condition, [c,b]."""
+    """Raises UserError if a ratio exceeds the share of steps whose bucket has clips with the condition, `can` [c,b]."""
     for (name, ratio), mask in zip(ratios.items(), can, strict=True):
         reach = math.fsum(weights[mask])
         if ratio > reach + 1e-9:
@@ -162,13 +165,13 @@ def _check_reach(stage: str, ratios: Mapping[str, float], weights: np.ndarray, c
 
 
 def _shares_of_two(stage: str, ratios: Mapping[str, float], weights: np.ndarray, can: np.ndarray) -> np.ndarray:
-    """Share of each need of two conditions over all draws, [4]: independent of each other where the data allow.
+    """Share of each need of two conditions over all draws, [4]; the conditions are independent if the data allow it.
 
     Args:
       can: bool [4,b], bucket b has records for need s.
 
     Raises:
-      UserError: the ratios cannot be reached together, with the one that can.
+      UserError: the ratios cannot be reached together.
     """
     share = [math.fsum(weights[mask]) for mask in can]  # of steps that could serve the need
     either = math.fsum(weights[can[1] | can[2]])
@@ -176,19 +179,16 @@ def _shares_of_two(stage: str, ratios: Mapping[str, float], weights: np.ndarray,
     least, most = max(0.0, first + second - either), min(first, second, share[0])
     if least > most + 1e-9:
         raise UserError(
-            f"stages.{stage}.ratios.{strong}={second:g}: beside {weak}={first:g} the clips at hand reach at most "
-            f"{either - first + min(first, share[0]):.4g} (too few have both {weak} and {strong}); lower one of them "
-            f"or add such clips"
+            f"stages.{stage}.ratios.{strong}={second:g}: with {weak}={first:g} the clips at hand reach at most "
+            f"{either - first + min(first, share[0]):.4g} (too few have both {weak} and {strong}); lower a ratio or "
+            f"add such clips"
         )
     both = min(max(first * second, least), most)
     return np.maximum([both, first - both, second - both, 1 - first - second + both], 0.0)
 
 
 def _shares_of_many(stage: str, ratios: Mapping[str, float], weights: np.ndarray, can: np.ndarray) -> np.ndarray:
-    """As `_shares_of_two`, for any number of conditions [2**c]: by fitting, where there is no closed form.
-
-    The shares come as near to independent ones as the data allow, in relative entropy.
-    """
+    """`_shares_of_two` for c conditions, [2**c]: fits the shares nearest to independence in relative entropy."""
     wanted = np.array(list(ratios.values()))
     needed = np.array(needs())
     independent = np.where(needed, wanted, 1 - wanted).prod(axis=1)
@@ -200,21 +200,21 @@ def _shares_of_many(stage: str, ratios: Mapping[str, float], weights: np.ndarray
         found = math.fsum(shares[needed[:, c]])
         if abs(found - wanted[c]) > 1e-3:
             raise UserError(
-                f"stages.{stage}.ratios.{name}={wanted[c]:g}: beside the other conditions the clips at hand reach "
+                f"stages.{stage}.ratios.{name}={wanted[c]:g}: with the other conditions the clips at hand reach "
                 f"{found:.4g} (too few have several of {', '.join(ratios)}); change it or add such clips"
             )
     return shares
 
 
 def _needs_by_bucket(shares: np.ndarray, weights: np.ndarray, can: np.ndarray) -> np.ndarray:
-    """Share of (need, bucket) over all draws, [s,b], with sums `shares` over buckets and `weights` over needs."""
+    """Share of every (need, bucket) over all draws, [s,b]; sums to `shares` over buckets, to `weights` over needs."""
     allowed = can & (weights > 0) & (shares[:, None] > 0)
     for size in range(1, len(shares)):
         for group in itertools.combinations(range(len(shares)), size):
             served_by = can[list(group)].any(axis=0)
             if math.fsum(weights[served_by]) - math.fsum(shares[list(group)]) < 1e-9:
-                # These buckets just suffice for these needs, so they serve nothing else. Fitting alone would only
-                # approach that, at a rate of one over the iterations.
+                # These buckets only just suffice for these needs, so they serve nothing else. Fitting alone would
+                # converge to that very slowly.
                 others = [s for s in range(len(shares)) if s not in group]
                 allowed[np.ix_(others, served_by.nonzero()[0])] = False
     need, bucket = allowed.nonzero()
@@ -228,12 +228,8 @@ def _warn_of_missed(stage: str, shares: np.ndarray, targets: np.ndarray, sources
     for name, share, target in zip(sources, shares.tolist(), targets.tolist(), strict=True):
         if abs(share - target) > 0.01:
             logging.warning(
-                "stages.%s: source %s gives %.3g of the samples, not its weight of %.3g: the ratios and the frame "
-                "sizes come first, and leave its clips no other share",
-                stage,
-                name,
-                share,
-                target,
+                f"stages.{stage}: source {name} gets {share:.3g} of the samples, not its weight of {target:.3g}; the "
+                f"ratios and frame sizes take precedence"
             )
 
 
@@ -247,14 +243,14 @@ def plan_mixture(
     """Rates of buckets, needs and cells for one stage; see the module docstring.
 
     Args:
-      stage: its name, for messages.
+      stage: name for messages.
       ratios: condition name -> share of the draws, 0..1.
-      bucket_weights: latent (H,W) -> share of the steps; sizes not named get none. Default: by the share of the
-        records (weighted by source), raised for sizes with eligible records where the ratios need it.
-      source_weights: source -> share of the draws. Default: by size.
+      bucket_weights: latent (H,W) -> weight of the steps; 0 for missing sizes. Default: the share of the records
+        (weighted by source), raised for sizes with eligible records if the ratios need it.
+      source_weights: source -> weight of the draws. Default: number of records.
 
     Raises:
-      UserError: unknown source or size, or ratios that these records cannot give.
+      UserError: unknown source or size, or ratios that these records cannot reach.
     """
     conditions.check_ratios(ratios, where=f"stages.{stage}.ratios", allow_inverted=True)
     source_share = _source_weights(source_weights, cells)
@@ -278,7 +274,7 @@ def plan_mixture(
     shares = (_shares_of_two if len(selected) == 2 else _shares_of_many)(stage, selected, weights, can)
     by_bucket = _needs_by_bucket(shares, weights, can)
 
-    # Cells: first as near to their wanted share as the needs allow, then the sources' totals are put right.
+    # Fit the cells to their wanted shares as far as the needs allow, then correct the sources' totals.
     wanted = _fit(wanted, [(source_of, source_target), (bucket_of, weights)], iterations=500)
     need, cell = (serves & (by_bucket[:, bucket_of] > 0)).nonzero()
     rows = (need * len(buckets) + bucket_of[cell], by_bucket.reshape(-1))

@@ -1,4 +1,4 @@
-"""What the training loop pulls from: the stage table and a data set, as any rows of every step."""
+"""The training loop's input: batches by step from a stage table and a data set."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from omnihuman_jax.training.stages import Stage
 
 
 class InputPipeline:
-    """Batches of a run, by step; implements `omnihuman_jax.training.loop.InputPipeline`."""
+    """Implements `omnihuman_jax.training.tasks.omnihuman.InputPipeline`."""
 
     def __init__(self, batches: Batches, held_out_size: tuple[int, int]):
-        """Use `from_config`; `held_out_size` is the samples and latent frames of a held-out batch."""
+        """Use `from_config`; `held_out_size`: samples and latent frames of a held-out batch."""
         self._batches, self._held_out_size = batches, held_out_size
 
     @classmethod
@@ -27,7 +27,7 @@ class InputPipeline:
         """Plans every stage over the data set's training clips.
 
         Raises:
-          UserError: clips too short for the window, or ratios and sources that the clips cannot give.
+          UserError: all clips are too short, or they cannot meet a stage's ratios and weights.
         """
         batches = Batches.open(
             dataset,
@@ -40,30 +40,30 @@ class InputPipeline:
         return cls(batches, (config.global_batch_size, config.data.latent_frames))
 
     def use_stages(self, stages: Sequence[Stage]) -> None:
-        """Draws every step by another table, a run's own where the config changed on the way; before `iterate`.
+        """Replaces the stage table, for a run whose config has changed; call before `iterate`.
 
         Raises:
-          UserError: the data set cannot give what a stage draws; the table in use stays.
+          UserError: the data cannot meet a stage's ratios and weights; the table is not replaced.
         """
-        if tuple(stages) != self._batches.schedule.stages:  # planning takes a moment and repeats its warnings
+        if tuple(stages) != self._batches.schedule.stages:  # planning takes time and repeats its warnings
             self._batches = self._batches.with_stages(stages)
 
     def fingerprint(self) -> str:
-        """Hex digest of what the data set says of its records; see `Dataset.fingerprint`."""
+        """Hex digest of the data set; see `Dataset.fingerprint`."""
         return self._batches.dataset.fingerprint()
 
     def iterate(self, first_step: int, rows: slice) -> Iterator[Mapping[str, np.ndarray]]:
-        """These global rows of the batches of steps first_step, first_step + 1, … to the last stage's end."""
+        """Yields the global `rows` of every batch from `first_step` to the end of the last stage."""
         return make_loader(self._batches, start_step=first_step, rows=rows)
 
     def describe(self, step: int) -> dict[str, Any]:
-        """`records`, `active` and `scheduled` of every global row of a step; see `Batches.describe`."""
+        """A step's entry of data_log.jsonl; see `Batches.describe`."""
         return self._batches.describe(step)
 
     def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
-        """These global rows of `count` batches of held-out clips, always the same, with all that each clip can give.
+        """The global `rows` of `count` fixed batches of held-out clips, with all conditions that each clip has.
 
-        A batch has one shape; the shapes with the most clips come first, and few clips are repeated.
+        A batch has one shape. The most frequent shapes come first; clips repeat if there are too few.
         """
         dataset, (size, frames) = self._batches.dataset, self._held_out_size
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -79,7 +79,7 @@ class InputPipeline:
 
     def _held_out_batch(self, members: Sequence[int]) -> dict[str, np.ndarray]:
         dataset, (_, frames) = self._batches.dataset, self._held_out_size
-        draw = np.array([1.0, 0.5])  # from motion frames on where the clip is long enough, in its middle
+        draw = np.array([1.0, 0.5])  # the middle of the clip, after motion frames if it is long enough
         cut = [cut_window(read_record(dataset, i), frames, 1.0, self._batches.model, draw, 0.0) for i in members]
         active = np.stack([conditions.eligibility(dataset.index[i]) for i in members])
         return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": active}

@@ -1,11 +1,12 @@
-"""Random windows of directories of video files, as a pure function of (seed, step): the data of VAE training."""
+"""Batches of random windows of video files, a pure function of (seed, step), for VAE training."""
 
 import collections
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import av
@@ -13,15 +14,16 @@ import cv2
 import numpy as np
 
 from data_pipelines.raw import media
+from data_pipelines.schema import clip_filename
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.pixels import to_model
 
-_WHOLE_CLIP_BYTES = 256 << 20  # clips up to this size are decoded once and kept; longer ones are read by seeking
+_WHOLE_CLIP_BYTES = 256 << 20  # larger clips are not cached whole but read by seeking
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """One shape of batch: `frames` x `height` x `width` pixels, `batch` rows, drawn with a weight of `share`."""
+    """A batch shape: `frames` x `height` x `width` pixels, `batch` rows, drawn with weight `share`."""
 
     frames: int
     height: int
@@ -33,18 +35,18 @@ class Bucket:
 class VideoFolder:
     """Video files of one or more directories, split into "train" and "heldout"; directories are drawn equally often.
 
-    A directory's `manifest.json` (raw clips) or `dataset.json` (prepared ones) says which files are held out. Files
-    that it does not name are split by the digest of their name, so that adding files moves none to the other side.
+    The directory's `manifest.json` (raw clips) or `dataset.json` (prepared clips) lists the held-out files. The digest
+    of its name decides for an unlisted file, so that added files do not change the split of others.
 
     Args:
-      directories: path, or several joined by commas; searched recursively for `media.VIDEO_SUFFIXES`.
-      exclude: regular expression; files whose path below their directory it finds are left out. "" leaves out none.
-      heldout: share of the unlisted files to hold out, 0..1; at least one file of each directory is.
-      cache_bytes: how much decoded video to keep.
+      directories: one path, or several separated by commas; searched recursively for `media.VIDEO_SUFFIXES`.
+      exclude: regular expression for relative paths to leave out; "" leaves out none.
+      heldout: share of the unlisted files to hold out, 0..1; at least one file per directory.
+      cache_bytes: limit of the decoded video kept in memory.
       short_side: larger frames are shrunk to this many pixels on their short side.
 
     Raises:
-      UserError: no such directory, fewer than two videos in it, none left to train on, or a bad regular expression.
+      UserError: a missing directory, fewer than two videos in it, none left to train on, or a bad regular expression.
     """
 
     def __init__(
@@ -61,50 +63,63 @@ class VideoFolder:
         except re.error as error:
             raise UserError(f"data.exclude={exclude!r}: not a regular expression ({error})") from error
         roots = [_split_files(Path(d.strip()), pattern, heldout) for d in str(directories).split(",")]
-        # Split -> for each directory its files.
+        # Split -> the files of each directory.
         self.splits = {"train": [train for train, _ in roots], "heldout": [held for _, held in roots]}
         self._cache: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
         self._cache_bytes, self._cached, self._short_side = cache_bytes, 0, short_side
-        self._sizes: dict[Path, _Size] = {}
+        self._sizes: dict[Path, tuple[int, int]] = {}
+        self._lock = threading.Lock()  # evaluation reads beside the thread that reads ahead
 
     def count(self, split: str) -> int:
-        """Number of files of a split."""
+        """Number of files in a split."""
         return sum(len(files) for files in self.splits[split])
 
     def read(self, path: Path, start: int, count: int) -> np.ndarray:
-        """Frames start..start+count-1 at 25 fps, uint8 (count, height, width, 3); the last is repeated past the end.
+        """Frames start..start+count-1 at 25 fps, uint8 (count, height, width, 3); repeats the last frame past the end.
 
         Raises:
           UserError: the file cannot be decoded.
         """
-        if path not in self._cache and self._size(path).bytes <= _WHOLE_CLIP_BYTES:
-            self._cache[path] = _shrunk(media.iter_video(path), self._short_side)
-            self._cached += self._cache[path].nbytes
-            while self._cached > self._cache_bytes and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
-        if path in self._cache:
-            self._cache.move_to_end(path)
-            clip = self._cache[path]
-            frames = clip[min(start, len(clip) - 1) : start + count]
-        else:
-            times = {"start": start / media.FPS, "end": (start + count) / media.FPS}
-            frames = _shrunk(media.iter_video(path, **times), self._short_side)[:count]
+        with self._lock:
+            if path not in self._cache and self._size(path)[1] <= _WHOLE_CLIP_BYTES:
+                self._cache[path] = _shrunk(media.iter_video(path), self._short_side)
+                self._cached += self._cache[path].nbytes
+                while self._cached > self._cache_bytes and len(self._cache) > 1:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+            if path in self._cache:
+                self._cache.move_to_end(path)
+                clip = self._cache[path]
+                frames = clip[min(start, len(clip) - 1) : start + count]
+            else:
+                times = {"start": start / media.FPS, "end": (start + count) / media.FPS}
+                frames = _shrunk(media.iter_video(path, **times), self._short_side)[:count]
         return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
 
-    def _size(self, path: Path) -> "_Size":
+    def _size(self, path: Path) -> tuple[int, int]:
+        """Frames at 25 fps, and bytes of all of them decoded and shrunk; from the file's header, without decoding."""
         if path not in self._sizes:
-            self._sizes[path] = _probe(path, self._short_side)
+            if not media.has_video(path):
+                raise UserError(f"{path}: has no video stream; remove or replace it")
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                frames = max(int((container.duration or 0) / av.time_base * media.FPS), 1)
+                scale = min(1.0, self._short_side / min(stream.height, stream.width))
+                self._sizes[path] = frames, round(frames * stream.height * stream.width * 3 * scale**2)
         return self._sizes[path]
+
+    def choose(self, split: str, rng: np.random.Generator) -> Path:
+        """A random file of a split; each directory is drawn equally often."""
+        files = self.splits[split][rng.integers(len(self.splits[split]))]
+        return files[rng.integers(len(files))]
 
     def window(self, split: str, bucket: Bucket, rng: np.random.Generator, min_scale: float) -> np.ndarray:
         """One random window, cropped and resized to the bucket: float32 (frames, height, width, 3) in [-1, 1].
 
-        The crop has the bucket's aspect ratio and between `min_scale` and all of the largest such size in the frame;
-        half of the windows are mirrored.
+        The crop has the bucket's aspect ratio and `min_scale`..1 times the largest possible size; half of the windows
+        are mirrored.
         """
-        files = self.splits[split][rng.integers(len(self.splits[split]))]
-        path = files[rng.integers(len(files))]
-        start = int(rng.integers(max(self._size(path).frames - bucket.frames, 0) + 1))
+        path = self.choose(split, rng)
+        start = int(rng.integers(max(self._size(path)[0] - bucket.frames, 0) + 1))
         frames = self.read(path, start, bucket.frames)
         height, width = frames.shape[1:3]
         fit = min(height / bucket.height, width / bucket.width) * rng.uniform(min_scale, 1.0)
@@ -118,19 +133,48 @@ class VideoFolder:
         resized = np.stack([cv2.resize(np.ascontiguousarray(f), size, interpolation=method) for f in crop])
         return to_model(resized)
 
-    def batch(self, buckets: list[Bucket], seed: int, step: int, *, min_scale: float, split: str = "train"):
-        """The batch of a step: float32 (B, F, Hp, Wp, 3); a function of the files, the seed and the step alone."""
-        shares = np.array([bucket.share for bucket in buckets], np.float64)
-        choice = np.random.default_rng([seed, step]).choice(len(buckets), p=shares / shares.sum())
-        bucket = buckets[choice]
-        rows = (np.random.default_rng([seed, step, row]) for row in range(bucket.batch))
-        return np.stack([self.window(split, bucket, rng, min_scale) for rng in rows])
+    def batch(
+        self,
+        buckets: Sequence[Bucket],
+        seed: int,
+        step: int,
+        *,
+        min_scale: float,
+        split: str = "train",
+        rows: slice = slice(None),
+    ) -> np.ndarray:
+        """Rows of the batch of a step: float32 (B, F, Hp, Wp, 3); a function of the files, the seed and the step."""
+        bucket = bucket_of(buckets, seed, step)
+        return np.stack([self.window(split, bucket, rng, min_scale) for rng in _streams(bucket, seed, step)[rows]])
+
+    def files(self, buckets: Sequence[Bucket], seed: int, step: int) -> list[Path]:
+        """The file of each row of the training batch of a step."""
+        return [self.choose("train", rng) for rng in _streams(bucket_of(buckets, seed, step), seed, step)]
+
+    def fingerprint(self) -> str:
+        """Hex digest of the names, sizes and splits of all files."""
+        listed = {
+            split: [[(path.name, path.stat().st_size) for path in files] for files in roots]
+            for split, roots in self.splits.items()
+        }
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def bucket_of(buckets: Sequence[Bucket], seed: int, step: int) -> Bucket:
+    """The bucket of a step's batch."""
+    shares = np.array([bucket.share for bucket in buckets], np.float64)
+    return buckets[np.random.default_rng([seed, step]).choice(len(buckets), p=shares / shares.sum())]
+
+
+def _streams(bucket: Bucket, seed: int, step: int) -> list[np.random.Generator]:
+    """The random numbers of each row of a step's batch."""
+    return [np.random.default_rng([seed, step, row]) for row in range(bucket.batch)]
 
 
 def _split_files(root: Path, exclude: re.Pattern | None, heldout: float) -> tuple[list[Path], list[Path]]:
-    """(train, held-out) files below a directory."""
+    """The training and held-out files below a directory."""
     if not root.is_dir():
-        raise UserError(f"data.dir={str(root)!r}: no such directory; give one that holds video files")
+        raise UserError(f"data.dir={str(root)!r}: no such directory; give a directory of videos")
     names = sorted(
         p.relative_to(root).as_posix()
         for p in root.rglob("*")
@@ -151,25 +195,21 @@ def _split_files(root: Path, exclude: re.Pattern | None, heldout: float) -> tupl
 
 
 def _listed_splits(root: Path) -> dict[str, str]:
-    """File below `root` -> "train" or "heldout", as far as the directory's own list says."""
+    """File below `root` -> "train" or "heldout", from the directory's manifest.json or dataset.json."""
     for name, key in (("manifest.json", "clips"), ("dataset.json", "index")):
         try:
             entries = json.loads((root / name).read_text())[key]
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{root / name}: not a readable list of clips ({error}); write the directory again"
-            ) from error
-        # A prepared clip's file is named by its id.
-        file = "clips/{}.mp4"
-        files = (e["file"] if key == "clips" else file.format(e["id"].replace("/", "__")) for e in entries)
+            raise UserError(f"{root / name}: not a readable list of clips ({error}); make it again") from error
+        files = (e["file"] if key == "clips" else f"clips/{clip_filename(e['id'])}" for e in entries)
         return {f: e["split"] for f, e in zip(files, entries, strict=True) if "split" in e}
     return {}
 
 
 def _shrunk(frames: Iterable[np.ndarray], short_side: int) -> np.ndarray:
-    """Stacks frames, each shrunk to at most `short_side` pixels on its short side."""
+    """Stacks frames and shrinks them to at most `short_side` pixels on their short side."""
     shrunk = []
     for frame in frames:
         scale = short_side / min(frame.shape[:2])
@@ -182,22 +222,3 @@ def _shrunk(frames: Iterable[np.ndarray], short_side: int) -> np.ndarray:
 
 def _fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-@dataclasses.dataclass(frozen=True)
-class _Size:
-    """Frames at 25 fps, and bytes of all of them decoded and shrunk."""
-
-    frames: int
-    bytes: int
-
-
-def _probe(path: Path, short_side: int) -> _Size:
-    """From the file's header, without decoding."""
-    if not media.has_video(path):
-        raise UserError(f"{path}: has no video stream; take it out or replace it")
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frames = max(int((container.duration or 0) / av.time_base * media.FPS), 1)
-        scale = min(1.0, short_side / min(stream.height, stream.width))
-        return _Size(frames, round(frames * stream.height * stream.width * 3 * scale**2))

@@ -1,8 +1,9 @@
-"""Cuts a training window out of a record: pure functions of the record and a few draws.
+"""Cuts a training window out of a record, as a pure function of the record and a few random draws.
 
-Which pixel frames belong to which latent frames says `omnihuman_jax.frames`.
+`omnihuman_jax.frames` maps pixel frames to latent frames.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from omnihuman_jax.models.dit.config import ModelConfig
 def window_start(clip_frames: int, frames: int, motion_frames: int, motion_ratio: float, draw: np.ndarray) -> int:
     """First latent frame of a window of `frames` in a clip of `clip_frames` latent frames.
 
-    0 with probability 1 - `motion_ratio` or when no window with motion frames fits; else uniform in
+    0 with probability 1 - `motion_ratio` or if no window with motion frames fits; otherwise uniform in
     [M, clip_frames - frames], M = `motion_frames`.
 
     Args:
@@ -40,14 +41,15 @@ def cut_window(
 ) -> dict[str, np.ndarray]:
     """One row of a batch, without the conditions' flags.
 
-    With frames = 1 the row is an image: one of the record's single-image latents, since a later latent frame of a clip
-    stands for four pixel frames and is no image; its reference is another of them where there are several.
+    With frames = 1 the row is an image. It is one of the record's reference latents, because all but the first latent
+    frame of a clip cover four pixel frames; its reference is another of them if there are several.
 
     Args:
       record: fields of `data_pipelines.schema`; latents (Tclip,H,W,C) with Tclip >= frames.
-      motion_ratio: share of the windows that continue from motion frames.
+      motion_ratio: share of windows that start after motion frames.
       model: its motion frames M, and the sizes of the conditions.
-      start_draw: float64 [2]; reference_draw: in [0,1).
+      start_draw: float64 [2] in [0,1).
+      reference_draw: in [0,1).
 
     Returns:
       latents (T,H,W,C), motion (M,H,W,C), has_motion (), and the fields of every condition; float32 and bool.
@@ -59,16 +61,11 @@ def cut_window(
     if frames == 1:
         target = (choice + 1 + int(start_draw[0] * (len(references) - 1))) % len(references)
         window, last = references[target : target + 1], int(record["reference_frames"][target])
-
-        def rows(context: int) -> np.ndarray:
-            return frames_around(last, STRIDE, num_frames, context)
+        rows = functools.partial(frames_around, last, STRIDE, num_frames)
     else:
         start = window_start(len(latents), frames, motion, motion_ratio, start_draw)
         has_motion, window = start > 0, latents[start : start + frames]
-
-        def rows(context: int) -> np.ndarray:
-            return window_frames(start, frames, num_frames, context)
-
+        rows = functools.partial(window_frames, start, frames, num_frames)
     before = latents[start - motion : start] if has_motion else np.zeros((motion, *latents.shape[1:]))
     cut = {
         "latents": window.astype(np.float32),
@@ -83,7 +80,12 @@ def cut_window(
 def _cut_condition(
     condition: Condition, record: Mapping[str, Any], model: ModelConfig, choice: int, rows: Callable[[int], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The batch fields of one condition; a track that the clip does not have is zeros."""
+    """The batch fields of one condition; zeros for a track that the clip lacks.
+
+    Args:
+      choice: index of the reference image.
+      rows: number of context frames -> indices of the window's rows in a track.
+    """
     if condition.kind is Kind.IMAGE:
         return {condition.field: record[condition.record][choice].astype(np.float32)}
     if condition.kind is Kind.TOKENS:

@@ -2,7 +2,7 @@
 
 import os
 
-# Before NumPy loads: the caption encoder's small products are far quicker on one thread when cores are busy.
+# Must precede NumPy: one thread is much faster for the caption encoder's small products when the cores are busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import contextlib
@@ -24,47 +24,43 @@ from omnihuman_jax.frames import latent_frames, pixel_frames
 _INPUT = flags.DEFINE_list(
     "input", [], "Directories of raw clips: with a manifest.json, or plain videos (and .txt captions)."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The data set directory to write.")
-_VAE = flags.DEFINE_string("vae", None, "VAE weights (safetensors) that make the latents.")
+_OUTPUT = flags.DEFINE_string("output", None, "Data set directory to write.")
+_VAE = flags.DEFINE_string("vae", None, "VAE weights (safetensors).")
 _SIZES = flags.DEFINE_string(
-    "sizes", "96x96,128x80,80x112", "Training sizes, HEIGHTxWIDTH; each clip takes the nearest shape."
+    "sizes", "96x96,128x80,80x112", "Training sizes, HEIGHTxWIDTH; each clip uses the nearest."
 )
-_CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames of every clip at 25 fps; 1 + 4n.")
+_CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames per clip at 25 fps; 1 + 4n.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Threads that decode and detect.")
 _TILE = flags.DEFINE_integer(
-    "vae_tile", 0, "Large frames: side in pixels of the VAE's tiles, as 512; 0 takes frames whole.", lower_bound=0
+    "vae_tile", 0, "For large frames: side of the VAE's tiles in pixels, as 512; 0 encodes whole frames.", lower_bound=0
 )
-_BATCH = flags.DEFINE_integer("vae_batch", 8, "Clips that the VAE encodes at a time.")
+_BATCH = flags.DEFINE_integer("vae_batch", 8, "Clips per VAE batch.")
 _AUDIO = flags.DEFINE_string(
     "audio_encoder",
     None,
     "whisper-tiny.en, log-mel, or a checkpoint in a local directory: wav2vec2:DIR, whisper:DIR (the output), "
-    "wav2vec2-all:DIR, whisper-all:DIR (every hidden state); default whisper-tiny.en if it can be had.",
+    "wav2vec2-all:DIR, whisper-all:DIR (all hidden states); default whisper-tiny.en, or log-mel if it is unavailable.",
 )
 _TEXT = flags.DEFINE_string(
-    "text_encoder", None, "minilm-l6-v2 (the default), or states:FILE, token states made elsewhere; docs/encoders.md."
+    "text_encoder", None, "minilm-l6-v2 (the default), or states:FILE, precomputed token states; docs/encoders.md."
 )
 _POSE = flags.DEFINE_enum(
     "pose", "auto", ["auto", "required", "none"],
-    "Detect keypoints where clips have none: if the detector is installed, always, or never.",
+    "Detect the keypoints of clips without annotations: if the detector is installed, always, or never.",
 )  # fmt: skip
-_CACHE = flags.DEFINE_string("cache", None, "Where fetched packages are kept; default $OMNIHUMAN_CACHE or cache/.")
+_CACHE = flags.DEFINE_string("cache", None, "Cache of fetched packages; default $OMNIHUMAN_CACHE or cache/.")
 
 
-def _detector_needed(clips: list[manifest.RawClip]) -> bool:
-    return any(clip.pose and clip.annotations is None for clip in clips)
-
-
-def _detector(clips: list[manifest.RawClip]) -> bool:
-    """Whether keypoints are detected in this run; says so where they are wanted and cannot be."""
-    if _POSE.value == "none" or not _detector_needed(clips):
+def _use_detector(clips: list[manifest.RawClip]) -> bool:
+    """Whether to detect keypoints; prints a message if the detector is needed but missing."""
+    if _POSE.value == "none" or not any(clip.pose and clip.annotations is None for clip in clips):
         return False
     try:
         pose.interpreter()
     except UserError as error:
         if _POSE.value == "required":
             raise
-        print(f"clips without keypoints stay without: {error}", flush=True)
+        print(f"no keypoints are detected: {error}", flush=True)
         return False
     return True
 
@@ -84,10 +80,10 @@ def _settings() -> pipeline.Settings:
 
 
 def main() -> None:
-    """Checks everything that can be checked before the first compile, then runs the pipeline."""
+    """Checks the flags and inputs before the first compile, then runs the pipeline."""
     settings = _settings()
     clips = [clip for directory in _INPUT.value for clip in manifest.read(directory)]
-    detects = _detector(clips)
+    detects = _use_detector(clips)
     captions = text.load(_TEXT.value, cache=_CACHE.value)
     encoders = features.Encoders(captions, speech.load(_AUDIO.value, _CACHE.value), None)
     digest = pipeline.inputs_digest(clips, settings, encoders, pose.NAME if detects else "")
@@ -96,7 +92,7 @@ def main() -> None:
     if dataset is not None:
         print(f"{output} is up to date: {len(dataset)} clips")
         return
-    from omnihuman_jax.models.vae import streaming  # JAX is only needed from here on
+    from omnihuman_jax.models.vae import streaming  # imports JAX, which is not needed before
     from omnihuman_jax.models.vae.vae import load_vae
 
     vae = load_vae(_VAE.value)

@@ -1,4 +1,4 @@
-"""What one raw clip gives besides its picture: speech features, keypoints, what its annotations say."""
+"""Everything but the latents of a raw clip: sound, annotations and keypoints."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from data_pipelines.raw.manifest import RawClip
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 
-# Root mean square below which sound counts as silence (-70 dB of full scale).
-SILENCE = 3e-4
+SILENCE = 3e-4  # root mean square below which sound counts as silence (-70 dB of full scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Encoders:
     Attributes:
       text: captions -> token states.
       speech: sound -> features.
-      detect: frames (F,H,W,3) uint8 -> keypoints (F,K,3) or (0,K,3); None where no detector is available.
+      detect: frames (F,H,W,3) uint8 -> keypoints (F,K,3) or (0,K,3); None without a detector.
     """
 
     text: TextEncoder | StatesFile
@@ -40,9 +39,9 @@ class Encoders:
 
 
 def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
-    """The clip's sound (num_frames * 640,) at 16 kHz, or None without a sound stream or with a silent or broken one.
+    """The clip's sound (num_frames * 640,) at 16 kHz, or None if it is missing, silent or unreadable.
 
-    A clip whose sound cannot be read still trains the conditions that need none (principle 1).
+    A clip with unreadable sound still trains the other conditions (principle 1).
     """
     if not media.has_audio(clip.path):
         return None
@@ -55,10 +54,10 @@ def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
 
 
 def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
-    """The arrays of the clip's annotation file: truth of rendered clips, tracks of conditions; empty without one.
+    """The arrays of the clip's annotation file: ground truth of rendered clips and conditions; empty without a file.
 
     Raises:
-      UserError: it cannot be read, or a track has rows of another shape than its condition's.
+      UserError: the file cannot be read, or the rows of a condition have the wrong shape.
     """
     if clip.annotations is None:
         return {}
@@ -76,14 +75,14 @@ def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
 
 
 def _annotated() -> dict[str, tuple[int, ...]]:
-    """Record field -> shape of a row, of the conditions whose tracks annotations can give: all but speech."""
+    """Record field -> row shape of every condition with one row per frame, except speech."""
     sizes = {"num_keypoints": kp.NUM_KEYPOINTS}
     tracks = (c for c in conditions.table() if c.kind is conditions.Kind.TRACK and c.name != "audio")
     return {c.record: c.row_shape(sizes) for c in tracks}
 
 
 def tracks(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], encoders: Encoders) -> dict[str, np.ndarray]:
-    """Record field -> rows of the cut, (F, *row) or none, of every condition that annotations can give."""
+    """Record field -> rows of the cut, (F, *row) or (0, *row), of the conditions in `_annotated`."""
     found = {}
     for name, row in _annotated().items():
         rows = notes[name][cut.first : cut.first + len(cut.source)] if name in notes else ()
@@ -92,7 +91,7 @@ def tracks(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], encoders: E
 
 
 def keypoints(clip: RawClip, cut: Cut, annotated: np.ndarray, encoders: Encoders) -> np.ndarray:
-    """Keypoints (F,K,3) in the cut's own picture, exact where the clip is annotated; (0,K,3) if there are none."""
+    """Keypoints (F,K,3) relative to the cut's box, annotated or detected; (0,K,3) if there are none."""
     none = np.zeros((0, kp.NUM_KEYPOINTS, 3), np.float32)
     if not clip.pose:
         return none
@@ -107,6 +106,6 @@ def keypoints(clip: RawClip, cut: Cut, annotated: np.ndarray, encoders: Encoders
 
 
 def truth(name: str, cut: Cut, notes: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The annotated "mouth" (F,) of the cut or "attributes" (A,) of its clip; (0,) where it is not annotated."""
+    """The annotated "mouth" (F,) of the cut or "attributes" (A,) of its clip; (0,) without annotation."""
     values = np.asarray(notes.get(name, np.zeros(0)), np.float32)
     return values[cut.first : cut.first + len(cut.source)] if name == "mouth" else values

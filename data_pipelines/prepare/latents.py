@@ -1,4 +1,4 @@
-"""Encodes clips with the VAE in batches of one shape."""
+"""Encodes clips with the VAE in batches of equal shape."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Item = TypeVar("Item")
 
 
 def reference_frames(num_frames: int) -> np.ndarray:
-    """(R,) int32: the frames of a clip that serve as reference images, spread over it."""
+    """(R,) int32 indices of the frames used as reference images, evenly spaced over the clip."""
     return np.linspace(0, num_frames - 1, REFERENCES).round().astype(np.int32)
 
 
 def encode_clips(
     items: Iterable[tuple[np.ndarray, Item]], encode: Callable[[Any], Any], batch: int
 ) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
-    """Encodes clips as they come; yields them when the batch of their shape is full, and the rest at the end.
+    """Groups clips by shape and yields them when their batch is full, the rest at the end.
 
     Args:
-      items: pairs of frames (F,H,W,3) uint8 and whatever belongs to them.
-      encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C). It is only called with full
-        batches, so it compiles once a shape.
-      batch: clips encoded at a time.
+      items: pairs of frames (F,H,W,3) uint8 and an associated item.
+      encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C). Partial batches are padded,
+        so it compiles once per shape.
+      batch: batch size.
 
     Yields:
       (item, latents (T,h,w,C) float16, references (R,h,w,C) float16).
@@ -47,8 +47,7 @@ def _encode(
     group: list[tuple[np.ndarray, Item]], encode: Callable[[Any], Any], batch: int
 ) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
     clips = np.stack([frames for frames, _ in group] + [group[0][0]] * (batch - len(group)))
-    chosen = clips[:, reference_frames(clips.shape[1])]
-    images = chosen.reshape(-1, 1, *chosen.shape[2:])
+    images = clips[:, reference_frames(clips.shape[1])].reshape(-1, 1, *clips.shape[2:])
     latents = np.asarray(encode(to_model(clips)), np.float16)
     references = np.asarray(encode(to_model(images)), np.float16)[:, 0]
     references = references.reshape(batch, REFERENCES, *references.shape[1:])

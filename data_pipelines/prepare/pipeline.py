@@ -1,4 +1,4 @@
-"""The whole run: raw clips in, a data set directory out."""
+"""The pipeline from raw clips to a data set directory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from omnihuman_jax.frames import FPS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the content of a data set besides its raw clips.
+    """Settings that affect a data set's content.
 
     Attributes:
       sizes: training sizes (height, width) in pixels, each divisible by 16.
-      clip_frames: frames of every clip, 1 + 4n.
+      clip_frames: frames per clip, 1 + 4n.
       vae_sha256: digest of the VAE's file.
-      vae_tile: side in pixels of the VAE's tiles, which change latents a little; 0 is none.
+      vae_tile: side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Prepared:
-    """A clip that lacks only its latents: a record without them, and its mp4 (a path, or frames and sound)."""
+    """A clip before VAE encoding: its record without latents, and its mp4 (a file, or frames and sound)."""
 
     record: dict[str, Any]
     frames: np.ndarray
@@ -56,10 +56,9 @@ class Prepared:
 
 
 def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: features.Encoders, detector: str) -> str:
-    """Hex sha256 of everything that decides the result: file contents, manifest entries, settings and encoders."""
-    # A setting that is off is not named, so that data sets from before there was one are known again.
-    named = {name: value for name, value in dataclasses.asdict(settings).items() if value}
-    digest = hashlib.sha256(json.dumps([named, encoders.text.name, encoders.speech.name]).encode())
+    """Hex sha256 of everything that affects the result: file contents, manifest entries, settings and encoders."""
+    used = {name: value for name, value in dataclasses.asdict(settings).items() if value}
+    digest = hashlib.sha256(json.dumps([used, encoders.text.name, encoders.speech.name]).encode())
     digest.update(detector.encode())
     for clip in clips:
         values = dataclasses.asdict(clip) | {"path": sha256_of(clip.path)}
@@ -69,22 +68,22 @@ def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: featur
 
 
 def finished(output: pathlib.Path, digest: str) -> Dataset | None:
-    """The data set at `output` if it was made from the same inputs; None if nothing is there.
+    """The data set at `output` if it was made from the same inputs; None if `output` is missing or empty.
 
     Raises:
-      UserError: something else is there.
+      UserError: `output` holds something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     dataset = Dataset.open(output)
     if dataset.extra.get("inputs_sha256") != digest:
-        raise UserError(f"{output} was made from other clips or settings; delete it or name another --output")
+        raise UserError(f"{output} was made from other clips or settings; delete it or choose another --output")
     return dataset
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What is kept of a cut: not its source frames, which would not fit into memory for a long clip."""
+    """A cut without its source frames, which for a long clip would not fit into memory."""
 
     first: int
     frames: np.ndarray
@@ -101,25 +100,25 @@ def _pieces(clip: RawClip, settings: Settings, encoders: features.Encoders) -> I
 
 
 def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray) -> list[Prepared]:
-    """Everything but the latents of all cuts of one raw clip; none if it is too short.
+    """Prepares all cuts of a raw clip up to VAE encoding; empty if it is too short.
 
     Args:
-      text: (L,Dt) token states of its caption.
+      text: (L,Dt) token states of the caption.
 
     Raises:
-      UserError: a file of the clip cannot be used.
+      UserError: one of the clip's files cannot be read.
     """
     pieces = list(_pieces(clip, settings, encoders))
     if not pieces:
         return []
     total = pieces[-1].first + settings.clip_frames
     wave = features.sound(clip, total)
-    spoken = wave is not None and clip.speech
-    audio = encoders.speech.encode(wave, total) if spoken else np.zeros((0, encoders.speech.dim), np.float32)
+    has_speech = wave is not None and clip.speech
+    audio = encoders.speech.encode(wave, total) if has_speech else np.zeros((0, encoders.speech.dim), np.float32)
     samples = media.AUDIO_RATE // media.FPS
-    # A raw clip that is one training clip already is copied, not coded again.
-    whole = len(pieces) == 1 and pieces[0].untouched and clip.start == 0 and clip.end is None
-    whole = whole and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
+    # A raw clip that already is a training clip is copied instead of encoded again.
+    unchanged = len(pieces) == 1 and pieces[0].untouched and clip.start == 0 and clip.end is None
+    unchanged = unchanged and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
     prepared = []
     for number, piece in enumerate(pieces):
         end = piece.first + settings.clip_frames
@@ -135,14 +134,14 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
             "width": piece.frames.shape[2],
         }
         sound = None if wave is None else wave[piece.first * samples : end * samples]
-        prepared.append(Prepared(record, piece.frames, clip.path if whole else None, sound))
+        prepared.append(Prepared(record, piece.frames, clip.path if unchanged else None, sound))
     return prepared
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator[tuple[Any, Future]]:
-    """(item, future) in the items' order, with at most `ahead` results waiting: memory stays bounded."""
+    """Yields (item, future) in order, with at most `ahead` submitted items to bound memory."""
     pending: deque[tuple[Any, Future]] = deque()
     for item in items:
         pending.append((item, pool.submit(function, item)))
@@ -169,9 +168,9 @@ def run(
     Args:
       encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C).
       latent_channels: C.
-      extra: further entries of dataset.json.
-      workers: threads that decode and detect beside the VAE.
-      batch: clips that the VAE encodes at a time.
+      extra: more entries of dataset.json.
+      workers: threads that decode and detect while the VAE encodes.
+      batch: clips per VAE batch.
 
     Raises:
       UserError: no clip could be used, or the output cannot be written.
@@ -187,7 +186,7 @@ def run(
         for clip, future in progress:
             try:
                 prepared = future.result()
-            except UserError as error:  # one bad file must not cost the others; the summary names it
+            except UserError as error:  # a bad file must not stop the run; the summary lists it
                 summary.reject(clip, str(error))
                 continue
             if not prepared:
@@ -208,14 +207,11 @@ def run(
         ):
             for piece, latents, references in encode_clips(pieces(pool), encode, batch):
                 record = piece.record | {"latents": latents, "references": references}
-                writer.add(record, piece.file or _write_clip(piece, pathlib.Path(scratch)))
+                file = piece.file or pathlib.Path(scratch, "clip.mp4")
+                if piece.file is None:
+                    media.write_mp4(file, piece.frames, audio=piece.sound)
+                writer.add(record, file)
                 summary.add(record)
     except UserError as error:
         raise UserError(f"{error}{summary.reasons()}") from error
     return summary
-
-
-def _write_clip(piece: Prepared, scratch: pathlib.Path) -> pathlib.Path:
-    path = scratch / "clip.mp4"
-    media.write_mp4(path, piece.frames, audio=piece.sound)
-    return path

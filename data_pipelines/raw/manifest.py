@@ -1,19 +1,19 @@
-"""Raw clips: what `data_pipelines.synthetic` and `data_pipelines.raw.real` write and `data_pipelines.prepare` reads.
+"""Raw clips, written by `data_pipelines.synthetic` and `data_pipelines.raw.real`, read by `data_pipelines.prepare`.
 
-A raw directory holds videos and, if somebody knows more about them, a manifest.json:
+A raw directory holds videos and, optionally, a manifest.json:
 
     {"raw_version": 1, "source": "synthetic", "clips": [
       {"id": "000012", "file": "clips/000012.mp4", "caption": "...", "split": "train",
-       "speaker": "s03", "sentence": "t07",       ids for hold-out, "" where unknown
-       "speech": true,                            false: its sound is not speech of the person shown
+       "speaker": "s03", "sentence": "t07",       ids for hold-out, "" if unknown
+       "speech": true,                            false: the sound is not speech of the person shown
        "pose": true,                              false: make no keypoints
        "annotations": "annotations/000012.npz",   exact keypoints (F,K,3), mouth (F,), attributes (A,), or null;
-                                                  their first row is the frame at `start`
-       "start": 0.0, "end": 5.8,                  the seconds to use, null for the whole
-       "crop": [left, top, width, height]}]}      the pixels to use, null for all
+                                                  row 0 is the frame at `start`
+       "start": 0.0, "end": 5.8,                  seconds to use, null for all
+       "crop": [left, top, width, height]}]}      pixels to use, null for all
 
-Only id and file are needed; other keys are kept for readers of the file. Without a manifest every video below the
-directory is one clip: its caption is in NAME.txt beside it, else it is "A person."; its sound is taken to be speech.
+Only id and file are required; unknown keys are ignored. Without a manifest every video below the directory is a clip
+with its caption in NAME.txt (default "A person."), and its sound counts as speech.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class RawClip:
-    """One clip of a raw directory; see the keys in this module's description."""
+    """One clip of a raw directory; the module docstring describes the fields."""
 
     id: str
     path: pathlib.Path
@@ -53,7 +54,7 @@ class RawClip:
 
 
 def write_manifest(directory: pathlib.Path, source: str, clips: Sequence[Mapping[str, Any]], **notes: Any) -> None:
-    """Writes manifest.json with entries as described above; `notes` are further top-level keys."""
+    """Writes manifest.json; `notes` are more top-level keys."""
     text = json.dumps({"raw_version": RAW_VERSION, "source": source, **notes, "clips": list(clips)}, indent=1)
     partial = directory / f".{MANIFEST}.partial"
     partial.write_text(text + "\n")
@@ -64,7 +65,7 @@ def read(directory: str | pathlib.Path) -> list[RawClip]:
     """The clips of a raw directory, in a fixed order.
 
     Raises:
-      UserError: the directory is missing or holds no video, or its manifest is damaged or names missing files.
+      UserError: the directory is missing or has no video, or its manifest is damaged or names missing files.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -72,10 +73,9 @@ def read(directory: str | pathlib.Path) -> list[RawClip]:
     clips = _from_manifest(directory) if (directory / MANIFEST).is_file() else _from_files(directory)
     if not clips:
         raise UserError(f"input directory {directory} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
-    ids = [clip.id for clip in clips]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
-    if twice:
-        raise UserError(f"{directory} has two clips called {twice[0]!r}; rename one")
+    name, count = Counter(clip.id for clip in clips).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{directory} has two clips called {name!r}; rename one")
     return clips
 
 
@@ -99,7 +99,7 @@ def _from_manifest(directory: pathlib.Path) -> list[RawClip]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); make the raw clips again") from error
     if version != RAW_VERSION:
-        raise UserError(f"{path} has version {version}, this program reads {RAW_VERSION}; make the raw clips again")
+        raise UserError(f"{path} has version {version}, not {RAW_VERSION}; make the raw clips again")
     return clips
 
 
@@ -113,7 +113,7 @@ def _entry(directory: pathlib.Path, source: str, entry: Mapping[str, Any]) -> Ra
             raise UserError(f"{directory / MANIFEST} names {needed}, which does not exist; make the raw clips again")
     if values.get("split", "train") not in SPLITS:
         raise UserError(
-            f"{directory / MANIFEST}: clip {entry['id']} has split {values['split']!r}, not one of {SPLITS}"
+            f"{directory / MANIFEST}: split {values['split']!r} of clip {entry['id']} is not one of {SPLITS}"
         )
     crop = tuple(int(value) for value in entry["crop"]) if entry.get("crop") else None
     if crop is not None and (len(crop) != 4 or min(crop[:2]) < 0 or min(crop[2:]) < 1):

@@ -1,7 +1,6 @@
-"""Decodes and encodes video and audio files: frames at 25 per second by time stamp, mono sound, H.264 + AAC mp4.
+"""Decodes and encodes video and audio files: frames at 25 fps by time stamp, mono sound, H.264 + AAC mp4.
 
-Times are seconds from the start of the file, the same for sound and picture, so that row i of anything at 25 fps is the
-picture shown at i/25 s and the sound heard then.
+Times are seconds from the start of the file, for sound and picture alike: row i at 25 fps belongs to time i/25 s.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+from PIL import Image
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS
@@ -22,7 +22,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 
 @contextlib.contextmanager
 def _open(path: str | pathlib.Path) -> Iterator[av.container.InputContainer]:
-    """An open file; whatever FFmpeg cannot read becomes one line for the person at the terminal."""
+    """Opens a file and turns FFmpeg's errors into UserErrors."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"cannot read {path}: no such file; check the path")
@@ -30,7 +30,7 @@ def _open(path: str | pathlib.Path) -> Iterator[av.container.InputContainer]:
         with av.open(str(path)) as container:
             yield container
     except av.FFmpegError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; is it a video or sound file?") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; give a video or sound file") from error
 
 
 def has_audio(path: str | pathlib.Path) -> bool:
@@ -45,25 +45,25 @@ def has_video(path: str | pathlib.Path) -> bool:
         return bool(container.streams.video)
 
 
-def is_exactly(path: str | pathlib.Path, frames: int, fps: float = FPS) -> bool:
-    """Whether the file's video stream has that many frames at that rate, as its header says."""
+def is_exactly(path: str | pathlib.Path, frames: int) -> bool:
+    """Whether the video's header gives this number of frames at 25 fps."""
     with _open(path) as container:
         stream = container.streams.video[0]
-        return stream.frames == frames and float(stream.average_rate or 0) == fps
+        return stream.frames == frames and float(stream.average_rate or 0) == FPS
 
 
 def _origin(container: av.container.InputContainer) -> float:
-    """Start of the file in seconds on its own clock."""
+    """Start time of the file in seconds."""
     return (container.start_time or 0) / av.time_base
 
 
 def _timed_frames(container: av.container.InputContainer, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(seconds, frame) from the key frame before `start` on."""
+    """Yields (seconds, frame), beginning at the key frame before `start`."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     origin = _origin(container)
     if start > 0:
-        # A second of margin, because some containers seek past the wanted key frame.
+        # Seek a second earlier, because some containers seek past the key frame.
         container.seek(int((max(start - 1.0, 0.0) + origin) * av.time_base), backward=True)
     period = 1 / float(stream.average_rate or stream.base_rate or FPS)
     time = start - period
@@ -73,34 +73,32 @@ def _timed_frames(container: av.container.InputContainer, start: float) -> Itera
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """(H,W,3) uint8, turned upright where the file says that the camera was held sideways."""
+    """(H,W,3) uint8, rotated upright as the file's metadata requires."""
     image = frame.to_ndarray(format="rgb24")
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
 
-def iter_video(
-    path: str | pathlib.Path, *, fps: float = FPS, start: float = 0.0, end: float | None = None
-) -> Iterator[np.ndarray]:
-    """Yields (H,W,3) uint8 RGB frames for the times start, start + 1/fps, ... before `end` (seconds).
+def iter_video(path: str | pathlib.Path, *, start: float = 0.0, end: float | None = None) -> Iterator[np.ndarray]:
+    """Yields (H,W,3) uint8 RGB frames for the times start, start + 1/25, ... before `end` (seconds).
 
-    Each is the source frame nearest in time, so any source rate (also a varying one) becomes exactly `fps`.
+    Each is the source frame nearest in time, so any constant or variable source rate becomes exactly 25 fps.
 
     Raises:
-      UserError: the file cannot be read, has no video stream, or no frame in the wanted span.
+      UserError: the file cannot be read, has no video stream, or no frame from `start` on.
     """
     with _open(path) as container:
         if not container.streams.video:
             raise UserError(f"{path} has no video stream; give a video file")
         wanted, previous, previous_time = 0, None, 0.0
-        period = 1 / float(container.streams.video[0].average_rate or fps)
+        period = 1 / float(container.streams.video[0].average_rate or FPS)
 
         def pending(limit: float) -> bool:
-            time = start + wanted / fps
-            return time < limit and (end is None or time < end - 0.01 / fps)
+            time = start + wanted / FPS
+            return time < limit and (end is None or time < end - 0.01 / FPS)
 
         for time, frame in _timed_frames(container, start):
-            # `previous` is the nearest frame for all times before the middle between it and this one.
+            # `previous` is the nearest frame for all times up to the midpoint between the two.
             while previous is not None and pending((previous_time + time) / 2):
                 yield _rgb(previous)
                 wanted += 1
@@ -112,22 +110,20 @@ def iter_video(
             yield _rgb(previous)
             wanted += 1
     if not wanted:
-        raise UserError(f"{path} has no frame from {start:g} s on; check the file and the wanted seconds")
+        raise UserError(f"{path} has no frame after {start:g} s; check the file and the start time")
 
 
-def read_video(
-    path: str | pathlib.Path, *, fps: float = FPS, start: float = 0.0, end: float | None = None
-) -> np.ndarray:
-    """All frames of `iter_video` as (F,H,W,3) uint8; the whole span is in memory at once."""
-    return np.stack(list(iter_video(path, fps=fps, start=start, end=end)))
+def read_video(path: str | pathlib.Path, *, start: float = 0.0, end: float | None = None) -> np.ndarray:
+    """All frames of `iter_video` as (F,H,W,3) uint8."""
+    return np.stack(list(iter_video(path, start=start, end=end)))
 
 
 def read_audio(
     path: str | pathlib.Path, *, rate: int = AUDIO_RATE, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Mono sound (N,) float32 in [-1,1] at `rate` Hz from `start` to `end` (seconds; None: to the end of the sound).
+    """Mono sound (N,) float32 in [-1,1] at `rate` Hz from `start` to `end` (seconds; None: the end of the sound).
 
-    With `end` the result has exactly round((end-start)*rate) samples, silence where the stream has none.
+    With `end` the result has exactly round((end-start)*rate) samples, padded with silence.
 
     Raises:
       UserError: the file cannot be read, has no audio stream, or its sound has zero length.
@@ -136,23 +132,22 @@ def read_audio(
         if not container.streams.audio:
             raise UserError(f"{path} has no audio stream; give a file with sound")
         stream = container.streams.audio[0]
-        # Channels are averaged below: FFmpeg's own float downmix would make stereo louder by 3 dB.
+        # The channels are averaged below: FFmpeg's own float downmix makes stereo 3 dB louder.
         resampler = av.AudioResampler(format="fltp", rate=rate)
         chunks, first = [], None
         for frame in container.decode(stream):
             if first is None:
                 first = (frame.time or 0.0) - _origin(container)
-            frame.pts = None  # gaps are not filled; the first time stamp places the whole stream
+            frame.pts = None  # ignore gaps; the first time stamp positions the whole stream
             chunks += [part.to_ndarray().mean(0) for part in resampler.resample(frame)]
         if chunks:
             chunks += [part.to_ndarray().mean(0) for part in resampler.resample(None)]
     wave = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
     if not wave.size:
-        raise UserError(f"{path} holds sound of zero length; give a recording")
+        raise UserError(f"the sound of {path} has zero length; give a recording")
     lead = round(first * rate)
     wave = np.pad(wave, (lead, 0)) if lead > 0 else wave[-lead:]
-    begin = round(start * rate)
-    wave = wave[begin:]
+    wave = wave[round(start * rate) :]
     if end is not None:
         count = round((end - start) * rate)
         wave = np.pad(wave[:count], (0, max(count - wave.size, 0)))
@@ -168,12 +163,12 @@ def write_mp4(
     audio_rate: int = AUDIO_RATE,
     crf: int = 16,
 ) -> None:
-    """Writes (F,H,W,3) uint8 frames and optional mono sound as H.264 (4:2:0) + AAC; even H and W.
+    """Writes (F,H,W,3) uint8 frames, H and W even, and optional mono sound as H.264 (4:2:0) + AAC.
 
-    Sound is cut or padded with silence to the length of the picture. The file appears complete or not at all.
+    Trims the sound, or pads it with silence, to the length of the video. Writes atomically.
 
     Raises:
-      UserError: the place cannot be written.
+      UserError: the file cannot be written.
       ValueError: frames of another shape, or an odd size.
     """
     path = pathlib.Path(path)
@@ -188,7 +183,7 @@ def write_mp4(
             _write_streams(container, frames, fps, audio, audio_rate, crf)
         partial.replace(path)
     except OSError as error:  # FFmpeg's errors are OSErrors too
-        raise UserError(f"cannot write {path}: {error.strerror}; name a file you may write") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable file") from error
     finally:
         if partial.exists():
             partial.unlink()
@@ -214,3 +209,9 @@ def _write_streams(container, frames, fps, audio, audio_rate, crf) -> None:
         frame.sample_rate, frame.pts = audio_rate, begin
         container.mux(sound.encode(frame))
     container.mux(sound.encode())
+
+
+def write_gif(path: str | pathlib.Path, frames: np.ndarray, fps: float = 25.0) -> None:
+    """Writes uint8 frames (F, H, W, 3) as an endlessly looping GIF."""
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)

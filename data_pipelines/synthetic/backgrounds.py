@@ -1,4 +1,4 @@
-"""Still backgrounds: walls, gradients, stripes, rooms and blurred shapes, each with words for the caption."""
+"""Still backgrounds: walls, gradients, stripes, rooms and blurred shapes, with words for the caption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _colour(rng: np.random.Generator) -> tuple[str, np.ndarray]:
 
 
 def draw(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, str]:
-    """A picture (H,W,3) float32 in 0..1 and its words, as "in front of a blue wall"."""
+    """A picture (H,W,3) float32 in 0..1 and its words for the caption, as "a blue wall"."""
     kind = KINDS[rng.integers(len(KINDS))]
     name, colour = _colour(rng)
     other = _colour(rng)[1]

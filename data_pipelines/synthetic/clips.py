@@ -1,4 +1,4 @@
-"""One rendered clip: plan, person, speech, motion, camera, frames, truth, files."""
+"""Renders one clip from its plan: person, speech, motion, camera, frames, ground truth, files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_pipelines.synthetic.body import Body
 from data_pipelines.synthetic.plan import ClipPlan
 from omnihuman_jax.frames import FPS
 
-# Height of the visible part at the person's depth, dm, for a picture as high as wide.
+# Visible height at the person's depth in dm, for a square picture.
 VISIBLE = {"close-up": (3.0, 3.5), "head and shoulders": (3.9, 4.9), "half body": (8.2, 10.0)}
 MOUTH_PIXELS = 15.5  # width of the mouth in a close-up of 96 x 96 pixels
 CORNERS = ("mouth_left", "mouth_right")
@@ -58,7 +58,7 @@ def make(body: Body, engine: speech.Engine | None, clip: ClipPlan, seed: int, fr
       UserError: the speech synthesis fails.
     """
     rng = plan.generator(seed, "clip", clip.index)
-    rng.random(8)  # the plan drew its numbers from the same stream
+    rng.random(8)  # skip numbers, since the plan draws from the same stream
     speaker = plan.generator(seed, clip.split, clip.speaker)
     look = appearance.draw(speaker)
     person = people.build(body, look, speaker)
@@ -87,13 +87,13 @@ def make(body: Body, engine: speech.Engine | None, clip: ClipPlan, seed: int, fr
 
 
 def _first_frame(rng: np.random.Generator, spoken: speech.Speech | None, frames: int) -> int:
-    """Frame of the sentence with which the clip begins; sound and picture are cut at frame borders, so both agree."""
+    """First frame of the clip within the sentence; cutting at frame boundaries keeps sound and picture in sync."""
     total = 0 if spoken is None else int(spoken.seconds * FPS)
     return int(rng.integers(-5, max(total - frames + 4, -4)))
 
 
 def _cut(spoken: speech.Speech, first: int, frames: int) -> np.ndarray:
-    """The sound (N,) of frames first..first+frames-1, silence where the sentence has none."""
+    """The sound (N,) of frames first..first+frames-1, silence outside the sentence."""
     step = speech.SAMPLE_RATE // FPS
     sound = np.zeros(frames * step, np.float32)
     begin = first * step
@@ -103,7 +103,7 @@ def _cut(spoken: speech.Speech, first: int, frames: int) -> np.ndarray:
 
 
 def _camera(rng: np.random.Generator, person: people.Person, clip: ClipPlan) -> render.Camera:
-    """A camera that shows the head, with some room above it, and the rest as the framing asks."""
+    """A camera that shows the head, some space above it, and as much of the body as the framing needs."""
     head = person.landmarks["nose"]
     top = float(person.rest[:, 1].max())
     if clip.framing == "full body":
@@ -113,16 +113,16 @@ def _camera(rng: np.random.Generator, person: people.Person, clip: ClipPlan) -> 
         above = visible * 0.04
     else:
         low, high = VISIBLE[clip.framing]
-        # Pictures that are not square keep the pixels of the face.
+        # Pictures of any aspect ratio show the face at the same size.
         scale = np.sqrt(clip.height * clip.width) / rng.uniform(low, high)
         if clip.framing == "close-up":
-            # Wide enough to read the lips of small mouths too, but not so near that the face leaves the picture.
+            # Close enough to read the lips of small mouths, but without cutting off the face.
             lips = np.linalg.norm(np.diff(person.rest[[person.landmarks[n][0] for n in CORNERS]], axis=0))
             scale = max(scale, min(MOUTH_PIXELS / lips, 35.0) * np.sqrt(clip.height * clip.width) / 96)
         visible = clip.height / scale
         above = visible * rng.uniform(0.03, 0.09)
     if clip.framing == "close-up":
-        # A tall head of hair may leave the picture, the mouth may not.
+        # Tall hair may leave the picture, the mouth must not.
         chin = float(person.rest[person.landmarks["chin"], 1].mean())
         above = min(above, max(visible - (top - chin) - 0.45, above - 0.8))
     x = float(person.rest[head, 0].mean()) + rng.uniform(-0.06, 0.06) * clip.width / scale
@@ -138,25 +138,24 @@ def _light(rng: np.random.Generator) -> render.Light:
 
 
 def _ever_seen(person: people.Person, moved: motion.Motion, camera: render.Camera) -> np.ndarray:
-    """Mask (Q,) of the quads that a sparse sample of the frames shows or nearly shows."""
+    """Mask (Q,) of the quads that are visible or nearly visible in every sixth frame."""
     some = slice(None, None, 6)
     units = {name: values[some] for name, values in moved.units.items()}
     rotations = {name: turns[some] for name, turns in moved.rotations.items()}
     shift = moved.shift[some]
     at_rest = people.unit_offsets(person, units, len(shift)) + person.rest
     points, _ = skeleton.skin(person, at_rest, rotations, shift)
-    keep = person.two_sided.copy()
     normals = people.quad_normals(points, person.quads)
     facing = (normals[..., 2] > -0.6 * np.linalg.norm(normals, axis=-1)).any(0)
     place = camera.project(points)
     margin = 0.12 * camera.width
     inside = ((place > -margin) & (place < np.array([camera.width, camera.height]) + margin)).all(-1).any(0)
     near = inside[person.quads].any(1)
-    return (keep | facing) & near
+    return (person.two_sided | facing) & near
 
 
 def keypoints(person: people.Person, points: np.ndarray, joints: np.ndarray, camera: render.Camera) -> np.ndarray:
-    """True keypoints (F,K,3) of posed points (F,V,3) and joints (F,B,2,3)."""
+    """Ground-truth keypoints (F,K,3) of posed points (F,V,3) and joints (F,B,2,3)."""
     places = np.empty((len(points), kp.NUM_KEYPOINTS, 3))
     for name, i in kp.INDEX.items():
         if name in person.landmarks:
@@ -170,7 +169,7 @@ def keypoints(person: people.Person, points: np.ndarray, joints: np.ndarray, cam
 
 
 def caption(look: appearance.Appearance, clip: ClipPlan, style: str, background: str) -> str:
-    """One sentence that says who does what, where, and how much of the person is seen."""
+    """One sentence about the person, the action, the background and the framing."""
     hair = {"bald": "a bald head", "bun": f"{look.hair_name} hair in a bun", "afro": f"a {look.hair_name} afro"}.get(
         look.hair_style, f"{'long' if look.hair_style == 'long' else 'short'} {look.hair_name} hair"
     )
@@ -184,7 +183,7 @@ def caption(look: appearance.Appearance, clip: ClipPlan, style: str, background:
 
 
 def write(clip: Clip, directory: pathlib.Path) -> dict[str, Any]:
-    """Writes clips/ID.mp4 and annotations/ID.npz below `directory`; returns the clip's entry of the manifest."""
+    """Writes clips/ID.mp4 and annotations/ID.npz to `directory`; returns the clip's manifest entry."""
     name, p = clip.plan.id, clip.plan
     media.write_mp4(directory / "clips" / f"{name}.mp4", clip.frames, audio=clip.audio)
     arrays = {

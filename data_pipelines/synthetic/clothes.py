@@ -1,6 +1,6 @@
-"""Where clothes, hair and beard lie on the template, and their colours.
+"""Clothes, hair and beard: their regions on the template and their colours.
 
-Places are signed fields over template points (N,3), positive inside. All numbers are decimetres (see body.py): the neck
+Regions are signed fields over template points (N,3), positive inside. Numbers are decimetres (see body.py): the neck
 joint is at y = 5.9, the shoulder at 5.25, the waist at about 2, the chin at 6.2, the top of the skull at 8.5.
 """
 
@@ -29,7 +29,7 @@ PALETTE = {
 
 
 def hair_field(points: np.ndarray, look: Appearance) -> np.ndarray:
-    """Height (N,) above the hairline, dm; for points of the head."""
+    """Height (N,) above the hairline in dm, for points of the head."""
     x, y, z = points.T
     fringe = 0.2 if look.hair_style == "bob" else 0.0
     front = 7.92 + look.hairline - fringe - 0.25 * np.clip(np.abs(x) - 0.35, 0, 1)
@@ -40,18 +40,18 @@ def hair_field(points: np.ndarray, look: Appearance) -> np.ndarray:
 
 
 def beard_field(points: np.ndarray) -> np.ndarray:
-    """Positive (N,) on jaw and moustache; for points of the head and neck."""
+    """Positive (N,) on jaw and upper lip, for points of head and neck."""
     x, y, z = points.T
     across = np.abs(x)
     jaw = np.minimum.reduce([6.60 + 0.55 * np.clip(across - 0.28, 0, 0.6) - y, z - 0.60, y - 6.12])
-    # The lower lip stays free, and so does the skin right below it.
+    # No beard on the lower lip and the skin right below it.
     jaw = np.minimum(jaw, np.maximum(across - 0.25, 6.42 - y))
     moustache = np.minimum.reduce([0.30 - across, y - 6.67, 6.81 - y, z - 1.35])
     return np.maximum(jaw, moustache)
 
 
 def neck_opening(points: np.ndarray, neckline: str) -> np.ndarray:
-    """Positive (N,) where a top leaves neck and chest bare."""
+    """Positive (N,) on the neck and chest that a top leaves bare."""
     x, y, z = points.T
     ring = np.hypot(x, z - 0.05)
     if neckline == "turtle":
@@ -72,7 +72,7 @@ def _jacket_opening(points: np.ndarray) -> np.ndarray:
 
 
 def _along_arm(points: np.ndarray, body: Body) -> np.ndarray:
-    """How far (N,) points of an arm lie from the shoulder (0) to the elbow (1)."""
+    """Position (N,) of points along the upper arm: 0 at the shoulder, 1 at the elbow."""
     i = body.bones.index("upperarm_l")
     shoulder, elbow = body.vertices[body.heads[i]].mean(0)[:2], body.vertices[body.tails[i]].mean(0)[:2]
     bone = elbow - shoulder
@@ -81,7 +81,7 @@ def _along_arm(points: np.ndarray, body: Body) -> np.ndarray:
 
 
 def _dominant(body: Body) -> Callable[..., np.ndarray]:
-    """A function from bone names (without their side) to the mask (Q,) of quads that one of them moves most."""
+    """A function from bone names (without side) to the mask (Q,) of quads on which one of them has the most weight."""
     bone = body.weights[body.quads].mean(1).argmax(1)
 
     def of(*names: str) -> np.ndarray:
@@ -91,7 +91,7 @@ def _dominant(body: Body) -> Callable[..., np.ndarray]:
 
 
 def cut_seams(body: Body, look: Appearance) -> Body:
-    """The template with quads split along the edges of this person's hair, beard and clothes."""
+    """The template with quads split along the edges of the person's hair, beard and clothes."""
 
     def along(field: np.ndarray, *zones: str) -> None:
         nonlocal body
@@ -113,7 +113,7 @@ def cut_seams(body: Body, look: Appearance) -> Body:
 
 
 def paint(body: Body, look: Appearance, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Colours (Q,3) of the quads of a cut body, and how far (V,) clothes and hair lift the surface, dm."""
+    """Colours (Q,3) of the quads of a cut body, and thickness (V,) of clothes and hair in dm."""
     where, zones = body.vertices[body.quads].mean(1), body.zones
     skin = np.array(look.skin)
     albedo = np.tile(skin, (len(zones), 1)) * (1 + 0.01 * rng.standard_normal((len(zones), 1)))
@@ -139,7 +139,7 @@ def paint(body: Body, look: Appearance, rng: np.random.Generator) -> tuple[np.nd
         rise = np.clip(hair_field(body.vertices, look) / 0.45, 0, 1)
         on_hair = np.zeros(len(lift), bool)
         on_hair[body.quads[hair]] = True
-        on_hair[body.quads[zones == ZONE["ear"]]] = False  # ears that share vertices with hair keep their form
+        on_hair[body.quads[zones == ZONE["ear"]]] = False  # keep the shape of ears that share vertices with hair
         lift = np.where(on_hair, HAIR_THICKNESS[look.hair_style] * np.sqrt(rise * (2 - rise)), 0.0)
     for garment, thickness in _clothes(body, look, where, albedo):
         lift[body.quads[garment]] = thickness

@@ -1,10 +1,10 @@
-"""Speaks one sentence with the espeak-ng library: run as a program, in a process of its own.
+"""Speaks one sentence with the espeak-ng library; a program that runs in a separate process.
 
-A process per sentence makes the sound a function of the arguments alone (the library keeps state between sentences),
-and keeps the library, which is GPL, apart from this project's own process. Only the standard library is imported.
+The library keeps state between sentences: a process per sentence makes the sound a pure function of the arguments, and
+keeps the GPL library out of this project's process. Imports only the standard library.
 
 Argument: a JSON object with library, data, voice, rate, pitch, range, text. Output: a line of JSON (sample rate, and
-phonemes as [seconds, IPA symbol]), then 16-bit samples. Exit status 3: the library does not know the voice.
+phonemes as [seconds, IPA symbol]), then 16-bit samples. Exit status 3: unknown voice.
 """
 
 import ctypes
@@ -25,29 +25,22 @@ class _Id(ctypes.Union):
 class _Event(ctypes.Structure):
     """espeak_EVENT of speak_lib.h."""
 
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("id", _Id),
-    ]
+    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int)]
+    _fields_ += [("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int)]
+    _fields_ += [("user_data", ctypes.c_void_p), ("id", _Id)]
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
 def main() -> int:
-    """Reads the request from the command line and writes the sound to standard output."""
+    """Speaks the request; returns the exit status."""
     request = json.loads(sys.argv[1])
     library = ctypes.CDLL(request["library"])
     data = request["data"].encode() if request["data"] else None
     rate = library.espeak_Initialize(SYNCHRONOUS, 0, data, OPTIONS)
     if rate <= 0:
-        print("the library does not find its data", file=sys.stderr)
+        print("the library cannot find its data", file=sys.stderr)
         return 1
     pieces, phonemes = [], []
 

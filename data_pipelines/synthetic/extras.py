@@ -1,7 +1,7 @@
-"""Geometry that the body mesh lacks: brows, irises, glasses and hair, as quads tied to the body.
+"""Brows, irises, glasses and hair, which the body mesh lacks, as quads attached to the body.
 
-All of it is laid out on the template (data_pipelines/synthetic/body.py, decimetres) and carried to a person by the
-vertex that each point is tied to, or by the box of the person's head.
+They are defined on the template (data_pipelines/synthetic/body.py, decimetres) and move to a person with the vertices
+that they are tied to, or with the bounding box of the head.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ HEAD_LOW, HEAD_HIGH = np.array([-0.82, 6.17, -0.98]), np.array([0.82, 8.49, 1.53
 class Part:
     """points (N,3); quads (M,4) into them; albedo (M,3); bias dm towards the camera.
 
-    tied: (N,) vertices of the body whose bones and face units the points follow; else head: (N,) weight of the head
-    bone, the rest going to the chest (None: all head); gaze: (2,N,3) offsets per radian of eyes turned right and up.
+    tied: (N,) body vertices whose bones and face units the points follow. Without it, head: (N,) weight of the head
+    bone, the rest goes to the chest (None: all head). gaze: (2,N,3) offsets per radian of gaze to the right and up.
     """
 
     points: np.ndarray
@@ -34,7 +34,7 @@ class Part:
 
 
 def grid(rows: int, columns: int, wrap: bool = False) -> np.ndarray:
-    """Quads (M,4) of a rows x columns lattice of points, row by row; `wrap` joins the last column to the first."""
+    """Quads (M,4) of a rows x columns grid of points, row by row; `wrap` joins the last column to the first."""
     r, c = np.meshgrid(np.arange(rows - 1), np.arange(columns if wrap else columns - 1), indexing="ij")
     n = (c + 1) % columns
     return np.stack([r * columns + c, r * columns + n, (r + 1) * columns + n, (r + 1) * columns + c], -1).reshape(-1, 4)
@@ -49,19 +49,19 @@ def _twice(quads: np.ndarray, count: int) -> np.ndarray:
 
 
 def fit_head(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Carries template points to a head whose box is low..high."""
+    """Maps template points to a head with the bounding box low..high."""
     scale = (high - low) / (HEAD_HIGH - HEAD_LOW)
     return (low + (points - HEAD_LOW) * scale).astype(np.float32)
 
 
 def nearest_front(points: np.ndarray, surface: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """For each point the candidate vertex nearest in x and y."""
+    """The candidate vertex nearest to each point in x and y."""
     distance = np.square(points[:, None, :2] - surface[None, candidates, :2]).sum(-1)
     return candidates[distance.argmin(1)]
 
 
 def brows(colour, thickness: float, surface: np.ndarray, front: np.ndarray) -> Part:
-    """Two bent strips on the brow ridge; `front` are vertices of the front of the head."""
+    """Two curved strips on the brow ridge; `front`: vertices of the front of the head."""
     t = np.linspace(0, 1, 7)
     x = 0.115 + 0.40 * t
     y = 7.475 + 0.075 * np.sin(np.pi * (0.15 + 0.75 * t)) - 0.05 * t
@@ -69,7 +69,7 @@ def brows(colour, thickness: float, surface: np.ndarray, front: np.ndarray) -> P
     points = np.concatenate([np.stack([x, y + half, 0 * x], 1), np.stack([x, y - half, 0 * x], 1)])
     points = _both_sides(points)
     tied = nearest_front(points, surface, front)
-    # Depth from the surface: the mean of the nearest few vertices, slightly in front.
+    # Depth: slightly in front of the mean of the nearest vertices.
     distance = np.square(points[:, None, :2] - surface[None, front, :2]).sum(-1)
     near = front[np.argsort(distance, 1)[:, :3]]
     points[:, 2] = surface[near, 2].mean(1) + 0.015
@@ -78,7 +78,7 @@ def brows(colour, thickness: float, surface: np.ndarray, front: np.ndarray) -> P
 
 
 def irises(colour) -> Part:
-    """A coloured disc and a pupil on each eye, and the way they move when the eyes turn."""
+    """A coloured disc, a pupil and a glint on each eye, and their offsets when the eyes turn."""
     angle = np.arange(8) * np.pi / 4 + np.pi / 8
     ring = np.stack([np.cos(angle), np.sin(angle)], 1)
     points, colours, quads = [], [], []
@@ -89,14 +89,14 @@ def irises(colour) -> Part:
         z = np.sqrt(EYE_RADIUS**2 - radius**2) + (0.008 if radius > 0.05 else 0.014)
         points.append(np.concatenate([EYE[:2] + xy, np.full((8, 1), EYE[2] + z)], 1))
         colours += [shade] * 3
-    # A glint makes eyes read as eyes even when they are six pixels wide.
+    # A glint makes eyes recognisable even if they are six pixels wide.
     quads += [np.array([16, 17, 18, 19])]
     glint = EYE + np.array([[0.0, 0.05, 0.16], [0.028, 0.05, 0.16], [0.028, 0.022, 0.16], [0.0, 0.022, 0.16]])
     points.append(glint - [0.03, 0, 0])
     colours.append(np.array([0.95, 0.95, 0.95]))
     left = np.concatenate(points)
     shift = np.concatenate([left + 0, left * [-1, 1, 1]])
-    shift[20 + 16 :, 0] = -(glint[:, 0] - 0.03) + 0.0  # the light comes from one side, so this one is not mirrored
+    shift[20 + 16 :, 0] = -(glint[:, 0] - 0.03) + 0.0  # not mirrored, since the light comes from one side
     quads = _twice(np.array(quads), 20)
     moves = np.zeros((2, 40, 3))
     moving = np.r_[0:16, 20:36]
@@ -120,7 +120,7 @@ def glasses() -> Part:
 
 
 def curtain(colour, end: float, rng: np.random.Generator) -> Part:
-    """Hair that hangs around the back and the sides of the head down to height `end` (template dm)."""
+    """Hair around the back and the sides of the head, down to height `end` (template dm)."""
     columns = 25
     phi = np.linspace(-1.9, 1.9, columns)
     heights = np.concatenate([[8.28, 8.0, 7.6, 7.1], np.linspace(6.6, end, 2 + round((6.6 - end) / 0.5))])
@@ -129,7 +129,7 @@ def curtain(colour, end: float, rng: np.random.Generator) -> Part:
         top = np.clip((8.52 - y) / 0.75, 0, 1)
         bulge = np.sqrt(np.clip(1 - (1 - top) ** 2, 0.05, 1)) * (1.0 + 0.05 * np.clip((7.6 - y) / 1.5, 0, 1))
         wave = 1 + 0.025 * rng.standard_normal(columns)
-        # Below the chin the hair draws back so that it lies behind and beside the neck.
+        # Below the chin the hair lies behind and beside the neck.
         back = 0.12 * np.clip((6.6 - y) / 1.0, 0, 1)
         width, depth = 0.97 * bulge * wave, 1.22 * bulge * wave
         rows.append(np.stack([width * np.sin(phi), 0 * phi + y, 0.22 - back - depth * np.cos(phi)], 1))

@@ -1,4 +1,4 @@
-"""Cuts quads along curves on the surface, so that hairlines, collars and stripes have clean edges on a coarse mesh."""
+"""Cuts quads along curves, so that hairlines, collars and stripes have clean edges on a coarse mesh."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from data_pipelines.synthetic.body import Body
 
 
 def cut(body: Body, field: np.ndarray, where: np.ndarray) -> Body:
-    """The body with quads split where `field` changes its sign.
+    """Splits quads where `field` changes sign.
 
     Args:
-      field: (V,) values at the vertices; the cut runs where linear interpolation along the edges gives 0.
+      field: (V,) values at the vertices; the cut is where linear interpolation along the edges gives 0.
       where: (Q,) bool, the quads that may be cut.
 
     Returns:
-      A body with more vertices and quads; triangles are quads with a repeated corner. Pieces keep their zone.
+      A body with more vertices and quads. Triangles are quads with a repeated corner; pieces keep their zone.
     """
     corner = field[body.quads]
     inside = corner > 0
     count = inside.sum(1)
-    # Two opposite corners inside would give two separate pieces; such rare saddles stay whole.
+    # Two opposite corners inside would give two separate pieces; these rare saddles are not cut.
     saddle = (count == 2) & (inside[:, 0] == inside[:, 2])
     split = np.flatnonzero(where & (count > 0) & (count < 4) & ~saddle)
     if not len(split):
@@ -52,14 +52,14 @@ def cut(body: Body, field: np.ndarray, where: np.ndarray) -> Body:
 
 
 def _outline(corners, inside, side, crossing) -> list[int]:
-    """Corners, in order, of the part of a quad whose corners have inside == side."""
+    """Corners, in order, of the part of a quad where inside == side."""
     outline = []
     for i in range(4):
-        here, there = corners[i], corners[(i + 1) % 4]
+        following = (i + 1) % 4
         if inside[i] == side:
-            outline.append(here)
-        if inside[i] != inside[(i + 1) % 4]:
-            outline.append(crossing(here, there))
+            outline.append(corners[i])
+        if inside[i] != inside[following]:
+            outline.append(crossing(corners[i], corners[following]))
     return outline
 
 
@@ -73,7 +73,7 @@ def _quads(outline: list[int]) -> list[list[int]]:
 
 
 def _extend(body: Body, pairs: np.ndarray, share: np.ndarray, quads: np.ndarray, parent: np.ndarray) -> Body:
-    """Adds a vertex on each edge of `pairs` (N,2), `share` (N,) of the way from its first end."""
+    """Adds a vertex on each edge of `pairs` (N,2), at the fraction `share` (N,) from its first end."""
     first, second = pairs.T
 
     def between(values: np.ndarray) -> np.ndarray:

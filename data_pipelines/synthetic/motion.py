@@ -1,4 +1,4 @@
-"""How a rendered person moves: face units, head, torso and arms over the frames of a clip."""
+"""The motion of a rendered person: face units, head, torso and arms in every frame of a clip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_pipelines.synthetic import skeleton, visemes
 from data_pipelines.synthetic.people import Person
 from data_pipelines.synthetic.speech import SAMPLE_RATE, Speech
 
-# Places of the wrist from the shoulder for the person's left arm (x outward, y up, z forward), in arm lengths.
+# Position of the left wrist relative to the shoulder (x outward, y up, z forward), in arm lengths.
 HANDS = {
     "hang": (0.16, -0.95, 0.10),
     "belly": (-0.22, -0.60, 0.42),
@@ -28,16 +28,15 @@ STYLES = ("still", "beat", "random", "wave")
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """units: face unit -> (F,); rotations: bone -> (F,3,3); shift (F,3) of the pelvis in dm; style of the gestures."""
+    """units: face unit -> (F,); rotations: bone -> (F,3,3); shift: (F,3) of the pelvis in dm."""
 
     units: dict[str, np.ndarray]
     rotations: skeleton.Rotations
     shift: np.ndarray
-    style: str
 
 
 def smooth_noise(rng: np.random.Generator, times: np.ndarray, low: float = 0.15, high: float = 0.9) -> np.ndarray:
-    """Slow random curve (F,) of about unit size, from five sinusoids between `low` and `high` Hz."""
+    """Slow random curve (F,) of about unit amplitude: five sinusoids between `low` and `high` Hz."""
     rates, phases = rng.uniform(low, high, 5), rng.uniform(0, 2 * np.pi, 5)
     return np.sin(2 * np.pi * rates * times[:, None] + phases).sum(1) / np.sqrt(2.5)
 
@@ -53,7 +52,7 @@ def energy(speech: Speech | None, times: np.ndarray) -> np.ndarray:
 
 
 def blinks(rng: np.random.Generator, times: np.ndarray) -> np.ndarray:
-    """Closed eyelids (F,) in 0..1: a blink of about 0.25 s every two to four seconds."""
+    """How far the eyelids are closed (F,) in 0..1: a blink of about 0.25 s every two to four seconds."""
     closed = np.zeros(len(times))
     at = times[0] - 2 + rng.uniform(0, 3)
     while at < times[-1]:
@@ -63,7 +62,7 @@ def blinks(rng: np.random.Generator, times: np.ndarray) -> np.ndarray:
 
 
 def face(rng: np.random.Generator, speech: Speech | None, times: np.ndarray, strength: float) -> dict[str, np.ndarray]:
-    """Face units (F,): speech, blinks, gaze, brows and a bit of expression."""
+    """Face units (F,): speech, blinks, gaze, brows and some expression."""
     units = {name: np.zeros(len(times)) for name in ("jawOpen", "mouthPressLeft", "mouthPressRight")}
     if speech is not None:
         units |= visemes.face_units(visemes.articulate(speech, times), strength)
@@ -81,7 +80,7 @@ def face(rng: np.random.Generator, speech: Speech | None, times: np.ndarray, str
         units[f"browOuterUp{side}"] = np.clip(brow, 0, 1)
         units[f"browDown{side}"] = np.clip(-brow, 0, 1) * 0.7
     units["browInnerUp"] = np.clip(brow, 0, 1)
-    # The eyes rest on a point for a while and jump to the next.
+    # The gaze rests on a point for a while, then jumps to the next.
     jumps = np.cumsum(rng.random(len(times)) < 0.04)
     targets = rng.normal(0, 1, (jumps[-1] + 1, 2)).clip(-1.6, 1.6) * [0.16, 0.08]
     units["gazeRight"], units["gazeUp"] = targets[jumps].T
@@ -89,7 +88,7 @@ def face(rng: np.random.Generator, speech: Speech | None, times: np.ndarray, str
 
 
 def hand_path(rng: np.random.Generator, times: np.ndarray, places: list[str], every: float, size: float) -> np.ndarray:
-    """Wrist places (F,3) moving smoothly through random `places`, a new one every `every` seconds on average."""
+    """Wrist positions (F,3) moving smoothly between random `places`, a new one every `every` seconds on average."""
     knots, at = [], times[0] - rng.uniform(0, every)
     while at < times[-1] + 2 * every:
         knots.append((at, np.array(HANDS[places[rng.integers(len(places))]]) + rng.normal(0, 0.06 * size, 3)))
@@ -97,7 +96,7 @@ def hand_path(rng: np.random.Generator, times: np.ndarray, places: list[str], ev
     starts = np.array([k[0] for k in knots])
     spots = np.stack([k[1] for k in knots])
     i = np.clip(np.searchsorted(starts, times, "right") - 1, 0, len(starts) - 2)
-    # Minimum-jerk moves (Flash and Hogan 1985), which fill most of the time between two places.
+    # Minimum-jerk moves (Flash and Hogan 1985) that take most of the time between two places.
     t = np.clip((times - starts[i]) / (0.85 * (starts[i + 1] - starts[i])), 0, 1)
     s = (t**3 * (10 - 15 * t + 6 * t * t))[:, None]
     return spots[i] * (1 - s) + spots[i + 1] * s
@@ -106,9 +105,9 @@ def hand_path(rng: np.random.Generator, times: np.ndarray, places: list[str], ev
 def arms(
     rng: np.random.Generator, person: Person, style: str, loud: np.ndarray, times: np.ndarray
 ) -> skeleton.Rotations:
-    """Rotations of both arms; "beat" follows the loudness, "random" and "wave" do not, "still" hangs."""
+    """Rotations of both arms. "beat" follows the loudness, "random" and "wave" do not, "still" does not move."""
     rotations: skeleton.Rotations = {}
-    active = rng.random() < 0.5  # with one hand or with both
+    active = rng.random() < 0.5  # the hand that always gestures
     for index, (side, sign) in enumerate((("l", 1.0), ("r", -1.0))):
         busy = style != "still" and (index == int(active) or rng.random() < 0.6)
         if not busy:
@@ -119,7 +118,7 @@ def arms(
             path = path + np.outer(np.sin(2 * np.pi * rng.uniform(1.2, 2.0) * times), [0.16, 0.0, 0.04])
         elif style == "beat":
             path = hand_path(rng, times, ["belly", "open", "chest", "front"], 0.9, 1.0)
-            # Strokes go down where the voice is loud.
+            # The hand goes down when the voice is loud.
             path[:, 1] -= 0.22 * (loud - 0.5)
             path[:, 2] += 0.10 * (loud - 0.5)
         else:
@@ -133,7 +132,7 @@ def arms(
 
 
 def _fingers(rng: np.random.Generator, person: Person, side: str, sign: float) -> skeleton.Rotations:
-    """Slightly curled fingers: each joint turns about the axis from one side of the hand to the other."""
+    """Slightly curled fingers: each joint turns about the axis across the hand."""
     rotations = {}
     index, pinky = (person.heads[person.bones.index(f"{finger}_01_{side}")] for finger in ("index", "pinky"))
     axis = (index - pinky) / np.linalg.norm(index - pinky)
@@ -151,9 +150,9 @@ def move(
     """The motion of one clip.
 
     Args:
-      speech: what is said, or None for a person who does not speak.
-      times: (F,) seconds into the sentence of each frame's middle.
-      turn: the side towards which the body is turned, in radians.
+      speech: the sentence, or None if the person does not speak.
+      times: (F,) time of each frame's middle in the sentence, seconds.
+      turn: rotation of the body about the vertical axis, radians.
     """
     loud = energy(speech, times)
     noise = [smooth_noise(rng, times) for _ in range(9)]
@@ -168,10 +167,10 @@ def move(
         "neck_01": skeleton.euler(0.4 * pitch, 0.4 * yaw, 0.4 * roll),
         "head": skeleton.euler(0.6 * pitch, 0.6 * yaw, 0.6 * roll),
     }
-    # Relaxed shoulders: the template's are raised a little for its spread arms.
+    # Lower the shoulders, which the template raises for its spread arms.
     for side, sign in (("l", 1.0), ("r", -1.0)):
         drop = -0.10 * sign + 0.02 * noise[6]
         rotations[f"clavicle_{side}"] = skeleton.axis_angle(np.array([0.0, 0, 1]), drop)
     rotations |= arms(rng, person, style, loud, times)
     shift = np.stack([0.08 * noise[7], 0.02 * noise[8], np.zeros_like(yaw)], 1)
-    return Motion(face(rng, speech, times, rng.uniform(0.85, 1.15)), rotations, shift, style)
+    return Motion(face(rng, speech, times, rng.uniform(0.85, 1.15)), rotations, shift)

@@ -1,4 +1,4 @@
-"""From a look to a mesh that can be posed: mixed body shape, clothes, hair, colours, face units, joints."""
+"""Builds a posable mesh from a look: body shape, clothes, hair, colours, face units, joints."""
 
 from __future__ import annotations
 
@@ -13,27 +13,22 @@ from data_pipelines.synthetic.appearance import Appearance
 from data_pipelines.synthetic.body import FACE_UNITS, ZONE, Body
 
 UNITS = (*FACE_UNITS, "gazeRight", "gazeUp")
-# Vertices of the template (hm08): the nose tip, the inner edges of the lips, the corners of the mouth, the chin.
+# Template vertices (hm08) of each keypoint on the face; mouth_top and mouth_bottom are the inner edges of the lips.
 LANDMARKS = {
-    "nose": (297,),
-    "mouth_top": (537,),
-    "mouth_bottom": (540,),
-    "mouth_left": (7272,),
-    "mouth_right": (527,),
-    "chin": (5225,),
-}
-# Zones that are painted as if they lay this far (dm) nearer to the camera, against errors of painting by depth.
+    "nose": [297], "mouth_top": [537], "mouth_bottom": [540], "mouth_left": [7272], "mouth_right": [527],
+    "chin": [5225], "left_eye": range(14598, 14670), "right_eye": range(14670, 14742),
+}  # fmt: skip
+# Depth offsets (dm towards the camera) of zones that painting by depth would otherwise draw in the wrong order.
 BIAS = {"eye": -0.06, "mouth": -0.05, "tongue": -0.15, "tooth": -0.16}
-EYE_VERTICES = {"left_eye": range(14598, 14670), "right_eye": range(14670, 14742)}
 
 
 @dataclasses.dataclass
 class Person:
-    """A mesh to pose. Letters: V vertices, Q quads, U units, W vertices that units move, B bones.
+    """A posable mesh. Letters: V vertices, Q quads, U units, W vertices that units move, B bones.
 
     rest (V,3) dm; quads (Q,4); albedo (Q,3); bias (Q,) dm towards the camera; two_sided (Q,) bool; units (U,W,3) with
-    unit_vertices (W,); weights (V,B); heads, tails (B,3) joints at rest; shade (V,) darkening of hollows;
-    landmarks: keypoint name -> vertex indices whose mean it is; jaw_open: gap of the lips at jawOpen = 1, dm.
+    unit_vertices (W,); weights (V,B); heads, tails (B,3) joints at rest; shade (V,) darkening of hollows; landmarks:
+    keypoint name -> vertex indices to average; lip_gap: of the lips at rest; jaw_open: its growth at jawOpen 1, dm.
     """
 
     look: Appearance
@@ -56,13 +51,13 @@ class Person:
 
 
 def quad_normals(points: np.ndarray, quads: np.ndarray) -> np.ndarray:
-    """Normals (...,Q,3) of quads, as long as twice their area; outward for the body's own quads."""
+    """Normals (...,Q,3) of quads with twice their area as length; outward for the body's quads."""
     a, b, c, d = (points[..., quads[:, i], :] for i in range(4))
     return np.cross(c - a, d - b)
 
 
 def vertex_sum(quads: np.ndarray, count: int) -> scipy.sparse.csr_matrix:
-    """Sparse (V,Q) matrix that adds up the values of the quads around each vertex."""
+    """Sparse (V,Q) matrix that sums the values of the quads around each vertex."""
     rows = quads.ravel()
     columns = np.repeat(np.arange(len(quads)), 4)
     return scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), (count, len(quads)))
@@ -79,10 +74,9 @@ def _levels(value: float) -> dict[str, float]:
 
 
 def shape_weights(look: Appearance) -> dict[str, float]:
-    """Target name -> weight, as MakeHuman mixes its body types (products of the traits)."""
-    ages = {"young": 1 - look.age, "old": look.age}
+    """Target name -> weight; products of the traits, as in MakeHuman."""
     weights = {}
-    for age, by_age in ages.items():
+    for age, by_age in (("young", 1 - look.age), ("old", look.age)):
         for race, by_race in zip(body_lib.RACES, look.races, strict=True):
             weights[f"{race}-{look.gender}-{age}"] = by_age * by_race
         for muscle, by_muscle in _levels(look.muscle).items():
@@ -94,11 +88,11 @@ def shape_weights(look: Appearance) -> dict[str, float]:
 
 
 def build(body: Body, look: Appearance, rng: np.random.Generator) -> Person:
-    """The mesh of a person; `rng` decides strands of hair and the like."""
+    """The mesh of a person; `rng` draws details such as strands of hair."""
     mixed = np.zeros(len(body.target_names), np.float32)
     for name, weight in shape_weights(look).items():
         mixed[body.target_names.index(name)] = weight
-    # From here on the person's shape is the only target, so that cutting seams is cheap.
+    # Keep only the mixed target, which makes cutting seams cheap.
     shape = np.tensordot(mixed, body.targets, 1)[None]
     body = clothes.cut_seams(dataclasses.replace(body, targets=shape, target_names=("person",)), look)
     rest = body.vertices + body.targets[0]
@@ -124,7 +118,7 @@ def build(body: Body, look: Appearance, rng: np.random.Generator) -> Person:
         heads=heads,
         tails=tails,
         shade=hollow,
-        landmarks={name: np.array(list(ids)) for name, ids in (LANDMARKS | EYE_VERTICES).items()},
+        landmarks={name: np.array(ids) for name, ids in LANDMARKS.items()},
         lip_gap=0.0,
         jaw_open=1.0,
     )
@@ -155,7 +149,7 @@ def lip_gap(person: Person, points: np.ndarray) -> np.ndarray:
 
 
 def _hollows(rest: np.ndarray, normals: np.ndarray, quads: np.ndarray) -> np.ndarray:
-    """Light (V,) that reaches each vertex: less where the surface is hollow (nostrils, lids, the line of the lips)."""
+    """Light (V,) that reaches each vertex, less in hollows (nostrils, lids, between the lips)."""
     corners = vertex_sum(quads, len(rest))
     centre = (corners @ rest[quads].mean(1)) / np.maximum(np.asarray(corners.sum(1)), 1)
     size = np.sqrt(np.maximum(corners @ np.linalg.norm(quad_normals(rest, quads), axis=-1), 1e-6) / 4)
@@ -172,7 +166,7 @@ def _add_extras(person: Person, body: Body, rng: np.random.Generator) -> None:
     front = np.flatnonzero(head_zone & (body.vertices[:, 2] > 0.7))
     skull = np.flatnonzero(head_zone)
     colour = np.array(look.hair)
-    # The box of the bare skull on this person, without the hair that lifts the surface.
+    # Bounding box of the person's head without hair.
     low, high = extras.HEAD_LOW.copy(), extras.HEAD_HIGH.copy()
     moved = body.targets[0, skull]
     for axis in range(3):
@@ -201,7 +195,7 @@ def _add_extras(person: Person, body: Body, rng: np.random.Generator) -> None:
 
 
 def _append(person: Person, part: extras.Part, points: np.ndarray) -> None:
-    """Adds a part's points (N,3), already fitted to the person, to the mesh."""
+    """Adds a part to the mesh, at points (N,3) already fitted to the person."""
     first = len(person.rest)
     ids = np.arange(first, first + len(points))
     head, chest = person.bones.index("head"), person.bones.index("spine_03")

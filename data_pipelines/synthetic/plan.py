@@ -1,7 +1,7 @@
-"""Which clip shows what: a pure function of (seed, clip index), so that any worker can make any clip.
+"""The content of each clip: a pure function of (seed, clip index), so that any worker can render any clip.
 
-Splits and the conditions that a clip lacks follow fixed patterns of the index, so the shares hold for every number of
-clips and every combination occurs among the first clips already.
+The split and the missing conditions follow fixed patterns of the index. So their shares hold for any number of clips,
+and the first few clips contain every combination.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from omnihuman_jax.errors import UserError
 
 SIZES = ((96, 96), (128, 80), (80, 112))  # height, width in pixels
 FRAMINGS = ("close-up", "head and shoulders", "half body", "full body")
-# Upright pictures show whole bodies more often, wide ones never: the face would be four pixels high.
+# Tall pictures show whole bodies more often, wide ones never: the face would be four pixels high.
 FRAMING_SHARES = {
     (96, 96): (0.27, 0.37, 0.23, 0.13),
     (128, 80): (0.27, 0.35, 0.20, 0.18),
     (80, 112): (0.27, 0.40, 0.33, 0.0),
 }
-# What the n-th training clip gives, repeated: b both, a no audio, p no pose, n neither. 7 of 20 lack something.
-GIVES = "bapnbbbbabbpbbnabbbb"
+# Conditions of the n-th training clip, repeated: b both, a no audio, p no pose, n neither. 7 of 20 lack something.
+PATTERN = "bapnbbbbabbpbbnabbbb"
 CLIPS_PER_SPEAKER = {"train": 3, "heldout": 2}
 STREAMS = {"clip": 1, "train": 2, "heldout": 3}  # first number of each random generator's key
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipPlan:
-    """One clip before it is rendered. `speaks`: the mouth follows `sentence`; has_audio: the sound is in the file."""
+    """A clip to render. speaks: the mouth follows `sentence`; has_audio: the file contains the sound."""
 
     index: int
     split: str
@@ -62,7 +62,7 @@ def _heldout_before(index: int) -> int:
 
 
 def generator(seed: int, stream: str, number: int) -> np.random.Generator:
-    """The random numbers of one clip or of one speaker."""
+    """The random generator of one clip or speaker."""
     return np.random.default_rng([seed, STREAMS[stream], number])
 
 
@@ -71,18 +71,18 @@ def plan(seed: int, index: int, size: tuple[int, int] | None = None, can_speak: 
 
     Args:
       size: height and width of every clip, or None for the mixture.
-      can_speak: False where no speech synthesis is to be had; then nobody speaks.
+      can_speak: False without speech synthesis; then nobody speaks.
     """
     rng = generator(seed, "clip", index)
     heldout = is_heldout(index)
     split = "heldout" if heldout else "train"
     ordinal = _heldout_before(index) if heldout else index - _heldout_before(index)
-    gives = "b" if heldout else GIVES[ordinal % len(GIVES)]
+    has = "b" if heldout else PATTERN[ordinal % len(PATTERN)]
     sentences = HELDOUT if heldout else TRAIN
     number = int(rng.integers(len(sentences)))
-    # Clips without sound show silent talkers and people who do not speak, half each.
-    speaks = can_speak and (gives in "bp" or rng.random() < 0.5)
-    # Held-out clips fall on every eighth index: a pattern of the index alone would give them one size only.
+    # In half of the clips without sound people speak inaudibly, in the others they are silent.
+    speaks = can_speak and (has in "bp" or rng.random() < 0.5)
+    # Held-out clips are every eighth index, so a size pattern of the index alone would give them all the same size.
     mixture = SIZES[(ordinal if heldout else index + ordinal) % 3] if size is None else size
     shares = FRAMING_SHARES.get(mixture, FRAMING_SHARES[(96, 96)])
     framing = FRAMINGS[int(rng.choice(4, p=shares))]
@@ -93,8 +93,8 @@ def plan(seed: int, index: int, size: tuple[int, int] | None = None, can_speak: 
         sentence_id=f"{split}-{number:02d}" if speaks else "",
         sentence=sentences[number] if speaks else "",
         speaks=speaks,
-        has_audio=speaks and gives in "bp",
-        has_pose=gives in "ba",
+        has_audio=speaks and has in "bp",
+        has_pose=has in "ba",
         height=mixture[0],
         width=mixture[1],
         framing=framing,
@@ -105,7 +105,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
     """ "mix" -> None, "96x96" -> (96, 96), height first.
 
     Raises:
-      UserError: not of that form, or not a multiple of 16 between 48 and 1024.
+      UserError: malformed, or not a multiple of 16 between 48 and 1024.
     """
     if text == "mix":
         return None

@@ -1,4 +1,4 @@
-"""Draws a posed mesh: camera, light, and quads painted from far to near with OpenCV at twice the size."""
+"""Draws a posed mesh: camera, light, and quads painted from back to front with OpenCV at twice the size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 from data_pipelines.synthetic.people import Person, quad_normals, vertex_sum
 
 SUPERSAMPLE = 2
-SHIFT = 4  # binary places of the corners' pixel coordinates
+SHIFT = 4  # fractional bits of the corners' pixel coordinates
 
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """A camera that looks along -z. centre (2,) dm is seen in the middle of a height x width picture, `scale` pixels
-    per dm at depth 0 and `distance` dm away."""
+    """A camera that looks along -z at `centre` (2,) dm from `distance` dm, with `scale` pixels per dm at depth 0."""
 
     height: int
     width: int
@@ -34,7 +33,7 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True)
 class Light:
-    """direction (3,) to the lamp; strength of the lamp and of the light from everywhere; tint (3,) of both."""
+    """direction (3,) to the lamp; strengths of lamp and ambient light; tint (3,) of both."""
 
     direction: np.ndarray
     lamp: float
@@ -43,14 +42,14 @@ class Light:
 
     def shade(self, normals: np.ndarray) -> np.ndarray:
         """Brightness (...,) of surfaces with unit normals (...,3)."""
-        # Wrapped Lambert: skin lets light through, so the terminator is soft.
+        # Wrapped Lambert, because skin is translucent and has a soft terminator.
         lambert = np.clip((normals @ self.direction + 0.25) / 1.25, 0, 1)
         sky = 0.5 + 0.5 * normals[..., 1]
         return self.lamp * lambert + self.ambient * (0.8 + 0.2 * sky)
 
 
 def reduce(person: Person, keep: np.ndarray) -> Person:
-    """The person with only the quads in the mask `keep` (Q,), and the vertices that they or the landmarks use."""
+    """The person with only the quads in the mask `keep` (Q,) and the vertices of these and of the landmarks."""
     used = np.zeros(len(person.rest), bool)
     used[person.quads[keep]] = True
     for ids in person.landmarks.values():
@@ -76,7 +75,7 @@ class Painter:
     """Draws frames of one person in front of one background."""
 
     def __init__(self, person: Person, camera: Camera, light: Light, background: np.ndarray):
-        """background: (H,W,3) float in 0..1 at SUPERSAMPLE times the camera's size."""
+        """background: (H,W,3) float in 0..1, SUPERSAMPLE times the camera's size."""
         cv2.setNumThreads(1)
         self._quads, self._bias, self._two_sided = person.quads, person.bias, person.two_sided
         self._albedo = person.albedo * person.shade[person.quads].mean(1)[:, None] * light.tint
@@ -89,14 +88,14 @@ class Painter:
         quads, camera = self._quads, self._camera
         flat = camera.project(points) * SUPERSAMPLE
         corners = flat[quads]
-        # Quads are small, so those whose corners all lie outside are not seen.
+        # Quads are small, so one with all corners outside is not visible.
         inside = ((flat > 0) & (flat < np.array([camera.width, camera.height]) * SUPERSAMPLE)).all(1)
         a, b, c, d = inside[quads].T
         shown = np.flatnonzero(((_turn(corners) < 0) | self._two_sided) & (a | b | c | d))
         normals = self._around @ quad_normals(points, quads)
         normals = normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9)
         facing = normals[quads[shown]].mean(1)
-        # The far side of a two-sided quad is lit as if turned around.
+        # Light the back of a two-sided quad like its front.
         facing = np.where((self._two_sided[shown] & (facing[:, 2] < 0))[:, None], -facing, facing)
         colours = self._albedo[shown] * self._light.shade(facing)[:, None]
         depth = points[quads[shown], 2].mean(1) + self._bias[shown]
@@ -110,6 +109,6 @@ class Painter:
 
 
 def _turn(corners: np.ndarray) -> np.ndarray:
-    """Twice the signed area (Q,) of projected quads (Q,4,2); negative where the front side is seen."""
+    """Twice the signed area (Q,) of projected quads (Q,4,2); negative for visible front sides."""
     first, second = corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1]
     return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]

@@ -1,4 +1,4 @@
-"""Poses the mesh: rotations of bones to linear blend skinning, and two-bone inverse kinematics for arms."""
+"""Poses the mesh by linear blend skinning, with two-bone inverse kinematics for the arms."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from data_pipelines.synthetic.people import Person
 
-Rotations = dict[str, np.ndarray]  # bone -> (F,3,3), in the axes of the body at rest, applied after the parent's
+Rotations = dict[str, np.ndarray]  # bone -> (F,3,3) in the axes of the rest pose, applied after the parent's
 
 
 def axis_angle(axis: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Rotation matrices (F,3,3) about axes (3,) or (F,3) of length one by angles (F,) in radians."""
+    """Rotation matrices (F,3,3) about unit axes (3,) or (F,3) by angles (F,) in radians."""
     angle = np.asarray(angle, np.float64)
     axis = np.broadcast_to(np.asarray(axis, np.float64), (*angle.shape, 3))
     x, y, z = np.moveaxis(axis, -1, 0)
@@ -27,7 +27,7 @@ def euler(pitch: np.ndarray, yaw: np.ndarray, roll: np.ndarray) -> np.ndarray:
 
 
 def align(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The smallest rotations (F,3,3) that turn unit vectors source (3,) or (F,3) to target (F,3)."""
+    """The smallest rotations (F,3,3) from unit vectors source (3,) or (F,3) to target (F,3)."""
     source = np.broadcast_to(source, target.shape)
     axis = np.cross(source, target)
     sine = np.linalg.norm(axis, axis=-1)
@@ -36,12 +36,12 @@ def align(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def reach(person: Person, side: str, wrist: np.ndarray, pole: np.ndarray) -> Rotations:
-    """Rotations of one arm that bring the wrist to a place.
+    """Rotations of one arm that move the wrist to a position.
 
     Args:
       side: "l" or "r".
-      wrist: (F,3) place of the wrist from the shoulder in the axes of the chest, in lengths of the stretched arm.
-      pole: (3,) the direction in which the elbow points.
+      wrist: (F,3) relative to the shoulder in the axes of the chest, in lengths of the stretched arm.
+      pole: (3,) direction of the elbow.
     """
     upper, lower = person.bones.index(f"upperarm_{side}"), person.bones.index(f"lowerarm_{side}")
     hand = person.bones.index(f"hand_{side}")
@@ -63,15 +63,15 @@ def reach(person: Person, side: str, wrist: np.ndarray, pole: np.ndarray) -> Rot
 
 
 def skin(person: Person, points: np.ndarray, rotations: Rotations, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Moves points with the bones.
+    """Applies linear blend skinning.
 
     Args:
-      points: (F,V,3) the mesh at rest with its face units applied.
+      points: (F,V,3) the mesh at rest with face units applied.
       rotations: of the bones that move.
       shift: (F,3) of the pelvis, dm.
 
     Returns:
-      Posed points (F,V,3) and the posed joints (F,B,2,3) at the heads and the tails of the bones.
+      Posed points (F,V,3) and posed joints (F,B,2,3), the heads and tails of the bones.
     """
     frames, count = len(points), len(person.bones)
     turns = np.zeros((frames, count, 3, 3))

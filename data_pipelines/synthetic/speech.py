@@ -1,7 +1,7 @@
-"""Synthesised speech with the time of every phoneme, by espeak-ng.
+"""Synthesises speech with espeak-ng, with the time of every phoneme.
 
 espeak-ng is GPL: it is fetched at run time (the `espeakng-loader` wheel, or the system's libespeak-ng) and runs in a
-process of its own; see espeak_child.py.
+separate process; see espeak_child.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ VARIANTS = {
     "female": ("f1", "f2", "f3", "f4", "Annie", "linda", "steph", "belinda", "Alicia", "anika"),
     "male": ("m1", "m2", "m3", "m4", "m5", "m7", "adam", "Andy", "Alex", "michael", "travis", "david"),
 }
-LOUDNESS = 0.09  # root mean square of the spoken sound
+LOUDNESS = 0.09  # root mean square of the speech
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """An espeak-ng library and its data directory (None: the library's own default)."""
+    """An espeak-ng library and its data directory (None: the library's default)."""
 
     library: str
     data: str | None
@@ -44,7 +44,7 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """voice: an espeak-ng voice with variant; rate words per minute; pitch and range 0..100."""
+    """name: an espeak-ng voice with variant; rate: words per minute; pitch and range: 0..100."""
 
     name: str
     rate: int
@@ -54,7 +54,7 @@ class Voice:
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """wave (N,) float32 at SAMPLE_RATE; starts (P,) seconds at which symbols (IPA, "" for silence) begin."""
+    """wave (N,) float32 at SAMPLE_RATE; starts (P,): seconds at which the symbols (IPA, "" for silence) begin."""
 
     wave: np.ndarray
     starts: np.ndarray
@@ -66,15 +66,16 @@ class Speech:
 
 
 def find_engine(cache: str | os.PathLike | None = None) -> Engine:
-    """The espeak-ng library of the fetched wheel or, saying so, the system's.
+    """The espeak-ng library of the fetched wheel or, with a message, the system's.
 
     Raises:
-      fetch.PackageUnavailableError: (a UserError) there is neither.
+      fetch.PackageUnavailableError: (a UserError) neither works.
     """
+    test = "Hello.", Voice("en-us", 160, 50, 50)
     try:
         root = fetch.fetch_tree(PACKAGE, "espeakng_loader/", cache=cache) / "espeakng_loader"
         engine = Engine(str(root / "libespeak-ng.so"), str(root), f"{PACKAGE.name} {PACKAGE.version}")
-        _speak_once(engine)
+        speak(engine, *test)
         return engine
     except UserError as error:
         system = ctypes.util.find_library("espeak-ng")
@@ -83,20 +84,16 @@ def find_engine(cache: str | os.PathLike | None = None) -> Engine:
                 f"no speech synthesis: {error}; the system has no libespeak-ng either (Debian package espeak-ng)"
             ) from error
         engine = Engine(system, None, f"system {system}")
-        _speak_once(engine)
+        speak(engine, *test)
         print(f"speech: {error}; using the system's {system}", file=sys.stderr, flush=True)
         return engine
-
-
-def _speak_once(engine: Engine) -> None:
-    speak(engine, "Hello.", Voice("en-us", 160, 50, 50))
 
 
 def speak(engine: Engine, text: str, voice: Voice) -> Speech:
     """Speaks English text.
 
     Raises:
-      UserError: the library cannot be loaded, or does not know the voice.
+      UserError: the library cannot be loaded, or the voice is unknown.
     """
     request = {"library": engine.library, "data": engine.data, "voice": voice.name, "rate": voice.rate}
     request |= {"pitch": voice.pitch, "range": voice.range, "text": text}
@@ -118,6 +115,6 @@ def speak(engine: Engine, text: str, voice: Voice) -> Speech:
 
 
 def resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Resamples (N,) from `source` to `target` Hz without delay, by a windowed-sinc polyphase filter."""
+    """Resamples (N,) from `source` to `target` Hz without delay, with a windowed-sinc polyphase filter."""
     ratio = math.gcd(source, target)
     return scipy.signal.resample_poly(wave, target // ratio, source // ratio, window=("kaiser", 7.0))

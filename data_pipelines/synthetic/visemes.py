@@ -1,8 +1,8 @@
-"""Phonemes to mouth shapes: a small table of articulation targets, blended over time, then ARKit face units.
+"""Converts phonemes to mouth shapes: articulation targets, blended over time, mapped to ARKit face units.
 
-The blending follows the idea of dominance functions (Cohen and Massaro 1993, "Modeling coarticulation in synthetic
-visual speech"): each phoneme pulls each articulator towards its target with a strength that decays away from its
-centre, and a closure (p, b, m) pulls the lips hardest.
+The blending uses dominance functions (Cohen and Massaro 1993, "Modeling coarticulation in synthetic visual speech"):
+each phoneme pulls each articulator towards its target with a strength that decays away from its centre, and closures
+(p, b, m) pull hardest.
 """
 
 # ruff: noqa: RUF001 (IPA letters look like others)
@@ -12,9 +12,7 @@ import numpy as np
 
 from data_pipelines.synthetic.speech import Speech
 
-# Targets in 0..1: how far the jaw is down, lips rounded, lips spread, lips closed, lower lip against the teeth;
-# then the strength with which the phoneme insists.
-ARTICULATORS = ("open", "round", "spread", "close", "bite")
+# Targets in 0..1: jaw open, lips rounded, lips spread, lips closed, lower lip against the teeth; then the strength.
 _SHAPES = {
     "silence": ((0.00, 0.0, 0.0, 0.3, 0.0), 0.7),
     "aa": ((1.00, 0.0, 0.1, 0.0, 0.0), 1.2),
@@ -74,10 +72,10 @@ _IPA = {
 
 
 def shapes_of(symbol: str) -> tuple[str, ...]:
-    """Mouth shapes of an IPA symbol of espeak-ng; silence for an empty one.
+    """Mouth shapes of espeak-ng's IPA symbol; silence for an empty one.
 
     Raises:
-      ValueError: no shape is known for the symbol (the table is then to be extended).
+      ValueError: the table has no shape for the symbol.
     """
     letters = symbol.strip("ˈˌː_ \u0329\u0303")
     if not letters:
@@ -85,7 +83,7 @@ def shapes_of(symbol: str) -> tuple[str, ...]:
     for length in (2, 1):
         if letters[:length] in _IPA:
             found = _IPA[letters[:length]]
-            # r-coloured vowels as in "for": the vowel, then the r.
+            # r-coloured vowels as in "for": first the vowel, then the r.
             return (*found, "er") if len(letters) > length and letters[-1] in "ɹrɚ" else found
     raise ValueError(f"no mouth shape for the phoneme {symbol!r}")
 
@@ -107,7 +105,7 @@ def articulate(speech: Speech, times: np.ndarray) -> np.ndarray:
     targets.append(_SHAPES["silence"][0])
     strengths.append(1.0)
     distance = np.abs(times[:, None] - np.array(centres)) / np.array(widths)
-    # A floor on the pull keeps far times defined: there the nearest phoneme wins.
+    # The floor makes the nearest phoneme win at times far from all phonemes.
     pull = np.array(strengths) * np.exp(-np.minimum(1.6 * distance**2, 60.0)) + 1e-9 / (1e-3 + distance)
     return (pull @ np.array(targets)) / pull.sum(1, keepdims=True)
 

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from data_pipelines.raw.fetch import sha256_of
 from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.sharding import processes
+
+flags.disclaim_key_flags()  # what is defined here belongs to the command, whose --help lists it
 
 
 def define_config_flag() -> Any:
@@ -94,12 +97,28 @@ def join_processes() -> int:
     return processes.join(f.coordinator_address, f.num_processes, f.process_id, automatic=f.multi_host)
 
 
-def end_process(status: int) -> None:
-    """Ends one of several processes immediately: a regular exit would wait for the others, which wait for this one."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a log on a full disk
-            stream.flush()
-    os._exit(status)
+@contextlib.contextmanager
+def one_of_several(config: ConfigDict) -> Iterator[None]:
+    """Joins the processes of the run, sets up devices, and runs the block.
+
+    If the block fails in one of several processes, this prints the error and ends the process immediately: a regular
+    exit would wait for the others, which wait for this one.
+    """
+    num_processes = join_processes()
+    setup_platform(config, num_processes)
+    try:
+        yield
+    except BaseException as error:
+        if num_processes == 1:
+            raise
+        expected = isinstance(error, UserError)
+        try:
+            print(f"error: {error}" if expected else traceback.format_exc(), file=sys.stderr)
+        finally:  # even if that cannot be written, because the other processes must not wait
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # a log on a full disk
+                    stream.flush()
+            os._exit(2 if expected else 1)
 
 
 def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:

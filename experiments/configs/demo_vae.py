@@ -4,15 +4,15 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from experiments.configs import base
 from omnihuman_jax.models.vae.vae import VAEConfig
 
 
 def get_config() -> ConfigDict:
     """Every key of `experiments.train_vae` with its value for the demo."""
-    config = ConfigDict()
-    config.seed = 0
-    config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
-    config.compilation_cache = ""  # directory to keep compiled programs in; "" = none
+    config = base.run_config()
+    config.compilation_cache = ""
+    config.mesh.update({"data": -1, "fsdp": 1})
     config.steps = 1200
     config.log_every = 25
     config.ema_decay = 0.999
@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
+            "log_records": False,
             "dir": "",  # comma-separated directories of video files, each drawn equally often
             "exclude": "",  # regular expression of paths in them to ignore
             "heldout": 0.05,  # share of held-out files, if no manifest.json or dataset.json defines the split
@@ -33,7 +34,7 @@ def get_config() -> ConfigDict:
             "buckets": ((5, 64, 64, 4, 0.5), (17, 64, 64, 2, 0.3), (1, 96, 96, 6, 0.2)),
         }
     )
-    # See omnihuman_jax/training/vae_train.py; `lpips` is a file (omnihuman_jax/weights/lpips.py), "" for none.
+    # See omnihuman_jax/training/tasks/vae_step.py; `lpips` is a file (omnihuman_jax/weights/lpips.py), "" for none.
     config.loss = ConfigDict({"edge": 1.0, "scales": 3, "kl": 1e-4, "lpips": "", "lpips_weight": 0.1})
     config.adversarial = ConfigDict({"weight": 0.0, "start_step": 0, "learning_rate": 1e-4, "width": 32})
     config.optimizer = ConfigDict(
@@ -47,7 +48,7 @@ def get_config() -> ConfigDict:
             "clip": 1.0,
         }
     )
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    config.checkpoint.update({"every": 500, "keep": 2})
     config.evaluation = ConfigDict({"every": 500, "frames": 17, "height": 96, "width": 96, "clips": 8})
     config.output = ConfigDict({"dtype": "float16", "statistics_clips": 64})  # clips for the latent statistics
     return config

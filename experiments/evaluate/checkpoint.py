@@ -14,14 +14,14 @@ from data_pipelines import schema
 from data_pipelines.schema import Dataset
 from experiments.common import cli
 from experiments.evaluate.rendered import Evaluation, ModelGenerator, evaluate_rendered
-from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import load_config, load_parameters
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.evaluation.metrics.registry import METRICS, select
 from omnihuman_jax.evaluation.probe import load_probe
 from omnihuman_jax.frames import STRIDE, latent_frames, pixel_frames
 from omnihuman_jax.inference.sampling import Settings
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import load_vae
-from omnihuman_jax.training.state import make_network
 
 PROBE = Path(__file__).parents[1] / "assets" / "probe.safetensors"
 
@@ -55,7 +55,7 @@ class Options:
 
 def setup_devices(checkpoint: str | Path) -> ConfigDict:
     """Reads the config of a checkpoint and sets up a device; call before anything touches a JAX backend."""
-    config = export.load_config(checkpoint)
+    config = load_config(checkpoint)
     cli.setup_one_device(config)
     return config
 
@@ -96,11 +96,11 @@ def evaluate_checkpoint(
         fitting = max(5, pixel_frames(latent_frames(frames - STRIDE + 1)))
         raise UserError(f"--frames={frames}: the VAE makes 1 + 4n frames; try {fitting}")
     metrics = select(options.metrics)
-    config = export.load_config(checkpoint)
+    config = load_config(checkpoint)
     check_data(config, dataset)
     settings = Settings.from_config(config, steps=options.steps)
     probe, vae = load_probe(options.probe), load_vae(config.vae.to_dict())
-    _, params, info = export.load(checkpoint)
+    _, params, info = load_parameters(checkpoint)
     generate = ModelGenerator(make_network(config), params, vae, settings, batch=options.clips)
     fields = {"clips": options.clips, "frames": frames, "seed": options.seed}
     found = evaluate_rendered(generate, dataset, vae, probe, metrics=metrics, progress=progress, **fields)

@@ -22,16 +22,16 @@ from omnihuman_jax.evaluation.metrics.registry import select
 from omnihuman_jax.evaluation.probe import Probe, Reading
 from omnihuman_jax.evaluation.statistics import summarise
 from omnihuman_jax.frames import latent_frames
+from omnihuman_jax.inference.generate import decode_latents
 from omnihuman_jax.inference.inputs import Inputs
 from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.functional import Network
-from omnihuman_jax.models.vae.streaming import decode_clip
 from omnihuman_jax.models.vae.vae import VAE
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """The conditions of one generated clip by name (`schema.given`), and the seed of its noise."""
+    """The conditions of one generated clip by name (`schema.condition_arrays`), and the seed of its noise."""
 
     given: Mapping[str, np.ndarray]
     seed: int
@@ -63,7 +63,7 @@ class ModelGenerator:
         inputs = Inputs.of(self.network.config, [clip.given for clip in clips])
         seeds = [clip.seed for clip in clips]
         latents = sample_latents(self.network, self.params, inputs, self.settings, frames=frames, seeds=seeds)
-        return pixels.to_pixels(decode_clip(self.vae, latents)[:, :frames])
+        return pixels.to_pixels(decode_latents(self.vae, latents)[:, :frames])
 
 
 def heldout_indices(dataset: schema.Dataset, frames: int) -> list[int]:
@@ -256,7 +256,7 @@ class _Group:
         if other is None:
             return None
         names = ["text", "reference", "audio", *([source.also] if source.also else [])]
-        own, others = (schema.given(c.record, names, reference=-1) for c in (clip, other))
+        own, others = (schema.condition_arrays(c.record, names, reference=-1) for c in (clip, other))
         foreign = {source.foreign: others[source.foreign]} if source.foreign else {}
         return Conditions(own | foreign, self.seed + clip.index)
 
@@ -264,7 +264,7 @@ class _Group:
         """The real clips through the VAE."""
         frames = len(self.clips[0].frames)
         latents = [clip.record["latents"][: latent_frames(frames)] for clip in self.clips]
-        return list(pixels.to_pixels(decode_clip(self.vae, np.stack(latents).astype(np.float32))[:, :frames]))
+        return list(pixels.to_pixels(decode_latents(self.vae, np.stack(latents).astype(np.float32))[:, :frames]))
 
     def comparisons(self, metrics: Sequence[Metric]) -> dict[str, list[Comparison]]:
         """Real and generated frames, by metric; metrics that need the same generations show them once."""

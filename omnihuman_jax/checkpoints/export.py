@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors + config, the durable format for serving, and back.
+"""Checkpoints as safetensors + config, the durable format for serving; `checkpoints.load` reads them.
 
 A directory of:
 
@@ -22,7 +22,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,21 +31,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints.read import find_checkpoint, load_for_inference, read_meta
+from omnihuman_jax.checkpoints.load import BASE_FOLDER, CONDITIONS_FILE, CONFIG_FILE, KIND, VAE_FILE, VERSION
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.weights import formats
-from omnihuman_jax.weights import load as weights_load
-from omnihuman_jax.weights.load import Source
-from omnihuman_jax.weights.names import STACKED, account, is_condition, our_shapes, same_names
-from omnihuman_jax.weights.read import open_files, read_json
+from omnihuman_jax.weights.names import STACKED, is_condition
 from omnihuman_jax.weights.write import Renamed, write_files
 
 FORMATS = ("safetensors",)
-CONFIG_FILE, WEIGHTS_FILE, VAE_FILE = "config.json", "model.safetensors", "vae.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-BASE_FOLDER, CONDITIONS_FILE = "transformer", "conditions.safetensors"
-KIND, VERSION = "omnihuman_jax.model", 1
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -92,13 +84,6 @@ def _write_renamed(folder: Path, config: ConfigDict, tensors: Mapping[str, np.nd
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def is_exported(path: str | Path) -> bool:
-    """Whether `path` is a directory that `save` wrote."""
-    path = Path(path)
-    weights = (WEIGHTS_FILE, INDEX_FILE, CONDITIONS_FILE)
-    return (path / CONFIG_FILE).is_file() and any((path / name).is_file() for name in weights)
 
 
 def check_format(name: str) -> None:
@@ -180,94 +165,3 @@ def save(
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another directory") from error
     return output
-
-
-def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """The resolved config and the head (`step`, `stage`, `ema`, …) of an exported directory, without its weights.
-
-    Raises:
-      UserError: another kind or version, or conditions in another order than this program's.
-    """
-    path = Path(path).absolute()
-    head = read_json(path / CONFIG_FILE)
-    found = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
-    if found != (KIND, VERSION):
-        raise UserError(f"{path / CONFIG_FILE}: kind and version are {found}, this program reads {(KIND, VERSION)}")
-    if tuple(head["conditions"]) != conditions.names():
-        raise UserError(
-            f"{path / CONFIG_FILE}: conditions are {', '.join(head['conditions'])}, this program has "
-            f"{', '.join(conditions.names())}; name the modules that register the others with --plugins"
-        )
-    config = ConfigDict(head.pop("config"))
-    if config.vae.checkpoint:
-        config.vae.checkpoint = str(path / VAE_FILE)
-    return config, head
-
-
-def load_config(path: str | Path) -> ConfigDict:
-    """The resolved config of a training checkpoint or an exported directory, without its weights.
-
-    Raises:
-      UserError: nothing there, or it cannot be read.
-    """
-    if is_exported(path):
-        return read_config(path)[0]
-    return ConfigDict(read_meta(find_checkpoint(path))["config"])
-
-
-def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapping[str, np.ndarray]:
-    """The parameters of an exported directory by dotted name, each read when asked for.
-
-    Raises:
-      UserError: a file is damaged, or a tensor is missing, left over, or of another shape.
-    """
-    path, network = Path(path), make_network(config)
-    shapes = our_shapes(network.abstract_params)
-    if not naming:
-        index = path / INDEX_FILE
-        return _open_same(index if index.is_file() else path / WEIGHTS_FILE, shapes)
-    files = open_files(path / BASE_FOLDER)
-    entries = formats.base_entries(naming, network.config, network.abstract_params)
-    formats.check_files(naming, files, entries, network.config, network.abstract_params)
-    ours = {name: shape for name, shape in shapes.items() if is_condition(name)}
-    return ChainMap(Source(files, entries), _open_same(path / CONDITIONS_FILE, ours))
-
-
-def _open_same(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Source:
-    """A file, or the files of an index, with tensors under our own names."""
-    files, entries = open_files(path), same_names(shapes)
-    account(entries, files.shapes, path, f"it does not fit {CONFIG_FILE}; export it again")
-    return Source(files, entries)
-
-
-def load(
-    path: str | Path, *, use_ema: bool | None = None, shardings: Any = None
-) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """Loads the parameters of a training checkpoint or of an exported directory.
-
-    Args:
-      path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
-      use_ema: the EMA or the raw parameters; None means the EMA of a checkpoint, and of an exported directory
-        whichever kind it holds.
-      shardings: nested dict of shardings to load into; None = one device.
-
-    Returns:
-      (resolved config, nested dict of parameters, info with `step`, `stage`, `path` and `ema`).
-
-    Raises:
-      UserError: nothing there, it cannot be read, or the kind of parameters asked for is not in it.
-    """
-    if not is_exported(path):
-        use_ema = use_ema is not False
-        config, params, info = load_for_inference(path, use_ema=use_ema, shardings=shardings)
-        return config, params, info | {"ema": use_ema}
-    config, head = read_config(path)
-    if use_ema is not None and head["ema"] != use_ema:
-        kinds = ("raw", "EMA")
-        raise UserError(
-            f"{path}: holds the {kinds[head['ema']]} parameters, the {kinds[use_ema]} ones were asked for; "
-            f"use --{'' if head['ema'] else 'no'}ema, or export the checkpoint the other way"
-        )
-    tensors, abstract = open_tensors(path, config, head.get("naming", "")), make_network(config).abstract_params
-    params = weights_load.load(tensors, abstract, shardings, dtypes="model" if shardings else "file")
-    return config, params, {name: head[name] for name in ("step", "stage", "ema")} | {"path": str(path)}

@@ -1,8 +1,8 @@
-"""Fingerprints of arrays: what a checkpoint says of them, so that damage is found when they are read."""
+"""Fingerprints of arrays: what a checkpoint says of them, so that damage is found when they are read; and NaN."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,13 @@ from omnihuman_jax.sharding.rules import path_name
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> jax.Array:
-    """Sums of the bit patterns (leaves,) uint32. Each device adds up what it holds, once; one collective joins them."""
+    """Sums of the bit patterns, and whether there are values that are not finite (0 = none), (2, leaves) uint32.
+
+    Each device looks at what it holds, once; one collective joins them.
+    """
 
     def local(leaves: list[jax.Array]) -> jax.Array:
-        sums = []
+        sums, bad = [], []
         for x, spec in zip(leaves, specs, strict=True):
             unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
             total = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
@@ -25,13 +28,26 @@ def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...])
             for axis in mesh.axis_names:  # of copies, the first one counts
                 total = total if axis in used else jnp.where(jax.lax.axis_index(axis) == 0, total, 0)
             sums.append(total)
-        return jax.lax.psum(jnp.stack(sums), mesh.axis_names)
+            bad.append((~jnp.isfinite(x)).any().astype(jnp.uint32))
+        return jax.lax.psum(jnp.stack([jnp.stack(sums), jnp.stack(bad)]), mesh.axis_names)
 
     whole = PartitionSpec()
     return jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=whole, check_vma=False)(leaves)
 
 
-def start_fingerprint(tree: Any) -> Callable[[], dict[str, int]]:
+class Fingerprint(NamedTuple):
+    """What the devices say of a tree of arrays.
+
+    Attributes:
+      sums: path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip.
+      not_finite: paths of the arrays that hold NaN or infinity, for messages: the first three and how many more.
+    """
+
+    sums: dict[str, int]
+    not_finite: str
+
+
+def start_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
     """Starts `fingerprint` on the devices, in all processes; the result waits for it.
 
     Args:
@@ -42,9 +58,20 @@ def start_fingerprint(tree: Any) -> Callable[[], dict[str, int]]:
     if not isinstance(leaves[0].sharding, NamedSharding):
         leaves = jax.device_put(leaves, NamedSharding(local_mesh(), PartitionSpec()))
     sums = _sums(leaves, leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves))
-    return lambda: {name: int(x) for name, x in zip(names, jax.device_get(sums), strict=True)}
+
+    def result() -> Fingerprint:
+        totals, bad = jax.device_get(sums)
+        found = {name: int(x) for name, x in zip(names, totals, strict=True)}
+        return Fingerprint(found, listed([name for name, n in zip(names, bad, strict=True) if n]))
+
+    return result
 
 
-def fingerprint(tree: Any) -> dict[str, int]:
-    """Path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip."""
+def fingerprint(tree: Any) -> Fingerprint:
+    """The fingerprint of a tree of arrays on one mesh, or on one device without any."""
     return start_fingerprint(tree)()
+
+
+def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

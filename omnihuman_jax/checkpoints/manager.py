@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from omnihuman_jax.checkpoints.fingerprint import start_fingerprint
+from omnihuman_jax.checkpoints.fingerprint import Fingerprint, start_fingerprint
 from omnihuman_jax.checkpoints.read import digest, meta_or_none, running_steps
-from omnihuman_jax.checkpoints.restore import Restored, restore_newest
+from omnihuman_jax.checkpoints.restore import Restored, restore_newest, same_network
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import processes
 from omnihuman_jax.sharding.processes import broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
-from omnihuman_jax.training.state import TrainState
+
+State = Any  # NamedTuple of pytrees of arrays
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
@@ -51,17 +52,17 @@ class _Save:
       state: what is saved.
       own: whether the state is a copy that nobody else uses.
       meta: what is said of it, without the fingerprint.
-      sums: gives the fingerprint.
+      found: gives the fingerprint.
       times: `Checkpoints.times` of this save.
       begun: `time.perf_counter()` at its beginning.
       read: set when the state is no longer needed.
     """
 
     paths: list[Path]
-    state: TrainState
+    state: State
     own: bool
     meta: dict[str, Any]
-    sums: Callable[[], dict[str, int]]
+    found: Callable[[], Fingerprint]
     times: dict[str, float | None]
     begun: float
     read: threading.Event
@@ -105,7 +106,7 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._every, self._keep, self._keep_every, self._log = every, keep, keep_every, log
         self._copy_on_device = copy_on_device
-        self._copy: Callable[[TrainState], TrainState] | None = None
+        self._copy: Callable[[State], State] | None = None
         self._last_steps = dict(stages or {})
         self._failed: dict[Path, str] = {}
         self._last_good = "none yet"
@@ -159,15 +160,17 @@ class Checkpoints:
     def _running(self, step: int) -> Path:
         return self._workdir / "checkpoints" / str(step)
 
-    def restore_latest(self, abstract: TrainState, config: ConfigDict) -> Restored | None:
-        """`resuming.restore_newest` of this run: running checkpoints first, then the stages'."""
+    def restore_latest(
+        self, abstract: State, config: ConfigDict, check: Callable[..., None] = same_network
+    ) -> Restored | None:
+        """`restore.restore_newest` of this run: running checkpoints first, then the stages'."""
         stages = [self._workdir / "stages" / name for name in reversed(self._last_steps)]
-        restored = restore_newest(self._workdir, stages, abstract, config, self._log)
+        restored = restore_newest(self._workdir, stages, abstract, config, self._log, check)
         if restored:
             self._last_good = str(restored.path)
         return restored
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], *, ends: str = "") -> None:
+    def save(self, step: int, state: State, meta: dict[str, Any], *, ends: str = "") -> None:
         """Saves in the background; the state may be donated once this returns. Waits for the save before.
 
         Args:
@@ -176,6 +179,10 @@ class Checkpoints:
           meta: what is said of it.
           ends: name of the stage that ends with this step. `stages/NAME/` is written first, and whole before the
             running one begins.
+
+        Raises:
+          UserError: the save before could not be written, where others wait for it. A state with values that are not
+            finite is not written: the next `check`, `wait` or `save` raises it.
         """
         begun = time.perf_counter()
         self.wait()
@@ -183,20 +190,20 @@ class Checkpoints:
         if own:
             state = self._copy(state)
         # All that the devices do is started here: programs of all processes have to begin in one order.
-        sums = start_fingerprint(state)
+        found = start_fingerprint(state)
         paths = [self._running(step)]
-        if ends and not self._stage_is_there(self._workdir / "stages" / ends, step, sums):
+        if ends and not self._stage_is_there(self._workdir / "stages" / ends, step, found):
             paths.insert(0, self._workdir / "stages" / ends)
         self._failed = {p: why for p, why in self._failed.items() if p not in paths and p.parent.name == "stages"}
         self.times = {"seconds": None, "blocked_seconds": None}
         meta = meta | {"dtypes": _dtypes(state)}
-        save = _Save(paths, state, own, meta, sums, self.times, begun, threading.Event())
+        save = _Save(paths, state, own, meta, found, self.times, begun, threading.Event())
         self._saving = self._writer.submit(self._write, save)
         if not own:
             save.read.wait()
         save.times["blocked_seconds"] = time.perf_counter() - begun
 
-    def _can_copy(self, state: TrainState) -> bool:
+    def _can_copy(self, state: State) -> bool:
         """Whether to save a copy; found out at the first save, when the devices know what training takes."""
         if self._copy_on_device and self._copy is None:
             self._copy_on_device = broadcast_from_main(_room_for(state))
@@ -206,12 +213,12 @@ class Checkpoints:
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         return self._copy_on_device
 
-    def _stage_is_there(self, path: Path, step: int, sums: Callable[[], dict[str, int]]) -> bool:
+    def _stage_is_there(self, path: Path, step: int, found: Callable[[], Fingerprint]) -> bool:
         """Whether it holds this state already, because the step came again after a restart."""
         there = meta_or_none(path) or {}
         if not broadcast_from_main(bool(there)):
             return False
-        if broadcast_from_main(there.get("step") == step and there.get("fingerprint") == sums()):
+        if broadcast_from_main(there.get("step") == step and there.get("fingerprint") == found().sums):
             return True
         self._log(f"{path}: replaced; it held step {there.get('step')} of another training of this stage")
         return False
@@ -244,7 +251,14 @@ class Checkpoints:
         """Writes, in the background; what could not be written, and why."""
         failed = {}
         try:
-            meta = save.meta | {"fingerprint": save.sums()}
+            found = save.found()
+            if found.not_finite:
+                raise UserError(
+                    f"the state after step {save.meta['step']} holds NaN or infinity in {found.not_finite} and is not "
+                    f"saved; the last good checkpoint is {self.last_good()}; start the same command again to continue "
+                    f"from it"
+                )
+            meta = save.meta | {"fingerprint": found.sums}
             args = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(save.state._asdict()),
                 meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)}),
@@ -321,7 +335,7 @@ class Checkpoints:
                     self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
 
-def _dtypes(state: TrainState) -> dict[str, str]:
+def _dtypes(state: State) -> dict[str, str]:
     """Array path -> dtype."""
     return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -353,7 +367,7 @@ def _why_not_written(error: Exception) -> str:
     return text[:300]
 
 
-def _room_for(state: TrainState) -> bool:
+def _room_for(state: State) -> bool:
     """Whether this process's devices can hold the state once more beside what training takes, as far as they tell."""
     here: dict[jax.Device, int] = {}
     for x in jax.tree.leaves(state):

@@ -1,6 +1,5 @@
 """Checkpoints on the disk, as anything may read them: where they are, what they say, their arrays."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,9 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from omnihuman_jax import conditions
+from omnihuman_jax.checkpoints.fingerprint import fingerprint
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.models.functional import make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
 _COMPUTE_KEYS = (
@@ -46,10 +46,18 @@ def restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
 
+def check_conditions(config: Mapping[str, Any], path: str | Path) -> None:
+    """Raises UserError where a resolved config names other conditions than this program's table, or another order."""
+    there = tuple(config.get("conditions", conditions.names()))
+    if there != conditions.names():
+        raise UserError(
+            f"{path}: trained with the conditions {', '.join(there)}, but this program has "
+            f"{', '.join(conditions.names())}; name the modules that register the others with --plugins"
+        )
+
+
 def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
     """Raises UserError naming the model keys in which a checkpoint differs from the config."""
-    # A key that a checkpoint does not have yet was introduced after it, with a default that means what was before.
-    saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
     differ = [
         f"model.{key}={_plain(saved.get(key))} there, {_plain(wanted.get(key))} here"
         for key in sorted(saved.keys() | wanted.keys())
@@ -109,6 +117,19 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """The resolved config and the JSON item of a checkpoint folder.
+
+    Raises:
+      UserError: it cannot be read, is of another training, as that of the VAE, or has other conditions.
+    """
+    meta = read_meta(path)
+    if "model" not in meta["config"]:
+        raise UserError(f"{path}: not a checkpoint of experiments.train; give one of those, or an exported directory")
+    check_conditions(meta["config"], path)
+    return ConfigDict(meta["config"]), meta
+
+
 def load_for_inference(
     path: str | Path, *, use_ema: bool = True, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
@@ -121,10 +142,12 @@ def load_for_inference(
 
     Returns:
       (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
+
+    Raises:
+      UserError: nothing there, it cannot be read, or it holds values that are not finite.
     """
     path = find_checkpoint(path)
-    meta = read_meta(path)
-    config = ConfigDict(meta["config"])
+    config, meta = network_config(path)
     shapes = make_network(config).abstract_params
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -132,6 +155,8 @@ def load_for_inference(
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     part = "ema" if use_ema else "params"
     params = restore(path, {part: abstract})[part]
+    if bad := fingerprint(params).not_finite:
+        raise UserError(f"{path}: NaN or infinity in {part}/{bad}; use another checkpoint of the run")
     return config, params, {"step": meta["step"], "stage": meta["stage"], "path": str(path)}
 
 

@@ -14,12 +14,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from omnihuman_jax.checkpoints.fingerprint import fingerprint
-from omnihuman_jax.checkpoints.read import check_same_model, read_meta, restore
+from omnihuman_jax.checkpoints.fingerprint import fingerprint, listed
+from omnihuman_jax.checkpoints.read import check_conditions, check_same_model, read_meta, restore
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import agreed_problem, agreed_steps, broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
-from omnihuman_jax.training.state import TrainState
 
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
 
@@ -28,13 +27,26 @@ RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read 
 class Restored:
     """A restored train state with the JSON item saved beside it and the folder it came from."""
 
-    state: TrainState
+    state: Any
     meta: dict[str, Any]
     path: Path
 
 
+def same_network(saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
+    """Raises UserError where the saved config is of a network of another shape, or of other conditions."""
+    if "model" not in saved:
+        raise UserError(f"{path}: not a checkpoint of experiments.train; use another --workdir")
+    check_conditions(saved, path)
+    check_same_model(saved["model"], config.model.to_dict(), path)
+
+
 def restore_newest(
-    workdir: Path, stages: list[Path], abstract: TrainState, config: ConfigDict, log: Callable[[str], None]
+    workdir: Path,
+    stages: list[Path],
+    abstract: Any,
+    config: ConfigDict,
+    log: Callable[[str], None],
+    check: Callable[[Mapping[str, Any], ConfigDict, Path], None] = same_network,
 ) -> Restored | None:
     """The newest running checkpoint that is whole, or None when the run has none at all.
 
@@ -44,9 +56,10 @@ def restore_newest(
     Args:
       workdir: run directory.
       stages: folders of the stages' checkpoints, newest first.
-      abstract: shapes, dtypes and shardings of the state.
+      abstract: NamedTuple of shapes, dtypes and shardings of the state.
       config: of the run that continues.
       log: called with a line for every damaged checkpoint, which is moved to `damaged/`.
+      check: raises UserError where a saved config (plain) is of another model than the run's.
 
     Raises:
       UserError: the checkpoint holds a model of another shape, or there are checkpoints and none can be read.
@@ -57,7 +70,7 @@ def restore_newest(
         return None
     broken: list[tuple[Path, str]] = []
     for path in [*(folder / str(step) for step in reversed(steps)), *stages]:
-        restored, problem = _try(path, abstract, config)
+        restored, problem = _try(path, abstract, config, check)
         if restored:
             _set_aside(workdir, broken, log)
             return restored
@@ -70,7 +83,7 @@ def restore_newest(
     )
 
 
-def _try(path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored | None, str]:
+def _try(path: Path, abstract: Any, config: ConfigDict, check: Callable[..., None]) -> tuple[Restored | None, str]:
     """The checkpoint, or why it cannot be used; the same in all processes."""
     meta, problem = None, ""
     try:
@@ -81,7 +94,7 @@ def _try(path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored
         problem = str(error)
     if problem := agreed_problem(problem):
         return None, problem
-    check_same_model(meta["config"]["model"], config.model.to_dict(), path)
+    check(meta["config"], config, path)
     # Restored as it was saved and cast afterwards: a config may change the moments' dtypes.
     saved = _with_dtypes(abstract, meta.get("dtypes", {}))
     state, problem = _read_state(path, saved)
@@ -90,8 +103,10 @@ def _try(path: Path, abstract: TrainState, config: ConfigDict) -> tuple[Restored
         problem += f"; the config differs from the checkpoint's in {differ}" if differ else ""
     if problem := agreed_problem(problem):
         return None, problem
-    wrong = _differences(meta.get("fingerprint", {}), fingerprint(state))
-    if wrong:
+    found, saved = fingerprint(state), meta.get("fingerprint", {})
+    if found.not_finite:
+        return None, f"damaged: NaN or infinity in {found.not_finite}"
+    if wrong := listed([name for name, total in found.sums.items() if saved.get(name, total) != total]):
         return None, f"damaged: other values than were saved in {wrong}"
     state = jax.tree.map(
         lambda x, wanted: (
@@ -127,11 +142,11 @@ def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
     return jax.tree_util.tree_map_with_path(saved, abstract)
 
 
-def _read_state(path: Path, abstract: TrainState) -> tuple[TrainState | None, str]:
+def _read_state(path: Path, abstract: Any) -> tuple[Any, str]:
     """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
     for pause in (*RETRY_SECONDS, None):
         try:
-            return TrainState(**restore(path, abstract._asdict())), ""
+            return type(abstract)(**restore(path, abstract._asdict())), ""
         # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
         # from an older checkpoint, or ends.
         except Exception as error:  # noqa: BLE001
@@ -146,8 +161,3 @@ def _optimizer_differences(saved: Mapping[str, Any], config: ConfigDict) -> str:
     return "; ".join(
         f"optimizer.{key}={there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
     )
-
-
-def _differences(saved: dict[str, int], found: dict[str, int]) -> str:
-    names = [name for name in found if name in saved and saved[name] != found[name]]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.random_keys import SAMPLING, purpose_key
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 # (velocity, x (B, ...), t, t_next) -> x at t_next < t; times are scalars.
@@ -83,4 +84,4 @@ def integrate(
 
 def initial_noise(seed: int, segment: int, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise of one segment: a pure function of (seed, segment, shape), float32."""
-    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), segment), shape, dtype=jnp.float32)
+    return jax.random.normal(jax.random.fold_in(purpose_key(seed, SAMPLING), segment), shape, dtype=jnp.float32)

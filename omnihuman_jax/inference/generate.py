@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from omnihuman_jax.errors import UserError
@@ -66,6 +67,21 @@ def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
     return vae.config.spatial_stride * model.patch_size[1]
 
 
+def decode_latents(vae: VAE, latents: jax.Array, tiling: Tiling | None = None) -> np.ndarray:
+    """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream.
+
+    Raises:
+      UserError: the latents or the frames are not finite: there is nothing to show.
+    """
+    frames = decode_clip(vae, latents, tiling=tiling)
+    for name, values in (("latents", latents), ("decoded frames", frames)):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"the {name} hold NaN or infinity; use another checkpoint, or compute in float32 (model.dtype)"
+            )
+    return frames
+
+
 def generate(
     network: Network,
     params: Any,
@@ -90,7 +106,7 @@ def generate(
       float32 frames (F, height, width, 3) in [-1, 1], F = `request.frames`.
 
     Raises:
-      UserError: see `check_request`.
+      UserError: see `check_request` and `decode_latents`.
     """
     model = network.config
     check_request(model, request, pixel_multiple(model, vae))
@@ -100,4 +116,4 @@ def generate(
     latents = sample_latents(
         network, params, inputs, settings, frames=request.frames, seeds=[request.seed], on_step=on_step
     )
-    return decode_clip(vae, latents, tiling=tiling)[0, : request.frames]
+    return decode_latents(vae, latents, tiling=tiling)[0, : request.frames]

@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.registry import network_class
+from omnihuman_jax.sharding.mesh import sequence_attention
 
 Params = dict[str, Any]
 
@@ -32,3 +34,9 @@ class Network:
         state = jax.tree.map(lambda x: x, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graphdef, state)(*args, **kwargs)
+
+
+def make_network(config: ConfigDict) -> Network:
+    """The network of a resolved config."""
+    model = config.model.to_dict() | {"sequence_attention": sequence_attention(config)}
+    return Network(ModelConfig.from_dict(model))

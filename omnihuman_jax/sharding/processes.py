@@ -114,6 +114,11 @@ def check_same_on_all(what: str, digest: str) -> None:
         raise UserError(f"{what}: process {other} has another one than process 0; give all processes the same")
 
 
+def gather(tree: Any) -> Any:
+    """Whole arrays in the memory of every host, of arrays that lie on the devices of all. All processes call it."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
 def wait_for_all(name: str) -> None:
     """Returns when all processes have called it as often; ends with an error when one of them is gone."""
     if jax.process_count() > 1:  # at the coordinator, not by a collective of the devices, which gives up or waits on

@@ -39,7 +39,7 @@ SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PART = Range("a number above 0 and at most 1", lambda x: 0 < x <= 1)
 DECAY = Range("a number of at least 0 and below 1", lambda x: 0 <= x < 1)
 FINITE = Range("a finite number", lambda x: True)
-# Random keys are made from up to seed + 3, and JAX cuts seeds to 32 bits.
+# Sample videos have this seed and the next ones, and JAX cuts seeds to 32 bits.
 SEED = Range(f"a whole number from 0 to {2**32 - 4}", lambda x: 0 <= x <= 2**32 - 4, whole=True)
 
 # (section, range, its keys): fnmatch patterns of dotted keys; the elements of a tuple are numbered. The first that

@@ -1,6 +1,7 @@
 """What can go wrong while training and is not the fault of the config: signals, stalls, steps that are not finite."""
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -93,7 +94,7 @@ class Watchdog:
 
 
 class BadSteps:
-    """Counts the steps that were skipped because loss or gradient were not finite.
+    """Counts the steps that were skipped because they were not finite: loss, gradient or what they would have left.
 
     `total` and `in_a_row` are part of the checkpoint, so that a restart goes on counting.
 
@@ -116,7 +117,10 @@ class BadSteps:
             self.in_a_row = 0
             return ""
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        told = f"step {step}: loss {loss}, gradient norm {grad_norm}; records {', '.join(records)}"
+        told = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            told += ", but the new parameters, moments or EMA are not finite"
+        told += f"; records {', '.join(records)}"
         if self.in_a_row >= self._limit:
             raise UserError(
                 f"{told}; {self.in_a_row} steps in a row were not finite (faults.max_bad_steps={self._limit}); the "

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions
 from omnihuman_jax.models.functional import Network
+from omnihuman_jax.random_keys import HELD_OUT, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import compile_together
 from omnihuman_jax.training.step import jit_evaluation_loss
@@ -38,7 +39,7 @@ class HeldOutLoss:
         rows = rules.batch_sharding(mesh)
         for i, batch in enumerate(batches):
             size, shape = config.global_batch_size, batch["latents"].shape
-            key = jax.random.fold_in(jax.random.key(config.seed + 2), i)
+            key = jax.random.fold_in(purpose_key(config.seed, HELD_OUT), i)
             noise = jax.jit(lambda key, shape=shape: jax.random.normal(key, shape), out_shardings=rows)(key)
             t = jax.make_array_from_callback(
                 (size,), rows, lambda index, n=size: ((np.arange(n, dtype=np.float32) + 0.5) / n)[index]

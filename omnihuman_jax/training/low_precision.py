@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omnihuman_jax.random_keys import MOMENT_ROUNDING, purpose_key
+
 
 def round_to(tree: Any, dtypes: Any, key: jax.Array | None) -> Any:
     """Rounds float32 arrays to other types.
@@ -72,7 +74,7 @@ def scale_by_adam(
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), (state.mu, state.nu))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         updates, made = inner.update(grads, optax.ScaleByAdamState(state.count, *wide))
-        key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.count)
+        key = None if seed is None else jax.random.fold_in(purpose_key(seed, MOMENT_ROUNDING), state.count)
         return updates, round_to(made, types(made), key)
 
     return optax.GradientTransformation(init, update)

@@ -1,24 +1,20 @@
-"""Metrics of a run: `metrics.jsonl`, `data_log.jsonl`, `evaluation.jsonl` and TensorBoard."""
+"""What a line of `metrics.jsonl` says of a step: losses by condition and noise level, ratios, speed, memory."""
 
-import contextlib
 import itertools
-import json
-import os
+import math
 import resource
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
+from jax.sharding import Mesh
 
 from omnihuman_jax import conditions
-from omnihuman_jax.sharding import processes
+from omnihuman_jax.batch import Bucket
+from omnihuman_jax.frames import seconds as video_seconds
+from omnihuman_jax.models.dit import flops
+from omnihuman_jax.models.dit.config import ModelConfig
 
 
 class RatioCounter:
@@ -29,11 +25,11 @@ class RatioCounter:
         self.active = np.array(active or [0] * len(conditions.table()), np.int64)
         self.scheduled = np.array(scheduled or [0] * len(conditions.table()), np.int64)
 
-    def add(self, told: Mapping[str, Any]) -> None:
+    def add(self, described: Mapping[str, Any]) -> None:
         """Adds a step: `active` and `scheduled` condition names of every global row."""
-        self.rows += len(told["active"])
+        self.rows += len(described["active"])
         for counts, name in ((self.active, "active"), (self.scheduled, "scheduled")):
-            counts += [sum(condition in row for row in told[name]) for condition in conditions.names()]
+            counts += [sum(condition in row for row in described[name]) for condition in conditions.names()]
 
     def state(self) -> dict[str, Any]:
         """JSON form, the constructor's arguments."""
@@ -80,172 +76,36 @@ def memory_bytes() -> int:
     return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def last_logged_step(workdir: Path) -> int:
-    """The last step that metrics.jsonl tells of; 0 without one."""
-    return _last_step(workdir / "metrics.jsonl")
-
-
-def last_evaluated_step(workdir: Path) -> int:
-    """The last step that evaluation.jsonl tells of; 0 without one."""
-    return _last_step(workdir / "evaluation.jsonl")
-
-
-def _last_step(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
-        whole = file.read().rpartition(b"\n")[0]  # a killed process may have left half a line
-    return max((json.loads(line)["step"] for line in whole.split(b"\n")[-20:] if line.startswith(b"{")), default=0)
-
-
-_LONGEST_LINE = 1 << 24
-
-
-class LineFile:
-    """A file of lines that outlives a full disk: what could not be written is kept, and written with the next line.
+def losses(metrics: Mapping[str, Any], active: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Losses of a step's rows by condition, by set of conditions and by noise level.
 
     Args:
-      path: appended to from the first write on, without the half line that a killed process may have left.
-      log: called once with why nothing can be written, and once when it can again.
+      metrics: `sample_loss` (B,) and `time` (B,) of the step.
+      active: condition names of every global row.
     """
-
-    def __init__(self, path: Path, log: Callable[[str], None]):
-        self._path, self._log, self._left, self._told = path, log, b"", False
-        self._file = -1
-
-    def _open(self) -> int:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        tail = max(0, os.fstat(file).st_size - _LONGEST_LINE)
-        os.ftruncate(file, tail + os.pread(file, _LONGEST_LINE, tail).rfind(b"\n") + 1)
-        return file
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line of JSON; NaN, which JSON does not have, becomes null."""
-        plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
-        self._left += (json.dumps(plain) + "\n").encode()
-        try:
-            self._flush()
-        except OSError as error:
-            if not self._told:
-                self._log(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
-            self._told = True
-        else:
-            if self._told:
-                self._log(f"{self._path}: written again, nothing is missing")
-            self._told = False
-
-    def _flush(self) -> None:
-        self._file = self._open() if self._file < 0 else self._file
-        while self._left:
-            self._left = self._left[os.write(self._file, self._left) :]
-
-    def close(self) -> None:
-        """Closes the file; says how many bytes could not be written."""
-        if self._left:
-            with contextlib.suppress(OSError):
-                self._flush()
-        if self._left:
-            self._log(f"{self._path}: the last {len(self._left)} bytes could not be written")
-        if self._file >= 0:
-            os.close(self._file)
+    rows, loss = np.stack([conditions.row(names) for names in active]), metrics["sample_loss"]
+    return {
+        "loss_by_condition": loss_by_condition(loss, rows),
+        "loss_by_condition_set": loss_by_condition_set(loss, rows),
+        "loss_by_time": loss_by_time(loss, metrics["time"]),
+    }
 
 
-class _Board:
-    """TensorBoard events; after a write that fails, no more of them. (A full queue of SummaryWriter would wait.)"""
-
-    def __init__(self, folder: Path, log: Callable[[str], None]):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._events, self._log = EventsWriter(str(folder / "events")), log
-
-    def add(self, step: int, *values: Summary.Value) -> None:
-        """Adds values of a step."""
-        if self._events is None:
-            return
-        try:
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-            self._events.flush()
-        except OSError as error:
-            self._log(f"TensorBoard: {error.strerror}; this start writes no more to it (metrics.jsonl has all)")
-            self._events = None
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._events is not None:
-            with contextlib.suppress(OSError):
-                self._events.close()
-
-
-class MetricsWriter:
-    """Appends JSON lines and TensorBoard events under a run directory; on other processes than the first, nothing.
+def throughput(model: ModelConfig, batch_size: int, bucket: Bucket, mesh: Mesh, seconds: float) -> dict[str, float]:
+    """Video tokens, seconds of video and model FLOPs a second of a step, and `mfu` where the devices' peak is known.
 
     Args:
-      workdir: run directory.
-      log_records: whether to write data_log.jsonl.
-      enabled: whether this process writes.
-      log: called with what cannot be written; the run goes on.
+      model: of the network.
+      batch_size: global rows.
+      bucket: latent (T, H, W).
+      mesh: of the devices.
+      seconds: that the step took.
     """
-
-    def __init__(
-        self,
-        workdir: str | Path,
-        *,
-        log_records: bool,
-        enabled: bool = True,
-        log: Callable[[str], None] = processes.log,
-    ):
-        workdir = Path(workdir)
-
-        def lines(name: str, wanted: bool = True) -> LineFile | None:
-            return LineFile(workdir / name, log) if enabled and wanted else None
-
-        self._metrics, self._evaluation = lines("metrics.jsonl"), lines("evaluation.jsonl")
-        self._records = lines("data_log.jsonl", log_records)
-        self._board = _Board(workdir / "tensorboard", log) if enabled else None
-
-    def step(self, line: Mapping[str, Any], targets: Mapping[str, float]) -> None:
-        """Writes one logged step; `targets` are the stage's ratios, shown beside the realised ones."""
-        if not self._metrics:
-            return
-        self._metrics.write(line)
-        scalars = {}
-        for name, value in line.items():
-            if isinstance(value, dict) and name not in ("active_ratio", "scheduled_ratio"):
-                scalars |= {f"{name}/{key}": part for key, part in value.items() if part is not None}
-            elif isinstance(value, float):
-                scalars[f"train/{name}"] = value
-        for name, value in line["scheduled_ratio"].items():
-            scalars |= {f"ratio/{name}": value, f"ratio/{name}_target": targets[name]}
-        self._board.add(line["step"], *(Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()))
-
-    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Writes the held-out losses of a step to evaluation.jsonl and TensorBoard."""
-        if not self._evaluation:
-            return
-        self._evaluation.write({"step": step, "held_out_loss": dict(losses)})
-        values = [Summary.Value(tag=f"held_out_loss/{name}", simple_value=value) for name, value in losses.items()]
-        self._board.add(step, *values)
-
-    def records(self, step: int, records: Sequence[str], active: Sequence[Sequence[str]]) -> None:
-        """Writes which record was in each global row of a step and which conditions it had."""
-        if self._records:
-            self._records.write({"step": step, "records": list(records), "active": [list(a) for a in active]})
-
-    def video(self, tag: str, path: str | Path, size: tuple[int, int], step: int) -> None:
-        """Shows an animated GIF file of (height, width) in TensorBoard's image tab."""
-        if not self._board:
-            return
-        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes())
-        self._board.add(step, Summary.Value(tag=tag, image=image))
-
-    def close(self) -> None:
-        """Flushes and closes every file."""
-        for file in (self._metrics, self._evaluation, self._records, self._board):
-            if file:
-                file.close()
-
-
-def write_gif(path: str | Path, frames: np.ndarray, fps: float = 25.0) -> None:
-    """Writes uint8 frames (F, H, W, 3) as an endlessly looping GIF."""
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    flops_per_second = flops.train_step_flops(model, batch_size, bucket) / seconds
+    rates = {
+        "tokens_per_second": batch_size * math.prod(bucket) // math.prod(model.patch_size) / seconds,
+        "video_seconds_per_second": batch_size * video_seconds(bucket[0]) / seconds,
+        "model_flops_per_second": flops_per_second,
+    }
+    peak = flops.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return rates | ({"mfu": flops_per_second / (peak * mesh.size)} if peak else {})

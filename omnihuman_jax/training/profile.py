@@ -1,14 +1,14 @@
 """A JAX profiler trace of some steps, for TensorBoard or Perfetto."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.training.hooks import Hook, StepDone
 
 
-class Profile:
+class Profile(Hook):
     """Traces the steps of `profile.steps` into `workdir/profile`.
 
     Args:
@@ -28,16 +28,16 @@ class Profile:
                 raise UserError(f"profile.steps={steps!r}: give FIRST:LAST, as 20:25")
             self._first, self._last = int(parts[0]), int(parts[1])
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Starts the trace at its first step."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
-    def after(self, step: int, metrics: Any) -> None:
+    def after_step(self, done: StepDone) -> None:
         """Ends the trace when its last step is done."""
-        if self._running and step >= self._last:
-            jax.block_until_ready(metrics)
+        if self._running and done.step >= self._last:
+            jax.block_until_ready(done.metrics)
             self.close()
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ SAFE = (
 
 
 # Keys that may name another place on every host.
-LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint", ".init_from")
+LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint", ".init_from", "loss.lpips")
 
 
 def shared_digest(plain_config: dict[str, Any]) -> str:

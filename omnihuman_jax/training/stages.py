@@ -7,7 +7,7 @@ rows, so a checkpoint that holds the table and its step needs to hold nothing el
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -16,13 +16,33 @@ from omnihuman_jax.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One row of the stage table.
+class Span:
+    """The steps of one row of a stage table.
 
     Attributes:
       name: stage name; also the folder under `stages/`.
       first_step: first global step of the row, counted from 1.
       steps: number of optimizer steps, at least 1.
+    """
+
+    name: str
+    first_step: int
+    steps: int
+
+    @property
+    def last_step(self) -> int:
+        """Last global step of the row."""
+        return self.first_step + self.steps - 1
+
+
+SpanT = TypeVar("SpanT", bound=Span)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage(Span):
+    """One row of OmniHuman's stage table.
+
+    Attributes:
       learning_rate: peak learning rate after the warm-up.
       warmup_steps: steps of linear warm-up at the start of the stage.
       ratios: condition name -> share of the samples it is scheduled for.
@@ -34,9 +54,6 @@ class Stage:
       bucket_weights: latent (H, W) -> share of the steps; None = by the data.
     """
 
-    name: str
-    first_step: int
-    steps: int
     learning_rate: float
     warmup_steps: int
     ratios: Mapping[str, float]
@@ -46,11 +63,6 @@ class Stage:
     init_from: str = ""
     source_weights: Mapping[str, float] | None = None
     bucket_weights: Mapping[tuple[int, int], float] | None = None
-
-    @property
-    def last_step(self) -> int:
-        """Last global step of the row."""
-        return self.first_step + self.steps - 1
 
 
 def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
@@ -106,7 +118,7 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+def stage_at(stages: Sequence[SpanT], step: int) -> SpanT:
     """The row that a global step (from 1) belongs to."""
     for stage in stages:
         if step <= stage.last_step:
@@ -114,17 +126,17 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     raise ValueError(f"step {step} is after the last stage, which ends at {stages[-1].last_step}")
 
 
-def begins_stage(stages: Sequence[Stage], step: int) -> bool:
+def begins_stage(stages: Sequence[Span], step: int) -> bool:
     """Whether a step is the first of its stage."""
     return step == 1 or stage_at(stages, step).name != stage_at(stages, step - 1).name
 
 
-def ends_stage(stages: Sequence[Stage], step: int) -> bool:
+def ends_stage(stages: Sequence[Span], step: int) -> bool:
     """Whether a step is the last of its stage."""
     return step == stages[-1].last_step or begins_stage(stages, step + 1)
 
 
-def last_steps(stages: Sequence[Stage]) -> dict[str, int]:
+def last_steps(stages: Sequence[Span]) -> dict[str, int]:
     """Stage name -> its last step."""
     return {stage.name: stage.last_step for stage in stages}
 

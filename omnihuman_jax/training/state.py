@@ -9,10 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
+from omnihuman_jax.random_keys import INIT, purpose_key
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.sharding.mesh import sequence_attention
 from omnihuman_jax.training import low_precision
 
 
@@ -30,12 +29,6 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema: Any
-
-
-def make_network(config: ConfigDict) -> Network:
-    """The network of a resolved config."""
-    model = config.model.to_dict() | {"sequence_attention": sequence_attention(config)}
-    return Network(ModelConfig.from_dict(model))
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -59,7 +52,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             eps=opt.eps,
             mu_dtype=_float_type(opt, "mu_dtype"),
             nu_dtype=_float_type(opt, "nu_dtype"),
-            seed=config.seed + 2 if opt.stochastic_rounding else None,
+            seed=config.seed if opt.stochastic_rounding else None,
         ),
         optax.add_decayed_weights(opt.weight_decay, mask=decayed),
     )
@@ -73,7 +66,7 @@ def _float_type(optimizer: ConfigDict, key: str) -> Any:
 
 def create_state(config: ConfigDict, network: Network) -> TrainState:
     """A fresh state from `config.seed` (traceable; nothing is placed)."""
-    params = network.init(jax.random.key(config.seed))
+    params = network.init(purpose_key(config.seed, INIT))
     return state_from_params(config, params)
 
 

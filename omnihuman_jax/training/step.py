@@ -1,6 +1,5 @@
 """The one train step: flow matching on a batch, a pure function of (state, batch, learning rate)."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from omnihuman_jax.diffusion import flow, time
+from omnihuman_jax.models.dit.entries import Way, entering
 from omnihuman_jax.models.functional import Network
+from omnihuman_jax.random_keys import NOISE, ROUNDING, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import low_precision
+from omnihuman_jax.training.finite import take_if_finite
 from omnihuman_jax.training.state import TrainState, abstract_state, make_optimizer
+from omnihuman_jax.weights.names import STACKED
 
 Metrics = dict[str, jax.Array]
 
@@ -27,7 +30,7 @@ def ema_decay_at(step: jax.Array, decay: float) -> jax.Array:
 
 def draw_noise(config: ConfigDict, step: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Time t (B,) and noise eps of a step: a pure function of (seed, step), whatever the mesh."""
-    time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed + 1), step))
+    time_key, noise_key = jax.random.split(jax.random.fold_in(purpose_key(config.seed, NOISE), step))
     d = config.diffusion
     t = time.sample_times(time_key, shape[0], mean=d.time_mean, std=d.time_std)
     patch = config.model.patch_size
@@ -40,7 +43,7 @@ def rounding_key(config: ConfigDict, step: jax.Array) -> jax.Array | None:
     """Key of a step's stochastic rounding of bfloat16 parameters; None without `optimizer.stochastic_rounding`."""
     if not config.optimizer.stochastic_rounding:
         return None
-    return jax.random.fold_in(jax.random.key(config.seed + 3), step)
+    return jax.random.fold_in(purpose_key(config.seed, ROUNDING), step)
 
 
 def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array) -> jax.Array:
@@ -82,9 +85,9 @@ def gradients(
 
 
 def part_of(path: str) -> str:
-    """The part of the network that a parameter belongs to: the module, or the audio attention of the blocks."""
-    first = path.split("/", 1)[0]
-    return "audio_attention" if re.match(r"(dual|single)/audio/", path) else first
+    """The part of the network that a parameter belongs to: the module, or a condition's attention in all blocks."""
+    first, second, *_ = *path.split("/"), ""
+    return f"{second}_attention" if first in STACKED and second in entering(Way.CROSS_ATTENTION) else first
 
 
 def norms_by_part(grads: Any) -> dict[str, jax.Array]:
@@ -100,7 +103,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """Builds step(state, batch, learning_rate) -> (state, metrics).
 
-    A step whose loss or gradient is not finite changes nothing but the step number.
+    A step whose loss, gradient, parameters, moments or EMA are not finite changes nothing but the step number.
 
     Metrics: `loss`, `grad_norm` and `skipped` scalars; `grad_norm_by_part`; `sample_loss` (B,) per-sample losses and
     `time` (B,), from which the loop computes losses by condition and by noise level.
@@ -111,19 +114,16 @@ def make_train_step(
         t, eps = draw_noise(config, state.step, batch["latents"].shape)
         sample_loss, grads = gradients(network, state.params, batch, t, eps, parts)
         loss, grad_norm = sample_loss.mean(), optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = low_precision.descend(state.params, updates, learning_rate, rounding_key(config, state.step))
         decay = ema_decay_at(state.step, config.ema_decay)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state.ema, params)
-        made = TrainState(state.step, params, opt_state, ema)
-        made = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
+        made, skipped = take_if_finite(TrainState(state.step, params, opt_state, ema), state, loss, grad_norm)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "grad_norm_by_part": norms_by_part(grads),
-            "skipped": ~finite,
+            "skipped": skipped,
             "sample_loss": sample_loss,
             "time": t,
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from omnihuman_jax.errors import UserError
 from omnihuman_jax.weights.names import Entry
 from omnihuman_jax.weights.read import INDEX
 
@@ -46,7 +47,16 @@ def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes contiguous arrays and metadata to a temporary file in the same directory, then renames it to `path`."""
+    """Writes contiguous arrays and metadata to a temporary file in the same directory, then renames it to `path`.
+
+    The file gets the umask's mode: safetensors itself writes files that only their owner can read.
+
+    Raises:
+      UserError: a tensor holds NaN or infinity; nothing is written then.
+    """
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity and is not written; use other weights")
     partial = Path(f"{path}.partial")
     partial.unlink(missing_ok=True)
     partial.touch()

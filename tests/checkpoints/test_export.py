@@ -11,9 +11,11 @@ import safetensors.numpy
 
 from experiments.export import export_checkpoint
 from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import is_exported, load_config, load_parameters
 from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.training.state import TrainState, make_network
+from omnihuman_jax.models.functional import make_network
+from omnihuman_jax.training.state import TrainState
 from tests.inference import tiny
 from tests.weights.bases import FORMS, network_of, random_params
 
@@ -35,8 +37,8 @@ def assert_same(left, right):
 @pytest.mark.parametrize("max_bytes", [10**9, 20_000])
 def test_parameters_come_back_bit_for_bit(tmp_path, config, max_bytes):
     made = export.save(tmp_path / "out", config, tiny.params(), INFO, ema=True, max_shard_bytes=max_bytes)
-    assert export.is_exported(made)
-    loaded, params, info = export.load(made)
+    assert is_exported(made)
+    loaded, params, info = load_parameters(made)
     assert_same(params, tiny.params())
     assert (info["step"], info["stage"], info["ema"]) == (12, "stage2", True)
     assert make_network(loaded).config == make_network(config).config
@@ -62,7 +64,7 @@ def test_what_is_written_has_the_mode_of_new_files(tmp_path, config, naming, mas
 def test_bfloat16_parameters_come_back_bit_for_bit(tmp_path, config):
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), tiny.params())
     made = export.save(tmp_path / "out", config, params, INFO, ema=False)
-    assert_same(export.load(made, use_ema=False)[1], params)
+    assert_same(load_parameters(made, use_ema=False)[1], params)
 
 
 def test_names_are_dotted_and_blocks_are_apart():
@@ -88,7 +90,7 @@ def test_the_directory_stands_alone(tmp_path, config):
     made = export.save(tmp_path / "out", config, tiny.params(), INFO, ema=True)
     moved = made.rename(tmp_path / "moved")
     (tmp_path / "vae.safetensors").unlink()
-    loaded = export.load_config(moved)
+    loaded = load_config(moved)
     assert loaded.vae.checkpoint == str(moved / "vae.safetensors")
     head = json.loads((moved / "config.json").read_text())
     assert head["conditions"] == ["text", "reference", "audio", "pose"]
@@ -116,7 +118,7 @@ def test_an_output_in_the_way_is_not_overwritten(tmp_path, config):
 def test_an_empty_output_directory_is_used(tmp_path, config):
     (tmp_path / "out").mkdir()
     export.save(tmp_path / "out", config, tiny.params(), INFO, ema=True)
-    assert export.is_exported(tmp_path / "out")
+    assert is_exported(tmp_path / "out")
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
@@ -132,20 +134,20 @@ def test_damaged_exports_are_refused_by_name(tmp_path, config):
     ):
         safetensors.numpy.save_file(bad, weights)
         with pytest.raises(UserError, match=message):
-            export.load(made)
+            load_parameters(made)
     weights.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read"):
-        export.load(made)
+        load_parameters(made)
     (made / "config.json").write_text('{"kind": "else"}')
     with pytest.raises(UserError, match="kind and version"):
-        export.load(made)
+        load_parameters(made)
 
 
 def test_the_other_kind_of_parameters_is_not_passed_off(tmp_path, config):
     made = export.save(tmp_path / "out", config, tiny.params(), INFO, ema=False)
-    assert export.load(made)[2]["ema"] is False
+    assert load_parameters(made)[2]["ema"] is False
     with pytest.raises(UserError, match="--noema"):
-        export.load(made, use_ema=True)
+        load_parameters(made, use_ema=True)
 
 
 def test_unknown_formats_name_those_there_are():
@@ -164,7 +166,7 @@ def test_a_training_checkpoint_exports_its_ema_or_its_raw_parameters(tmp_path, c
     for use_ema, expected in ((True, ema), (False, raw)):
         output = tmp_path / f"out-{use_ema}"
         export_checkpoint(str(tmp_path / "run"), str(output), ema=use_ema)
-        _, params, info = export.load(output)
+        _, params, info = load_parameters(output)
         assert_same(params, expected)
         assert (info["step"], info["stage"], info["ema"]) == (7, "stage1", use_ema)
     assert "step 7 (stage1), raw parameters" in capsys.readouterr().out

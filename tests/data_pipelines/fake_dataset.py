@@ -119,3 +119,10 @@ class Flaky:
 
     def __getattr__(self, name):
         return getattr(self._dataset, name)
+
+
+def positions(schedule, step):
+    """Draws of every cell of the step's stage before the step, by the closed form: {cell name: count}."""
+    number = schedule.stage_at(step)
+    draws = schedule._draws(number, step - schedule.stages[number].first_step)
+    return {schedule.cells[i].name: int(draws[i]) for i in schedule._usable[number]}

@@ -11,7 +11,7 @@ import pytest
 from data_pipelines import schema
 from data_pipelines.raw.fetch import sha256_of
 from experiments.evaluate import __main__ as command
-from experiments.evaluate import rendered
+from experiments.evaluate import checkpoint, rendered
 from experiments.evaluate.checkpoint import Options
 from experiments.report import page
 from omnihuman_jax.checkpoints import export
@@ -20,7 +20,7 @@ from omnihuman_jax.evaluation import probe as probe_lib
 from omnihuman_jax.evaluation.metrics import mouth, registry
 from omnihuman_jax.evaluation.metrics.metric import REAL, TALKING, Generated, Metric, Row
 from omnihuman_jax.inference.sampling import Settings
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.models.functional import make_network
 from tests.experiments import painted
 from tests.inference import tiny
 
@@ -209,7 +209,7 @@ def test_the_command_writes_what_the_report_shows(run, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(run, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(export, "load", lambda *_: pytest.fail("the parameters were loaded"))
+    monkeypatch.setattr(checkpoint, "load_parameters", lambda *_: pytest.fail("the parameters were loaded"))
     with pytest.raises(UserError, match=message) as caught:
         run(**options)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

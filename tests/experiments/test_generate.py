@@ -17,9 +17,10 @@ from experiments import generate
 from experiments.export import export_checkpoint
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints import export
+from omnihuman_jax.checkpoints.load import load_config
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.functional import Network
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.inference import generate as generate_lib
+from omnihuman_jax.models.functional import Network, make_network
 from tests.inference import tiny
 
 RATE = 16_000
@@ -69,7 +70,7 @@ def write_wav(path: pathlib.Path, wave: np.ndarray) -> None:
 
 @functools.cache
 def network(files: pathlib.Path) -> Network:
-    return make_network(export.load_config(files / "checkpoint"))
+    return make_network(load_config(files / "checkpoint"))
 
 
 @pytest.fixture
@@ -118,6 +119,14 @@ def test_audio_driven_clip_has_picture_and_sound_of_the_recordings_length(run, f
     assert "step 9 (stage3), EMA" in printed and f"wrote {output}" in printed and "s per step" in printed
 
 
+def test_frames_that_are_not_finite_are_not_written(run, files, tmp_path, monkeypatch):
+    right = generate_lib.sample_latents
+    monkeypatch.setattr(generate_lib, "sample_latents", lambda *args, **kwargs: right(*args, **kwargs) * np.nan)
+    with pytest.raises(UserError, match="the latents hold NaN or infinity; use another checkpoint"):
+        run(audio=files / "speech.wav")
+    assert not list(tmp_path.glob("*.mp4"))
+
+
 def test_pose_driven_clip_has_the_poses_length_and_no_sound(run, files, capsys):
     found = probe(run(pose=files / "pose.npz", height=48, width=32))
     assert found["frames"] == 10 and found["audio"] is None and found["video"][2:4] == (48, 32)
@@ -125,7 +134,7 @@ def test_pose_driven_clip_has_the_poses_length_and_no_sound(run, files, capsys):
 
 
 def test_conditions_that_were_not_trained_are_said(files):
-    config = export.load_config(files / "checkpoint")
+    config = load_config(files / "checkpoint")
     row = conditions.row(["text", "reference", "audio", "pose"])
     for stage in ("stage1", "stage2", "stage3"):
         config.stages[stage].steps = 5
@@ -189,7 +198,7 @@ def test_the_seed_decides_the_clip(run, tmp_path):
     ],
 )
 def test_bad_input_is_named_before_the_model_is_loaded(run, files, tmp_path, monkeypatch, given, message):
-    monkeypatch.setattr(export, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(generate, "load_parameters", lambda *_, **__: pytest.fail("the model was loaded"))
     given = {name: files / value if isinstance(value, str) else value for name, value in given.items()}
     with pytest.raises(UserError, match=message) as raised:
         run(**given)

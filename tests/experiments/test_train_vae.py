@@ -1,6 +1,8 @@
 """experiments.train_vae on a few moving shapes: it learns, continues, writes a usable file, and refuses bad input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipelines.input_pipeline.video_batches import VideoBatches
 from data_pipelines.input_pipeline.video_windows import Bucket, VideoFolder
 from data_pipelines.raw import media
 from experiments import train_vae
@@ -17,7 +20,8 @@ from experiments.configs import demo_vae
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae.perceptual import LPIPS
 from omnihuman_jax.models.vae.vae import load_vae
-from omnihuman_jax.training import vae_train
+from omnihuman_jax.training.tasks import vae_losses, vae_step
+from tests.training import launch
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +94,84 @@ def test_the_written_file_has_the_statistics_of_its_latents(trained, clips):
     np.testing.assert_allclose(latents.std(0), 1, atol=0.05)
 
 
-def test_a_run_started_again_continues_as_if_never_stopped(trained, clips, tmp_path):
-    first = tiny_config(clips, 30)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vae, "_check_finite", _stop_at(18))
-        with pytest.raises(KeyboardInterrupt):
-            train_vae.train(first, tmp_path)
-    train_vae.train(first, tmp_path)
-    steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
-    assert steps == [*range(1, 18), *range(16, 31)]
-    again, straight = ({x["step"]: x["loss"] for x in metrics(d) if "loss" in x} for d in (tmp_path, trained))
-    assert again[30] == pytest.approx(straight[30], rel=1e-4)
+def same_file(workdir, other):
+    """Whether two runs wrote the same VAE, to the bit."""
+    return (workdir / "vae.safetensors").read_bytes() == (other / "vae.safetensors").read_bytes()
 
 
-def _stop_at(stop: int):
-    def check(_, step: int) -> None:
-        if step == stop:
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in metrics(workdir) if "loss" in line}
+
+
+def troubled(monkeypatch, trouble):
+    """Batches that `trouble(step, batch)` looks at, and may replace, when the loop gets them."""
+    right = VideoBatches.iterate
+
+    def iterate(self, first_step, rows):
+        for step, batch in enumerate(right(self, first_step, rows), start=first_step):
+            changed = trouble(step, batch)
+            yield batch if changed is None else changed
+
+    monkeypatch.setattr(VideoBatches, "iterate", iterate)
+
+
+def test_a_run_that_fails_continues_bit_for_bit_as_if_it_had_not(trained, clips, tmp_path, monkeypatch):
+    def fail(step, _):
+        if step == 18:
             raise KeyboardInterrupt
 
-    return check
+    with monkeypatch.context() as patch:
+        troubled(patch, fail)
+        with pytest.raises(KeyboardInterrupt):
+            train_vae.train(tiny_config(clips, 30), tmp_path)
+    train_vae.train(tiny_config(clips, 30), tmp_path)
+    steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
+    assert steps == [*range(1, 17), *range(16, 31)]  # the line of the step under way is not written
+    assert losses(tmp_path) == losses(trained) and same_file(tmp_path, trained)
+
+
+def test_a_stop_signal_saves_and_the_run_continues_bit_for_bit(trained, clips, tmp_path, monkeypatch, capsys):
+    def stop(step, _):
+        if step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        troubled(patch, stop)
+        train_vae.train(tiny_config(clips, 30), tmp_path)
+    assert "stopped by SIGTERM after step 17 of 30" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "17").is_dir() and not (tmp_path / "vae.safetensors").exists()
+    train_vae.train(tiny_config(clips, 30), tmp_path)
+    assert "after step 17 of 30, in reconstruction: parameters, optimizer" in capsys.readouterr().out
+    assert list(losses(tmp_path)) == list(range(1, 31))
+    assert losses(tmp_path) == losses(trained) and same_file(tmp_path, trained)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(clips, tmp_path, monkeypatch, capsys):
+    config = tiny_config(clips, 8)
+    config.checkpoint.every = 2
+    config.faults.max_bad_steps = 2
+    troubled(monkeypatch, lambda step, batch: np.full_like(batch, np.nan) if step in (3, 6, 7) else None)
+    with pytest.raises(UserError, match=r"step 7: loss nan.*records .*\.mp4.*2 steps in a row were not finite .*/6;"):
+        train_vae.train(config, tmp_path)
+    said, log = capsys.readouterr().out, metrics(tmp_path)
+    assert "step 3: loss nan" in said and "skipped (1 in a row, 1 since the start)" in said
+    assert [line["skipped_steps"] for line in log] == [0, 0, 1, 1, 1, 2]
+    assert [line["loss"] is None for line in log] == [False, False, True, False, False, True]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(trained, clips, tmp_path):
+    config = tiny_config(clips, 30)
+    preset = tmp_path / "preset.py"
+    preset.write_text(
+        f"from tests.experiments.test_train_vae import tiny_config\n\n\ndef get_config():\n"
+        f"    return tiny_config({str(clips)!r}, {config.steps})\n"
+    )
+    command = ["experiments.train_vae", f"--config={preset}", "--config.simulated_devices=8"]
+    started = launch.start_command(command, tmp_path / "two", processes=2)
+    assert launch.wait(started) == [0, 0], launch.log(tmp_path / "two")[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-3)
+    assert load_vae(tmp_path / "two" / "vae.safetensors").config.z_dim == 4
 
 
 def test_a_finished_run_of_another_vae_is_refused(trained, clips):
@@ -158,7 +221,7 @@ def test_large_frames_are_shrunk_for_the_cache(clips):
 def test_the_edge_term_weighs_structure_that_pixels_hardly_see():
     target = jnp.zeros((1, 1, 16, 16, 3))
     flat, line = target + 1 / 16, target.at[:, :, 8].set(1.0)
-    flat_terms, line_terms = (vae_train.reconstruction_losses(target, x, 1) for x in (flat, line))
+    flat_terms, line_terms = (vae_losses.reconstruction_losses(target, x, 1) for x in (flat, line))
     assert float(flat_terms["l1"]) == pytest.approx(float(line_terms["l1"]))
     assert float(flat_terms["edge"]) == pytest.approx(0, abs=1e-6) and float(line_terms["edge"]) > 0.05
 
@@ -167,9 +230,9 @@ def test_kl_and_psnr_against_their_formulas():
     rng = np.random.default_rng(0)
     mean, logvar = rng.normal(size=(2, 3)), rng.normal(size=(2, 3))
     expected = np.mean(0.5 * (mean**2 + np.exp(logvar) - 1 - logvar))
-    assert float(vae_train.kl_divergence(jnp.asarray(mean), jnp.asarray(logvar))) == pytest.approx(expected, rel=1e-5)
+    assert float(vae_losses.kl_divergence(jnp.asarray(mean), jnp.asarray(logvar))) == pytest.approx(expected, rel=1e-5)
     video = jnp.zeros((1, 1, 4, 4, 3))
-    assert float(vae_train.psnr(video, video + 0.2)[0]) == pytest.approx(20.0, abs=1e-3)
+    assert float(vae_losses.psnr(video, video + 0.2)[0]) == pytest.approx(20.0, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -224,8 +287,8 @@ def test_the_command_reports_a_mistake_in_one_line(tmp_path):
 def test_lpips_joins_the_loss_where_its_weights_are_given(clips):
     config, video = tiny_config(clips, 1), np.random.default_rng(0).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
     state = nnx.state(LPIPS((2, 2, 2, 2, 2), rngs=nnx.Rngs(0)))
-    assert float(vae_train.perceptual_distance(state, video, video)) == 0
-    assert float(vae_train.perceptual_distance(state, video, -video)) > 0
-    step, train_state = vae_train.make_train_step(config), jax.eval_shape(lambda: vae_train.create_state(config))
+    assert float(vae_losses.perceptual_distance(state, video, video)) == 0
+    assert float(vae_losses.perceptual_distance(state, video, -video)) > 0
+    step, train_state = vae_step.make_train_step(config), jax.eval_shape(lambda: vae_step.create_state(config))
     assert "lpips" in jax.eval_shape(step, train_state, video, state)[1]
     assert "lpips" not in jax.eval_shape(step, train_state, video)[1]

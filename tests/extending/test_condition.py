@@ -137,3 +137,15 @@ def test_without_the_plug_in_a_checkpoint_says_what_is_missing(trained, checkpoi
     done = generate(root, checkpoint, "none.mp4", plugin=False)
     assert done.returncode == 2 and done.stderr.count("\n") <= 2
     assert "gaze" in done.stderr and "--plugins" in done.stderr and not (root / "none.mp4").exists()
+
+
+def test_a_run_is_not_continued_without_the_plug_in_and_nothing_is_moved(trained):
+    root, _, _ = trained
+    before = sorted(path.name for path in (root / "run" / "checkpoints").iterdir())
+    done = command(
+        "experiments.train", f"--config=tests/training/tiny_preset.py:{root / 'data'}", f"--workdir={root / 'run'}",
+        "--config.model.audio_dim=160", plugin=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "trained with the conditions text, reference, audio, gaze, pose" in done.stderr
+    assert sorted(path.name for path in (root / "run" / "checkpoints").iterdir()) == before
+    assert not (root / "run" / "damaged").exists()

@@ -12,7 +12,7 @@ from flax import nnx
 from data_pipelines.raw import manifest, media
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.mmdit import OmniHuman
-from omnihuman_jax.models.functional import Network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import state as state_lib
 from omnihuman_jax.training.step import jit_train_step
@@ -48,7 +48,7 @@ def test_a_model_family_is_a_class_and_a_line():
 def test_a_model_family_trains_by_the_same_step():
     config = training_config("unused")
     config.model.family = "biased"
-    mesh, network = make_mesh(config.mesh), state_lib.make_network(config)
+    mesh, network = make_mesh(config.mesh), make_network(config)
     with jax.set_mesh(mesh):
         state = state_lib.init_state(config, mesh, network)
         before = np.asarray(state.params["velocity_bias"])

@@ -19,8 +19,7 @@ from experiments.import_weights import fresh_conditions  # noqa: E402
 from omnihuman_jax.checkpoints.export import to_tensors  # noqa: E402
 from omnihuman_jax.errors import UserError  # noqa: E402
 from omnihuman_jax.models.dit import text  # noqa: E402
-from omnihuman_jax.models.functional import Network  # noqa: E402
-from omnihuman_jax.training.state import make_network  # noqa: E402
+from omnihuman_jax.models.functional import Network, make_network  # noqa: E402
 from omnihuman_jax.weights import formats  # noqa: E402
 from omnihuman_jax.weights.names import is_condition, path_name  # noqa: E402
 from omnihuman_jax.weights.write import Renamed  # noqa: E402

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from omnihuman_jax import batch as batch_lib
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.state import abstract_state, make_network
+from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
+from tests.tpu.collectives import collectives
 from tests.training.tiny import tiny_config
-from tpu import hlo
 from tpu.topologies import get_topology
 
 # Programs for another machine go into the cache of compiled programs but cannot be read back.
@@ -45,7 +46,7 @@ def matrices(state, kind):
 
 
 def assert_gathered_block_by_block(compiled, state):
-    gathers = [c for c in hlo.collectives(compiled.as_text()) if c.opcode == "all-gather"]
+    gathers = [c for c in collectives(compiled.as_text()) if c.opcode == "all-gather"]
     sizes = [math.prod(shape) for kind in DEPTHS for shape in matrices(state, kind)]
     layer = max(math.prod(shape[1:]) for kind in DEPTHS for shape in matrices(state, kind))
     for gather in gathers:

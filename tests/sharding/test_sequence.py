@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from omnihuman_jax import batch as batch_lib
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training.state import make_network
 from omnihuman_jax.training.step import gradients
+from tests.tpu.collectives import collectives
 from tests.training.tiny import tiny_config
-from tpu import hlo
 
 BUCKET = (4, 8, 8)
 VISUAL = (1 + 2 + 4) * 4 * 4  # reference, motion frames and video
@@ -39,7 +39,7 @@ def whole_tokens(sequence_attention):
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda *args: gradients(network, *args, 1)).lower(params, batch, t, batch["latents"])
         found, in_loops = Counter(), Counter()
-        for collective in hlo.collectives(lowered.compile().as_text()):
+        for collective in collectives(lowered.compile().as_text()):
             in_loops[collective.opcode] += collective.in_loop
             for _, dims in collective.shapes:
                 found[collective.opcode] += collective.in_loop and bool({VISUAL, ALL} & set(dims))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.tpu.collectives import Collective, collectives
 from tpu import hlo, topologies
 
 # Programs for another machine go into the cache of compiled programs but cannot be read back.
@@ -107,8 +108,8 @@ def test_collectives_run_as_often_as_their_loops_and_tell_what_they_make():
         "%start.1 = (f32[8]{0}, bf16[4,8]{1,0}) all-gather-start(%res), dimensions={0}, "
         'metadata={op_name="jit(f)/gather"}\n  ROOT %last = f32[8]{0} sine(%res)',
     )
-    assert hlo.collectives(text) == [
-        hlo.Collective("all-reduce", (("f32", (8,)),), runs=3, in_loop=True, source=""),
-        hlo.Collective("all-gather", (("bf16", (4, 8)),), runs=1, in_loop=False, source="jit(f)/gather"),
+    assert collectives(text) == [
+        Collective("all-reduce", (("f32", (8,)),), runs=3, in_loop=True, source=""),
+        Collective("all-gather", (("bf16", (4, 8)),), runs=1, in_loop=False, source="jit(f)/gather"),
     ]
-    assert [c.bytes for c in hlo.collectives(text)] == [3 * 8 * 4, 4 * 8 * 2]
+    assert [c.bytes for c in collectives(text)] == [3 * 8 * 4, 4 * 8 * 2]

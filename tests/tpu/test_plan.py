@@ -64,9 +64,9 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
     assert step["seconds_at_mfu"]["50%"] == pytest.approx(step["flops_per_chip"] / 197e12 / 0.5)
     assert step["compiler_seconds"] > 0 and step["unknown_loops"] == 0 and step["collectives"] > 0
     text = "\n".join(lines)
-    assert "a save's copy of the state, at most 0." in text and "GiB: fits besides" in text
+    assert "a save's copy of the state, at most 0." in text and "GiB: fits too" in text
     assert "estimated by the TPU compiler" in text and "measured" not in text
-    assert "stage2 2x4x4: the same step as stage1's" in text
+    assert "stage2 2x4x4: same step as stage1" in text
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_a_step_without_room_for_a_saves_copy_is_told():
     config, topology, gib = tiny_config(), topologies.get_topology("v5e:2x4"), 2**30
     fixed = dict.fromkeys([field.name for field in dataclasses.fields(plan.StepPlan)], 0)
     given = {"bucket": (2, 4, 4), "hbm_needed": 13 * gib, "hbm_available": 15 * gib, "seconds_at_mfu": {}}
-    for copy, told in ((2, "GiB: fits besides"), (3, "GiB: does not fit besides, so training waits")):
+    for copy, told in ((2, "GiB: fits too"), (3, "GiB: does not fit too, so training waits")):
         step = plan.StepPlan(**fixed | given | {"fits": True, "memory": {"copy": copy * gib}})
         assert told in plan._describe(config, step, topology)
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,10 +19,15 @@ def free_port() -> int:
 
 
 def start(data: Path, workdir: Path, *overrides: str, processes: int = 1) -> list[subprocess.Popen]:
-    """Starts the tiny preset on 8 simulated devices shared by `processes`; logs go to workdir/process-N.log."""
+    """Starts the tiny preset on 8 simulated devices shared by `processes`."""
+    command = ["experiments.train", f"--config=tests/training/tiny_preset.py:{data}", *overrides]
+    return start_command(command, workdir, processes=processes)
+
+
+def start_command(arguments: Sequence[str], workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]:
+    """Starts a module with arguments, as so many processes; logs go to workdir/process-N.log."""
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments.train", f"--config=tests/training/tiny_preset.py:{data}"]
-    command += [f"--workdir={workdir}", *overrides]
+    command = [sys.executable, "-m", *arguments, f"--workdir={workdir}"]
     if processes > 1:
         command += [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
     started = []

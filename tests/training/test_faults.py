@@ -27,13 +27,16 @@ from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.checkpoints.read import load_for_inference, read_meta
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.mesh import make_mesh, training_mesh
-from omnihuman_jax.training import loop
+from omnihuman_jax.training import loop, run
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.faults import STALLED, Watchdog
 from omnihuman_jax.training.goodput import Goodput
-from omnihuman_jax.training.metrics import LineFile
+from omnihuman_jax.training.log_files import LineFile
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state
+from omnihuman_jax.training.tasks import omnihuman
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
+from tests.checkpoints.test_not_finite import poison_on_disk
 from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
@@ -67,7 +70,8 @@ def train(whole, name, trouble, config=None, sample=None, **settings):
     config = config or default
     (root / name).mkdir(exist_ok=True)
     input_pipeline = Troubled(InputPipeline.from_config(config, curriculum(config), dataset), trouble)
-    loop.train(config, cli.to_plain(config), root / name, input_pipeline, sample, **settings)
+    task = OmniHumanTask(config, input_pipeline, sample, **settings)
+    loop.train(task, config, cli.to_plain(config), root / name)
     return root / name
 
 
@@ -141,7 +145,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is_finite(wh
             return batch
 
     monkeypatch.setattr(step_lib, "sample_losses", with_bad_gradient)
-    monkeypatch.setattr(loop, "jit_train_step", step_lib.jit_train_step)
+    monkeypatch.setattr(omnihuman, "jit_train_step", step_lib.jit_train_step)
     workdir = train(whole, "gradient", mark)
     log = lines(workdir)
     assert all(line["loss"] is not None for line in log)
@@ -177,6 +181,31 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(wh
         train(whole, "all_bad", poison, config)
 
 
+def test_updates_that_overflow_are_skipped_and_end_the_run_although_loss_and_gradient_are_finite(whole):
+    config = tiny_config(whole[0] / "data", steps=(4, 4, 0))
+    config.faults.max_bad_steps = 2
+    config.stages.stage2.learning_rate = 1e39  # infinity in float32
+    words = (
+        r"step 6: loss [\d.]+, gradient norm [\d.e-]+, but the new parameters, moments or EMA are not finite.*2 steps"
+    )
+    with pytest.raises(UserError, match=words):
+        train(whole, "overflow", lambda *_: None, config)
+    log = lines(whole[0] / "overflow")
+    assert log[-1]["step"] == 5 and log[-1]["skipped_steps"] == 1 and log[-1]["loss"] is not None
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params(whole[0] / "overflow")))
+
+
+def test_a_stage_does_not_start_from_parameters_that_are_not_finite(whole, tmp_path):
+    root, dataset, config = whole
+    source = tmp_path / "source"
+    shutil.copytree(root / "whole" / "stages" / "stage1", source)
+    poison_on_disk(source, "params")
+    config = config.copy_and_resolve_references()
+    config.stages.stage1.init_from = str(source)
+    with pytest.raises(UserError, match="source: NaN or infinity in params/x_embed/kernel"):
+        train_tiny(config, tmp_path / "run", dataset)
+
+
 def test_fingerprints_are_sums_of_bits_on_every_mesh():
     tree = {"a": np.arange(64, dtype=np.float32).reshape(8, 8), "b": np.float32(1.5), "c": np.arange(4, dtype=np.int32)}
     expected = {k: int(np.asarray(v).view(np.uint32).sum(dtype=np.uint64) % 2**32) for k, v in tree.items()}
@@ -184,9 +213,9 @@ def test_fingerprints_are_sums_of_bits_on_every_mesh():
         mesh = make_mesh(sizes)
         specs = {"a": PartitionSpec("fsdp", "tensor"), "b": PartitionSpec(), "c": PartitionSpec()}
         placed = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in tree.items()}
-        assert fingerprint(placed) == expected
+        assert fingerprint(placed).sums == expected
     placed["a"] = placed["a"].at[3, 3].add(1e-5)
-    found = fingerprint(placed)
+    found = fingerprint(placed).sums
     assert found["a"] != expected["a"] and found["b"] == expected["b"]
 
 
@@ -505,7 +534,7 @@ def test_waiting_for_the_last_save_is_no_stall(whole, monkeypatch):
             dogs.append(self)
 
     right = Checkpoints.wait
-    monkeypatch.setattr(loop, "Watchdog", Recorded)
+    monkeypatch.setattr(run, "Watchdog", Recorded)
 
     def wait(self):
         if self._saving and not self._saving.done():
@@ -598,7 +627,7 @@ def test_a_read_error_that_heals_does_not_change_the_run(whole, monkeypatch):
 def test_a_read_error_that_stays_names_the_record(whole, monkeypatch):
     root, dataset, config = whole
     monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
-    with pytest.raises(UserError, match=r"record .* \(row \d+ of .*\) cannot be read, 3 times tried .*Input/output"):
+    with pytest.raises(UserError, match=r"record .* \(row \d+ of .*\) cannot be read after 3 attempts .*Input/output"):
         train_tiny(config, root / "unread", Flaky(dataset, failures=10**6))
 
 
@@ -619,13 +648,15 @@ def test_a_stalled_step_ends_the_process_with_the_stacks_of_its_threads():
 STALL = """
 import sys, time
 from pathlib import Path
-from experiments import cli
+from experiments.common import cli
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from omnihuman_jax.training import loop
 from omnihuman_jax.training import step as step_lib
 from omnihuman_jax.training.stages import curriculum
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 from tests.training.test_faults import Troubled
+from tests.checkpoints.test_not_finite import poison_on_disk
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config
 
@@ -640,7 +671,7 @@ def hang_in_the_feed(step, _):
 
 source = InputPipeline.from_config(config, curriculum(config), Dataset.open(root / "data"))
 input_pipeline = Troubled(source, hang_in_the_feed)
-loop.train(config, cli.to_plain(config), root / "stalled", input_pipeline, None)
+loop.train(OmniHumanTask(config, input_pipeline), config, cli.to_plain(config), root / "stalled")
 """
 
 

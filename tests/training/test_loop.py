@@ -14,10 +14,11 @@ from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.checkpoints.read import check_same_model, find_checkpoint, load_for_inference, read_meta
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding.mesh import make_mesh
-from omnihuman_jax.training import loop
 from omnihuman_jax.training.metrics import loss_by_condition, loss_by_condition_set, loss_by_time
-from omnihuman_jax.training.state import abstract_state, make_network
+from omnihuman_jax.training.run import Run
+from omnihuman_jax.training.state import abstract_state
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 from tests.training.tiny import tiny_config, tiny_data, train_tiny
 
@@ -270,19 +271,19 @@ def test_a_steps_metrics_are_read_after_the_next_step_was_started(run, monkeypat
     root, dataset, _ = run
     config, seen = tiny_config(root / "data", steps=(5, 0, 0)), []
     config.checkpoint.every = 100
-    dispatch, flush = loop._Run.dispatch, loop._Run.flush
+    dispatch, flush = Run.dispatch, Run.flush
 
     def dispatching(self, *arguments):
         seen.append("start")
         return dispatch(self, *arguments)
 
     def flushing(self):
-        if self.pending:
-            seen.append(f"read {self.pending['step']}")
+        if self._pending:
+            seen.append(f"read {self._pending.step}")
         return flush(self)
 
-    monkeypatch.setattr(loop._Run, "dispatch", dispatching)
-    monkeypatch.setattr(loop._Run, "flush", flushing)
+    monkeypatch.setattr(Run, "dispatch", dispatching)
+    monkeypatch.setattr(Run, "flush", flushing)
     train_tiny(config, root / "order", dataset)
     assert seen == ["start", *(x for step in (1, 2, 3, 4) for x in ("start", f"read {step}")), "read 5"]
 

@@ -8,10 +8,11 @@ import pytest
 
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh, training_mesh
 from omnihuman_jax.training import state as state_lib
-from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step
+from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step, part_of
 from tests.training.tiny import tiny_config
 
 BUCKET = (3, 4, 4)
@@ -28,7 +29,7 @@ def random_batch(config, seed=0):
 
 def run_steps(config, count=2):
     mesh = make_mesh(config.mesh)
-    network = state_lib.make_network(config)
+    network = make_network(config)
     with jax.set_mesh(mesh):
         state = state_lib.init_state(config, mesh, network)
         step = jit_train_step(config, network, mesh)
@@ -74,7 +75,7 @@ def gradients_on(mesh_sizes, parts=1):
     config = tiny_config("unused")
     config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128})
     config.mesh.update(mesh_sizes or {})
-    network = state_lib.make_network(config)
+    network = make_network(config)
     batch, params = random_batch(config), perturbed(network)
     t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
     run = jax.jit(lambda *args: gradients(network, *args, parts))
@@ -189,7 +190,7 @@ def test_parameters_are_sharded_over_fsdp():
 def test_one_step_is_clipped_adamw_on_the_flow_loss():
     config = tiny_config("unused")
     config.mesh.update({"data": 8, "fsdp": 1})
-    network = state_lib.make_network(config)
+    network = make_network(config)
     before = jax.device_get(state_lib.create_state(config, network))
     batch = random_batch(config)
     x0 = batch["latents"]
@@ -225,3 +226,48 @@ def test_noise_depends_on_the_step_and_the_seed_only():
     first, again, later = (draw_noise(config, jnp.int32(i), (8, *BUCKET, 4)) for i in (5, 5, 6))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.allclose(first[1], later[1])
+
+
+def test_the_audio_attention_of_every_kind_of_block_is_a_part_of_its_own():
+    config = tiny_config("unused")
+    config.model.num_decoder_blocks = 1
+    params = make_network(config).abstract_params
+    names = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    parts = {name: part_of(name) for name in names}
+    audio = {name for name, part in parts.items() if part == "audio_attention"}
+    assert {name.split("/")[0] for name in audio} == {"dual", "single", "decoder"}
+    assert audio == {name for name in names if "/audio/" in name and name.split("/")[0] != "audio"}
+    assert {"audio", "pose", "dual", "single", "decoder", "null_text"} <= set(parts.values())
+
+
+def test_a_step_that_would_leave_something_not_finite_changes_nothing_but_the_step_number():
+    """Loss and gradient are finite in every case; the update, the second moments or the EMA are not."""
+    config = tiny_config("unused")
+    config.mesh.update({"data": 2, "fsdp": 4})
+    mesh, network = make_mesh(config.mesh), make_network(config)
+
+    def infinite(tree):
+        return tree | {"x_embed": jax.tree.map(lambda x: x.at[-1].set(jnp.inf), tree["x_embed"])}
+
+    def with_moments(state):
+        clip, adam, decay = state.opt_state
+        return state._replace(opt_state=(clip, adam._replace(nu=infinite(adam.nu)), decay))
+
+    cases = {
+        "fine": (1e-2, lambda state: state),
+        "parameters": (np.inf, lambda state: state),
+        "moments": (1e-2, with_moments),
+        "ema": (1e-2, lambda state: state._replace(ema=infinite(state.ema))),
+    }
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, network, mesh)
+        batch = jax.device_put(random_batch(config), rules.batch_sharding(mesh))
+        for name, (rate, spoil) in cases.items():
+            state = spoil(state_lib.init_state(config, mesh, network))
+            before = jax.device_get(state)
+            after, metrics = jax.device_get(step(state, batch, jnp.float32(rate)))
+            assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+            assert metrics["skipped"] == (name != "fine"), name
+            assert after.step == 1
+            if name != "fine":
+                jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)

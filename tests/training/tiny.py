@@ -10,6 +10,7 @@ from experiments.common import cli
 from experiments.configs import demo
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.stages import curriculum
+from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 from tests.data_pipelines.fake_dataset import write_fake_dataset
 
 
@@ -41,4 +42,4 @@ def train_tiny(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
     """What `experiments.train` does, in this process."""
     workdir.mkdir(parents=True, exist_ok=True)
     input_pipeline = InputPipeline.from_config(config, curriculum(config), dataset)
-    loop.train(config, cli.to_plain(config), workdir, input_pipeline, None)
+    loop.train(OmniHumanTask(config, input_pipeline), config, cli.to_plain(config), workdir)

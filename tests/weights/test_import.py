@@ -14,10 +14,12 @@ import safetensors.numpy
 from experiments.import_weights import fresh_conditions, import_base
 from omnihuman_jax.checkpoints import export
 from omnihuman_jax.checkpoints.export import to_tensors
+from omnihuman_jax.checkpoints.load import is_exported, load_parameters
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import BASE_ONLY_INPUTS, ModelConfig
+from omnihuman_jax.models.functional import make_network
+from omnihuman_jax.random_keys import INIT, purpose_key
 from omnihuman_jax.sharding.rules import tree_shardings
-from omnihuman_jax.training.state import make_network
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.names import is_condition
 from omnihuman_jax.weights.read import open_files
@@ -37,7 +39,7 @@ def test_an_imported_base_is_an_exported_directory_with_fresh_conditions(tmp_pat
     write_base(tmp_path / "base.safetensors", "motif", params)
     config.vae.checkpoint = ""
     import_base(config, str(tmp_path / "base.safetensors"), "motif", str(tmp_path / "out"))
-    loaded_config, loaded, info = export.load(tmp_path / "out")
+    loaded_config, loaded, info = load_parameters(tmp_path / "out")
     assert make_network(loaded_config).config == network.config and loaded_config.vae.checkpoint == ""
     assert (info["step"], info["stage"], info["ema"]) == (0, "imported", False)
     fresh = to_tensors(fresh_conditions(network, config.seed))
@@ -49,14 +51,14 @@ def test_an_imported_base_is_an_exported_directory_with_fresh_conditions(tmp_pat
     # What a stage's init_from does: straight into shards.
     mesh = jax.make_mesh((1, 4, 1, 2), ("data", "fsdp", "sequence", "tensor"))
     shardings = tree_shardings(network.abstract_params, mesh)
-    sharded = export.load(tmp_path / "out", shardings=shardings)[1]
+    sharded = load_parameters(tmp_path / "out", shardings=shardings)[1]
     jax.tree.map(np.testing.assert_array_equal, sharded, loaded)
 
 
 @pytest.mark.slow
 def test_fresh_conditions_are_those_of_a_fresh_model():
     network = network_of("hunyuan")
-    whole = to_tensors(jax.jit(network.init)(jax.random.key(5)))
+    whole = to_tensors(jax.jit(network.init)(purpose_key(5, INIT)))
     fresh = to_tensors(fresh_conditions(network, 5))
     assert set(fresh) == {name for name in whole if is_condition(name)}
     for name, value in fresh.items():
@@ -77,8 +79,8 @@ def test_an_export_in_the_originals_naming_is_the_original_and_loads_again(namin
     conditions = safetensors.numpy.load_file(made / "conditions.safetensors")
     assert set(conditions) == {name for name in to_tensors(params) if is_condition(name)}
     assert json.loads((made / "config.json").read_text())["naming"] == naming
-    assert export.is_exported(made)
-    loaded_config, loaded, info = export.load(made)
+    assert is_exported(made)
+    loaded_config, loaded, info = load_parameters(made)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert info["ema"] and make_network(loaded_config).config == network_of(naming).config
 
@@ -115,7 +117,7 @@ def test_a_prefix_of_all_names_is_left_out_and_named(prefix, tmp_path, capsys):
     import_base(config, str(path), "hunyuan", str(tmp_path / "out"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "removing the prefix" in line]
     assert lines == [f"{path}: removing the prefix {prefix} from every tensor's name"]
-    loaded = to_tensors(export.load(tmp_path / "out")[1])
+    loaded = to_tensors(load_parameters(tmp_path / "out")[1])
     for name, value in to_tensors(params).items():
         if not is_condition(name):
             np.testing.assert_array_equal(loaded[name], value, err_msg=name)

@@ -12,8 +12,7 @@ import pytest
 from experiments.common import cli
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import ModelConfig
-from omnihuman_jax.models.functional import Network
-from omnihuman_jax.training.state import make_network
+from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.weights import formats, names
 from tests.inference import tiny
 from tests.weights.bases import network_of

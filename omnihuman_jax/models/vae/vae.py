@@ -344,4 +344,6 @@ def _from_tensors(config: VAEConfig, tensors: Mapping[str, np.ndarray], path: Pa
             raise UserError(f"vae.checkpoint={path}: tensor {name} is missing; the file does not fit its own config")
         if tensors[name].shape != shape:
             raise UserError(f"vae.checkpoint={path}: tensor {name} is {tensors[name].shape}, should be {shape}")
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"vae.checkpoint={path}: tensor {name} holds NaN or infinity; give another VAE file")
     return build_with(build, {name: value.astype(np.float32) for name, value in tensors.items()})

@@ -245,8 +245,8 @@ def test_short_clips_are_left_out_with_a_count_or_refused(tmp_path, caplog):
         UserError, match=r"all 6 train clips are shorter .* 8 latent frames \(29 frames; the longest has 25\)"
     ):
         usable_records(dataset.index, 8)
-    with pytest.raises(UserError, match="no clips of split 'heldout'"):
-        usable_records(dataset.index, 4, split="heldout")
+    with pytest.raises(UserError, match="no clips of split 'train'"):
+        usable_records([entry | {"split": "heldout"} for entry in dataset.index], 4)
 
 
 def test_a_batch_takes_a_few_milliseconds_once_records_are_cached(batches):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from data_pipelines.input_pipeline.schedule import Schedule, ratio_report
 from omnihuman_jax.conditions import names
 from omnihuman_jax.training.stages import changes, continued, from_json, to_json
+from tests.data_pipelines.fake_dataset import positions
 from tests.training.stage_rows import FULL, in_sequence, stage_row
 
 SIZES = ((12, 12), (16, 10), (10, 14))
@@ -78,7 +79,7 @@ class Ledger:
             entry, frames = self.index[cell[0]], min(self.index[i]["shape"][0] for i in cell)
             name = (entry["source"], tuple(entry["shape"][1:]), entry["audio"], entry["pose"])
             if frames >= stage.latent_frames and cell == self._cell(cell[0], stage.latent_frames):
-                assert schedule.positions(step)[name] == count, "the closed form agrees with counting"
+                assert positions(schedule, step)[name] == count, "the closed form agrees with counting"
         for record in schedule.select(step).record.tolist():
             assert self.index[record]["shape"][0] >= stage.latent_frames
             cell = self._cell(record, stage.latent_frames)

@@ -1,15 +1,17 @@
 """A failure in a reading thread ends the run with a line that says where; nothing waits for ever."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from data_pipelines.input_pipeline import loader as loader_lib
 from data_pipelines.input_pipeline.loader import make_loader
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.training.faults import STALLED
 
 
 class Steps:
@@ -60,29 +62,36 @@ def test_whatever_a_reading_thread_raises_reaches_the_loop(error, told, threads)
             next(loader)  # never the step after the one that failed
 
 
-def test_a_reading_thread_that_dies_without_a_word_ends_the_run(monkeypatch):
-    """As when memory runs out in the pool's own code: its result never comes, and Grain would wait for it for ever."""
-    monkeypatch.setattr(loader_lib, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr("concurrent.futures.thread._base.Future.set_result", _dying(after=3))
-    monkeypatch.setattr("concurrent.futures.thread._base.LOGGER.critical", lambda *_, **__: None)
-    loader, start = make_loader(Steps(), threads=1), time.monotonic()
-    with pytest.raises(UserError, match=r"data thread .* has died and its batch will not come.*last checkpoint"):
-        _steps(loader)
-    assert time.monotonic() - start < 10
+DYING = """
+from concurrent.futures import Future, thread
+from data_pipelines.input_pipeline.loader import make_loader
+from omnihuman_jax.training.faults import Watchdog
+from tests.data_pipelines.input_pipeline.test_loader import Steps
+
+right, calls = Future.set_result, []
+
+def set_result(self, result):
+    calls.append(result)
+    if len(calls) > 3:
+        raise MemoryError
+    right(self, result)
+
+Future.set_result = set_result
+thread._base.LOGGER.critical = lambda *_, **__: None
+dog = Watchdog(1.0, lambda: "CHECKPOINT")
+dog.start()
+for batch in make_loader(Steps(), threads=1):
+    dog.step_done()
+"""
 
 
-def _dying(after):
-    from concurrent.futures import Future
-
-    original, calls = Future.set_result, []
-
-    def set_result(self, result):
-        calls.append(result)
-        if len(calls) > after:
-            raise MemoryError
-        original(self, result)
-
-    return set_result
+def test_a_reading_thread_that_dies_without_a_word_is_ended_by_the_watchdog():
+    """As when memory runs out in the pool's own code: its result never comes, and Grain waits for it for ever."""
+    ended = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == STALLED
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "no step has finished" in errors[0] and "last checkpoint is CHECKPOINT" in errors[0]
+    assert "loader.py" in ended.stderr  # the stacks show that the loop waits for a batch
 
 
 def test_a_pool_that_is_shut_down_ends_the_run():
@@ -93,8 +102,7 @@ def test_a_pool_that_is_shut_down_ends_the_run():
         _steps(loader)
 
 
-def test_a_slow_batch_is_waited_for(monkeypatch):
-    monkeypatch.setattr(loader_lib, "POLL_SECONDS", 0.02)
+def test_a_slow_batch_is_waited_for():
     assert _steps(make_loader(Steps({4: lambda: time.sleep(0.3)}))) == list(range(1, 13))
 
 

@@ -14,7 +14,7 @@ from data_pipelines.schema import Dataset
 from experiments.configs import demo
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training.stages import changes, continued, curriculum, from_json, to_json
-from tests.data_pipelines.fake_dataset import Flaky, write_fake_dataset
+from tests.data_pipelines.fake_dataset import Flaky, positions, write_fake_dataset
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_changed_ratios_continue_every_source(dataset):
     schedule = after._batches.schedule
     drawn = {cell.name: [] for cell in schedule.cells}
     for step in range(1, 19):
-        assert {name: len(records) for name, records in drawn.items()} == schedule.positions(step)
+        assert {name: len(records) for name, records in drawn.items()} == positions(schedule, step)
         for i in schedule.select(step).record:
             entry = dataset.index[i]
             drawn[entry["source"], tuple(entry["shape"][1:]), entry["audio"], entry["pose"]].append(int(i))
@@ -126,7 +126,9 @@ def test_held_out_clips_are_read_again_after_a_failure(dataset, monkeypatch):
 
 def test_a_held_out_clip_that_cannot_be_read_is_named(dataset, monkeypatch):
     monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
-    with pytest.raises(UserError, match=r"record ./\d+ \(row \d+ of .*\) cannot be read, 3 times tried .*Input/output"):
+    with pytest.raises(
+        UserError, match=r"record ./\d+ \(row \d+ of .*\) cannot be read after 3 attempts .*Input/output"
+    ):
         _feed(Flaky(dataset, failures=10**6)).held_out(1, slice(None))
 
 

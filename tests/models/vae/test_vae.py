@@ -210,6 +210,21 @@ def test_config_mistakes_name_the_setting():
         VAEConfig(latent_mean=(0.0, 1.0))
 
 
+def test_a_file_holds_no_values_that_are_not_finite(tmp_path, monkeypatch):
+    config = VAEConfig(dim=4, dim_mult=(1,), num_res_blocks=1, temporal_downsample=())
+    vae, path = VAE(config, rngs=nnx.Rngs(0)), tmp_path / "vae.safetensors"
+    bias = vae.decoder.head.bias
+    bias.set_value(jnp.full(bias.shape, 1e6))  # beyond float16
+    with pytest.raises(UserError, match=r"decoder\.head\.bias holds NaN or infinity and is not written"):
+        save_vae(path, vae, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:  # as a program that does not check would have written it
+        patch.setattr("omnihuman_jax.weights.write.np.isfinite", lambda x: np.ones(np.shape(x), bool))
+        save_vae(path, vae, dtype="float16")
+    with pytest.raises(UserError, match=r"vae\.safetensors: tensor decoder\.head\.bias holds NaN or infinity"):
+        load_vae(path)
+
+
 @pytest.mark.slow
 def test_the_linear_path_starts_as_the_datas_principal_components():
     config = VAEConfig(dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, z_dim=6, temporal_downsample=(True, True))

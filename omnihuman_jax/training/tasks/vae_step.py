@@ -1,8 +1,7 @@
-"""Training of the causal VAE: losses, state and step, as pure functions over plain parameter trees.
+"""The train step of the causal VAE and its state, as pure functions over plain parameter trees.
 
 The loss is L1 at several scales, L1 between spatial differences (edges), a small KL term, LPIPS where its weights are
-given, and a discriminator's term from a step on. The edge term weighs thin
-structure (lips, eyes, fingers) by its contrast instead of its area, without knowing what a face is.
+given, and a discriminator's term from a step on.
 """
 
 from collections.abc import Callable
@@ -13,13 +12,14 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
-from jax import lax
 from ml_collections import ConfigDict
 
 from omnihuman_jax.models.vae.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
-from omnihuman_jax.models.vae.perceptual import LPIPS
 from omnihuman_jax.models.vae.vae import VAE, VAEConfig
+from omnihuman_jax.random_keys import CRITIC_INIT, POSTERIOR, VAE_INIT, purpose_key
 from omnihuman_jax.sharding.rules import path_name
+from omnihuman_jax.training.finite import take_if_finite
+from omnihuman_jax.training.tasks.vae_losses import kl_divergence, perceptual_distance, psnr, reconstruction_losses
 
 Params = dict[str, Any]
 
@@ -113,9 +113,8 @@ def _vae_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def create_state(config: ConfigDict) -> VAEState:
     """A fresh state from `config.seed` (traceable)."""
-    vae_key, critic_key = jax.random.split(jax.random.key(config.seed))
-    params = make_vae(config).init(vae_key)
-    critic = make_critic(config).init(critic_key) if config.adversarial.weight else {}
+    params = make_vae(config).init(purpose_key(config.seed, VAE_INIT))
+    critic = make_critic(config).init(purpose_key(config.seed, CRITIC_INIT)) if config.adversarial.weight else {}
     return VAEState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -126,55 +125,10 @@ def create_state(config: ConfigDict) -> VAEState:
     )
 
 
-def halve(video: jax.Array) -> jax.Array:
-    """(B, F, H, W, C) -> (B, F, H/2, W/2, C), means of 2x2 pixels (an odd last row or column is left out)."""
-    b, f, h, w, c = video.shape
-    video = video[:, :, : h // 2 * 2, : w // 2 * 2]
-    return video.reshape(b, f, h // 2, 2, w // 2, 2, c).mean((3, 5))
-
-
-def reconstruction_losses(video: jax.Array, output: jax.Array, scales: int) -> dict[str, jax.Array]:
-    """Mean absolute errors of pixels and of neighbour differences, averaged over `scales` octaves.
-
-    Args:
-      video: target (B, F, Hp, Wp, 3) in [-1, 1].
-      output: reconstruction of the same shape.
-      scales: how many sizes: 1 the pixels as they are, each further one half the size.
-
-    Returns:
-      "l1": at full size only. "pyramid": mean over the scales. "edge": the same for differences along rows and columns.
-    """
-    error = output - video
-    l1, pyramid, edge = jnp.mean(jnp.abs(error)), 0.0, 0.0
-    for scale in range(scales):
-        error = error if scale == 0 else halve(error)  # all terms are linear inside |.|, so the error can be pooled
-        pyramid += jnp.mean(jnp.abs(error)) / scales
-        rows, columns = jnp.diff(error, axis=2), jnp.diff(error, axis=3)
-        edge += 0.5 * (jnp.mean(jnp.abs(rows)) + jnp.mean(jnp.abs(columns))) / scales
-    return {"l1": l1, "pyramid": pyramid, "edge": edge}
-
-
-def perceptual_distance(state: Any, video: jax.Array, output: jax.Array) -> jax.Array:
-    """Mean LPIPS of the frames of two clips (B, F, Hp, Wp, 3); `state` is that of an `LPIPS` module."""
-    widths = tuple(weight.shape[0] for weight in jax.tree.leaves(state["weights"]))
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LPIPS(widths, rngs=nnx.Rngs(0))))
-    frames = (x.reshape(-1, *x.shape[2:]) for x in (video, output))
-    return jnp.mean(nnx.merge(graph, lax.stop_gradient(state))(*frames))
-
-
-def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL of N(mean, exp(logvar)) from N(0, 1) in nats, averaged over the latent's elements."""
-    return 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-
-
-def psnr(video: jax.Array, output: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of each clip, (B,), in dB, for values in [-1, 1] (peak to peak 2)."""
-    mse = jnp.mean(jnp.square(jnp.clip(output, -1.0, 1.0) - video), axis=(1, 2, 3, 4))
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))
-
-
 def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callable[..., tuple[VAEState, dict]]:
     """step(state, video (B, F, Hp, Wp, 3) in [-1, 1], perceptual=None) -> (state, metrics); jit it, the state donated.
+
+    A step after which loss, gradient or state are not finite changes nothing but the step number.
 
     `perceptual` is the state of an LPIPS module (`nnx.state`); with it, its mean distance over all frames joins the
     loss with `config.loss.lpips_weight`. It is an argument, because constants of that size make compilation slow.
@@ -216,17 +170,19 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         return optax.apply_updates(state.critic, updates), opt_state, loss
 
     def step(state: VAEState, video: jax.Array, perceptual: Any = None) -> tuple[VAEState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(purpose_key(config.seed, POSTERIOR), state.step)
         grads, (metrics, output) = jax.grad(loss_fn, has_aux=True)(state.params, state.critic, video, key, perceptual)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
-        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
         critic_params, critic_opt_state = state.critic, state.critic_opt_state
         if adversarial:
             critic_params, critic_opt_state, metrics["critic"] = critic_update(state, video, output)
-        return VAEState(state.step + 1, params, opt_state, ema, critic_params, critic_opt_state), metrics
+        made = VAEState(state.step, params, opt_state, ema, critic_params, critic_opt_state)
+        made, metrics["skipped"] = take_if_finite(made, state, metrics["loss"], metrics["grad_norm"])
+        return made._replace(step=state.step + 1), metrics
 
     return step
 

@@ -1,0 +1,11 @@
+"""Random keys by purpose: no two purposes share a stream, and neither do runs whose seeds are neighbours."""
+
+import jax
+
+# A number is never used again for another purpose.
+INIT, NOISE, HELD_OUT, ROUNDING, MOMENT_ROUNDING, SAMPLING, VAE_INIT, CRITIC_INIT, POSTERIOR = range(9)
+
+
+def purpose_key(seed: int, purpose: int) -> jax.Array:
+    """The key of a purpose, one of the constants above, in a run of this seed."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)

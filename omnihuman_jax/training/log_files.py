@@ -1,0 +1,173 @@
+"""The log files of a run: `metrics.jsonl`, `data_log.jsonl`, `evaluation.jsonl` and TensorBoard."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+
+from omnihuman_jax.sharding import processes
+
+
+def last_step_in(path: Path, key: str = "step") -> int:
+    """The last step of the lines of metrics.jsonl or evaluation.jsonl that have a key; 0 without one."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+        whole = file.read().rpartition(b"\n")[0]  # a killed process may have left half a line
+    lines = [line for line in whole.split(b"\n") if line.startswith(b"{") and f'"{key}"'.encode() in line]
+    return max((json.loads(line)["step"] for line in lines[-20:]), default=0)
+
+
+_LONGEST_LINE = 1 << 24
+
+
+class LineFile:
+    """A file of lines that outlives a full disk: what could not be written is kept, and written with the next line.
+
+    Args:
+      path: appended to from the first write on, without the half line that a killed process may have left.
+      log: called once with why nothing can be written, and once when it can again.
+    """
+
+    def __init__(self, path: Path, log: Callable[[str], None]):
+        self._path, self._log, self._left, self._told = path, log, b"", False
+        self._file = -1
+
+    def _open(self) -> int:
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        tail = max(0, os.fstat(file).st_size - _LONGEST_LINE)
+        os.ftruncate(file, tail + os.pread(file, _LONGEST_LINE, tail).rfind(b"\n") + 1)
+        return file
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line of JSON; NaN, which JSON does not have, becomes null."""
+        plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
+        self._left += (json.dumps(plain) + "\n").encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._told:
+                self._log(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
+            self._told = True
+        else:
+            if self._told:
+                self._log(f"{self._path}: written again, nothing is missing")
+            self._told = False
+
+    def _flush(self) -> None:
+        self._file = self._open() if self._file < 0 else self._file
+        while self._left:
+            self._left = self._left[os.write(self._file, self._left) :]
+
+    def close(self) -> None:
+        """Closes the file; says how many bytes could not be written."""
+        if self._left:
+            with contextlib.suppress(OSError):
+                self._flush()
+        if self._left:
+            self._log(f"{self._path}: the last {len(self._left)} bytes could not be written")
+        if self._file >= 0:
+            os.close(self._file)
+
+
+class _Board:
+    """TensorBoard events; after a write that fails, no more of them. (A full queue of SummaryWriter would wait.)"""
+
+    def __init__(self, folder: Path, log: Callable[[str], None]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events, self._log = EventsWriter(str(folder / "events")), log
+
+    def add(self, step: int, *values: Summary.Value) -> None:
+        """Adds values of a step."""
+        if self._events is None:
+            return
+        try:
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._events.flush()
+        except OSError as error:
+            self._log(f"TensorBoard: {error.strerror}; this start writes no more to it (metrics.jsonl has all)")
+            self._events = None
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
+
+
+class MetricsWriter:
+    """Appends JSON lines and TensorBoard events under a run directory; on other processes than the first, nothing.
+
+    Args:
+      workdir: run directory.
+      log_records: whether to write data_log.jsonl.
+      enabled: whether this process writes.
+      log: called with what cannot be written; the run goes on.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        log_records: bool,
+        enabled: bool = True,
+        log: Callable[[str], None] = processes.log,
+    ):
+        workdir = Path(workdir)
+
+        def lines(name: str, wanted: bool = True) -> LineFile | None:
+            return LineFile(workdir / name, log) if enabled and wanted else None
+
+        self._metrics, self._evaluation = lines("metrics.jsonl"), lines("evaluation.jsonl")
+        self._records = lines("data_log.jsonl", log_records)
+        self._board = _Board(workdir / "tensorboard", log) if enabled else None
+
+    def step(self, line: Mapping[str, Any], targets: Mapping[str, float]) -> None:
+        """Writes one logged step; `targets` are the stage's ratios, shown beside the realised ones."""
+        if not self._metrics:
+            return
+        self._metrics.write(line)
+        scalars = {}
+        for name, value in line.items():
+            if isinstance(value, dict) and name not in ("active_ratio", "scheduled_ratio"):
+                scalars |= {f"{name}/{key}": part for key, part in value.items() if part is not None}
+            elif isinstance(value, float):
+                scalars[f"train/{name}"] = value
+        for name, value in line.get("scheduled_ratio", {}).items():
+            scalars |= {f"ratio/{name}": value, f"ratio/{name}_target": targets[name]}
+        self._board.add(line["step"], *(Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()))
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Writes the held-out losses of a step to evaluation.jsonl and TensorBoard."""
+        if not self._evaluation:
+            return
+        self._evaluation.write({"step": step, "held_out_loss": dict(losses)})
+        values = [Summary.Value(tag=f"held_out_loss/{name}", simple_value=value) for name, value in losses.items()]
+        self._board.add(step, *values)
+
+    def records(self, step: int, described: Mapping[str, Any]) -> None:
+        """Writes which record was in each global row of a step, and which conditions it had where there are any."""
+        if self._records:
+            told = {name: list(described[name]) for name in ("records", "active") if name in described}
+            self._records.write({"step": step} | told)
+
+    def video(self, tag: str, path: str | Path, size: tuple[int, int], step: int) -> None:
+        """Shows an animated GIF file of (height, width) in TensorBoard's image tab."""
+        if not self._board:
+            return
+        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes())
+        self._board.add(step, Summary.Value(tag=tag, image=image))
+
+    def close(self) -> None:
+        """Flushes and closes every file."""
+        for file in (self._metrics, self._evaluation, self._records, self._board):
+            if file:
+                file.close()

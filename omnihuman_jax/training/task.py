@@ -1,0 +1,75 @@
+"""What the training loop needs of what it trains; see `training.tasks`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from omnihuman_jax.training.hooks import Hook
+from omnihuman_jax.training.stages import Span
+
+State = Any  # NamedTuple of pytrees of arrays
+
+
+class Task(Protocol):
+    """A model, its data and its step. Batches and noise are functions of the seed and the step alone.
+
+    Attributes:
+      mesh: of the devices; the loop calls everything inside `jax.set_mesh(mesh)`.
+      stages: rows of the stage table in use; `restore` may change it.
+      saved: what a checkpoint restores, for the log.
+    """
+
+    mesh: Mesh
+    stages: Sequence[Span]
+    saved: str
+
+    def digests(self) -> dict[str, str]:
+        """Name -> hex digest of what all processes must have alike beside the config; one is "data set"."""
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state."""
+
+    def init_state(self) -> State:
+        """The state before step 1."""
+
+    def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
+        """Raises UserError where a checkpoint's config is of another model than the run's."""
+
+    def meta(self) -> dict[str, Any]:
+        """Plain JSON that a checkpoint holds beside the state."""
+
+    def restore(self, meta: Mapping[str, Any]) -> list[str]:
+        """Continues after a checkpoint with this `meta`; returns lines about what changes from there on."""
+
+    def enter_stage(self, state: State, step: int, log: Callable[[str], None]) -> State:
+        """The state that the stage beginning with `step` starts from."""
+
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """This process's rows of the batches of steps first_step, first_step + 1, … on the host."""
+
+    def train_step(self, step: int) -> Any:
+        """The jitted (state, *arguments) -> (state, metrics) of a step, the state donated.
+
+        Metrics hold at least `loss`, `grad_norm` and `skipped`, scalars that are alike in all processes.
+        """
+
+    def arguments(self, step: int, batch: Any) -> tuple[Any, ...]:
+        """What a step takes beside the state, on the devices."""
+
+    def describe(self, step: int, batch: Any) -> dict[str, Any]:
+        """`records` (record ids of the global rows of a step) and what else `log_line` needs; called once a step.
+
+        `active` (condition names of every row) is for data_log.jsonl, `target_ratio` for TensorBoard.
+        """
+
+    def log_line(self, step: int, described: Mapping[str, Any], metrics: Any, seconds: float) -> dict[str, Any]:
+        """What metrics.jsonl says of a step beside what it says of any."""
+
+    def hooks(self, run: Any) -> list[Hook]:
+        """What happens every so many steps of a `run.Run`, in this order, after the checkpoint of the step."""
+
+    def finish(self, state: State) -> None:
+        """What is left to do when the last step is done and saved."""

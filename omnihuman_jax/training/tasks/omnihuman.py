@@ -1,0 +1,261 @@
+"""Training of OmniHuman through its stages: flow matching on batches whose conditions follow the stage's ratios."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from omnihuman_jax import batch as batch_lib
+from omnihuman_jax.checkpoints.load import is_exported, load_parameters
+from omnihuman_jax.checkpoints.restore import same_network
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.functional import make_network
+from omnihuman_jax.sharding import mesh as mesh_lib
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.sharding.processes import gather, is_main, process_rows, wait_for_all
+from omnihuman_jax.training import metrics as metrics_lib
+from omnihuman_jax.training import stages as stages_lib
+from omnihuman_jax.training.held_out import HeldOutLoss
+from omnihuman_jax.training.hooks import Hook
+from omnihuman_jax.training.log_files import last_step_in
+from omnihuman_jax.training.metrics import RatioCounter
+from omnihuman_jax.training.periodic import Evaluation
+from omnihuman_jax.training.run import Run
+from omnihuman_jax.training.run_config import config_digest
+from omnihuman_jax.training.stages import Stage, ends_stage, stage_at
+from omnihuman_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_from_params
+from omnihuman_jax.training.step import jit_train_step
+
+Batch = Mapping[str, np.ndarray]
+
+
+class InputPipeline(Protocol):
+    """Where batches come from; a batch is a pure function of the step."""
+
+    def iterate(self, first_step: int, rows: slice) -> Iterator[Batch]:
+        """These global rows of the batches of steps first_step, first_step + 1, …"""
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """`records`, `active` and `scheduled`: record id and condition names of every global row of a step."""
+
+    def use_stages(self, stages: Sequence[Stage]) -> None:
+        """Draws every step by this table; UserError where the data set cannot."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of what the data set says of itself and of every record."""
+
+    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
+        """These global rows of `count` batches that training does not see."""
+
+
+class SampleVideo(Protocol):
+    """Writes a sample video at a stage's end."""
+
+    def path(self, step: int, stage: Stage) -> Path:
+        """The GIF that a call writes."""
+
+    def __call__(self, params: Any, step: int, stage: Stage) -> tuple[Path, tuple[int, int]]:
+        """Writes it from the EMA parameters; its path and (height, width)."""
+
+
+class OmniHumanTask:
+    """See `training.task.Task`.
+
+    Args:
+      config: resolved config.
+      input_pipeline: source of batches.
+      sample: writes a video at every stage's end; None for none.
+      replace_parameters_at: stages whose `init_from` may replace what the run has trained; see
+        `stages.loads_init_from`.
+
+    Raises:
+      UserError: a mesh, stages or an evaluation that the devices or the data set cannot give.
+    """
+
+    saved = "parameters, optimizer, EMA, data position and ratio counts"
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        input_pipeline: InputPipeline,
+        sample: SampleVideo | None = None,
+        replace_parameters_at: Collection[str] = (),
+    ):
+        self.stages, self.mesh = stages_lib.curriculum(config), mesh_lib.training_mesh(config)
+        self.config, self.network, self.input_pipeline = config, make_network(config), input_pipeline
+        self._sample, self._replace_parameters_at = sample, replace_parameters_at
+        self._rows = process_rows(rules.batch_sharding(self.mesh), config.global_batch_size)
+        every, count = config.evaluation.every, config.evaluation.batches
+        self._held_out = input_pipeline.held_out(count, self._rows) if every else []
+        if every and not self._held_out:
+            raise UserError(
+                f"evaluation.every={every}: the data set has no held-out clips as long as the training window; set it "
+                f"to 0, or prepare data with a held-out split"
+            )
+        self._data = input_pipeline.fingerprint()
+        self._train_step = jit_train_step(config, self.network, self.mesh)
+        self._counter = RatioCounter()
+
+    def digests(self) -> dict[str, str]:
+        """Of the data set and of --replace_parameters_at."""
+        named = config_digest({"stages": sorted(self._replace_parameters_at)})
+        return {"data set": self._data, "--replace_parameters_at": named}
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.config, self.mesh, self.network)
+
+    def init_state(self) -> TrainState:
+        """A fresh state."""
+        return init_state(self.config, self.mesh, self.network)
+
+    def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
+        """Raises UserError where a checkpoint is of a network of another shape."""
+        same_network(saved, config, path)
+
+    def meta(self) -> dict[str, Any]:
+        """The stage table in use and the ratio counts."""
+        return {"stages": stages_lib.to_json(self.stages), "counter": self._counter.state()}
+
+    def restore(self, meta: Mapping[str, Any]) -> list[str]:
+        """Makes `stages` the table that goes on after a saved one; returns what the config changes."""
+        saved, own, done = stages_lib.from_json(meta["stages"]), self.stages, meta["step"]
+        self._counter = RatioCounter(**meta.get("counter", {}))
+        table = stages_lib.continued(saved, own, done)
+        try:
+            self.input_pipeline.use_stages(table)
+        except UserError as error:  # of the saved rows: those of the config have been planned over this data set
+            return [
+                f"the data set at hand cannot give what steps 1 to {done} drew ({error}); they count as drawn by the "
+                f"stages of this config, so records may repeat or be left out once"
+            ]
+        self.stages = table
+        return stages_lib.changes(saved, own, done)
+
+    def enter_stage(self, state: TrainState, step: int, log: Callable[[str], None]) -> TrainState:
+        """The state that a stage starts from: that of the stage before, or parameters from `init_from`."""
+        stage = stage_at(self.stages, step)
+        log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        if stages_lib.loads_init_from(self.stages, step, self._replace_parameters_at):
+            raw = None if is_exported(stage.init_from) else False  # an exported directory holds one kind
+            _, params, info = load_parameters(stage.init_from, use_ema=raw, shardings=shardings.params)
+            log(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
+            fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
+            return fresh._replace(step=state.step)
+        if stage.init_from:
+            log(
+                f"{stage.name}: keeps the parameters trained so far; --replace_parameters_at={stage.name} would load "
+                f"those of init_from={stage.init_from}"
+            )
+        if step > 1 and self.config.optimizer.reset_at_stage:
+            fresh = jax.jit(make_optimizer(self.config).init, out_shardings=shardings.opt_state)(state.params)
+            return state._replace(opt_state=fresh)
+        return state
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """This process's rows of the batches from a step on."""
+        return self.input_pipeline.iterate(first_step, self._rows)
+
+    def train_step(self, step: int) -> Any:
+        """The same for every step."""
+        return self._train_step
+
+    def arguments(self, step: int, batch: Batch) -> tuple[Any, ...]:
+        """(batch on the mesh, learning rate)."""
+        rate = stages_lib.learning_rate_at(self.stages, step)
+        return batch_lib.place(self.config, self.mesh, batch), jnp.float32(rate)
+
+    def describe(self, step: int, batch: Batch) -> dict[str, Any]:
+        """Records, conditions and ratios so far."""
+        described, stage = self.input_pipeline.describe(step), stage_at(self.stages, step)
+        if step == stage.first_step:
+            self._counter = RatioCounter()  # other ratios are counted from here on
+        counter = self._counter
+        counter.add(described)
+        return described | {
+            "bucket": batch_lib.bucket_of(batch),
+            "active_ratio": counter.ratios(counter.active),
+            "scheduled_ratio": counter.ratios(counter.scheduled),
+            "target_ratio": stage.ratios,
+        }
+
+    def log_line(self, step: int, described: Mapping[str, Any], metrics: Any, seconds: float) -> dict[str, Any]:
+        """Losses by condition, realised ratios, gradient norms, throughput."""
+        rates = metrics_lib.throughput(
+            self.network.config, self.config.global_batch_size, described["bucket"], self.mesh, seconds
+        )
+        return {
+            **metrics_lib.losses(metrics, described["active"]),
+            "active_ratio": described["active_ratio"],
+            "scheduled_ratio": described["scheduled_ratio"],
+            "grad_norm_by_part": {name: float(norm) for name, norm in metrics["grad_norm_by_part"].items()},
+            "learning_rate": stages_lib.learning_rate_at(self.stages, step),
+            **rates,
+        }
+
+    def hooks(self, run: Run) -> list[Hook]:
+        """Sample videos and the held-out loss, as far as the run has them."""
+        hooks: list[Hook] = [SampleVideos(run, self, self._sample)] if self._sample else []
+        return hooks + ([HeldOutLosses(run, self, self._held_out)] if self._held_out else [])
+
+    def finish(self, state: TrainState) -> None:
+        """Nothing is left to do."""
+
+
+class SampleVideos(Evaluation):
+    """A sample video of the EMA at every stage's end."""
+
+    def __init__(self, run: Run, task: OmniHumanTask, sample: SampleVideo):
+        super().__init__(run)
+        self._task, self._sample = task, sample
+
+    def due(self, step: int) -> bool:
+        """At a stage's end."""
+        return ends_stage(self._task.stages, step)
+
+    def is_there(self, step: int) -> bool:
+        """Whether the file is there."""
+        return self._sample.path(step, stage_at(self._task.stages, step)).exists()
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Writes the video, in the first process; without one, training goes on."""
+        stage, ema = stage_at(self._task.stages, step), gather(state.ema)
+        if is_main():
+            # What one process does alone must not be laid out over the devices of all.
+            with contextlib.nullcontext() if jax.process_count() == 1 else jax.set_mesh(mesh_lib.local_mesh()):
+                try:
+                    path, size = self._sample(ema, step, stage)
+                    self.run.writer.video(f"sample/{stage.name}", path, size, step)
+                except (OSError, UserError) as error:  # as a full disk; the training is worth more
+                    self.run.log(f"{stage.name}: the sample video could not be written: {error}; training goes on")
+        wait_for_all("sampled")
+
+
+class HeldOutLosses(Evaluation):
+    """Loss of the EMA on held-out clips, every `evaluation.every` steps."""
+
+    def __init__(self, run: Run, task: OmniHumanTask, batches: Sequence[Batch]):
+        super().__init__(run)
+        self._task, self._batches, self._loss = task, batches, None
+
+    def due(self, step: int) -> bool:
+        """Every so many steps."""
+        return step % self._task.config.evaluation.every == 0
+
+    def is_there(self, step: int) -> bool:
+        """Whether evaluation.jsonl has it."""
+        return last_step_in(self.run.workdir / "evaluation.jsonl") >= step
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Writes a line of evaluation.jsonl."""
+        if self._loss is None:
+            config, mesh = self._task.config, self._task.mesh
+            placed = [batch_lib.place(config, mesh, batch) for batch in self._batches]
+            self._loss = HeldOutLoss(config, self._task.network, mesh, placed)
+        self.run.writer.evaluation(step, self._loss(state.ema))

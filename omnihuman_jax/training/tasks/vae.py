@@ -1,0 +1,233 @@
+"""Training of the causal VAE on windows of videos: reconstruction, then with a discriminator where one is wanted."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.vae.vae import VAEConfig, save_vae
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.sharding.mesh import make_mesh
+from omnihuman_jax.sharding.processes import gather, is_main, process_rows, wait_for_all
+from omnihuman_jax.training.hooks import Hook
+from omnihuman_jax.training.log_files import last_step_in
+from omnihuman_jax.training.periodic import Evaluation
+from omnihuman_jax.training.run import Run
+from omnihuman_jax.training.stages import Span, stage_at
+from omnihuman_jax.training.tasks import vae_step
+from omnihuman_jax.training.tasks.vae_step import VAEState
+from omnihuman_jax.weights import lpips
+
+RECONSTRUCTION, ADVERSARIAL = "reconstruction", "adversarial"
+
+
+class Videos(Protocol):
+    """Windows of videos (B, F, Hp, Wp, 3) float32 in [-1, 1]; a batch is a pure function of the step."""
+
+    def sizes(self) -> Sequence[tuple[int, int, int, int]]:
+        """(F, Hp, Wp, B) of every kind of batch."""
+
+    def iterate(self, first_step: int, rows: Callable[[int], slice]) -> Iterator[np.ndarray]:
+        """Rows of the batches of steps first_step, first_step + 1, …: `rows` says which of a batch of so many."""
+
+    def records(self, step: int) -> list[str]:
+        """The files that the rows of a step are from."""
+
+    def windows(self, split: str, count: int, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
+        """`count` windows (1, F, Hp, Wp, 3) of "train" or "heldout" videos, the same at every call."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of the files and of how they are split."""
+
+
+class VAETask:
+    """See `training.task.Task`.
+
+    Args:
+      config: resolved config of `experiments/configs/demo_vae.py`'s kind.
+      videos: source of batches.
+      output: the safetensors file to write at the end.
+
+    Raises:
+      UserError: a size that the VAE does not divide, a batch that the devices do not divide, LPIPS weights that cannot
+        be read.
+    """
+
+    saved = "parameters, optimizer, EMA, discriminator and data position"
+
+    def __init__(self, config: ConfigDict, videos: Videos, output: Path):
+        self.config, self.videos, self._output = config, videos, output
+        self.mesh, self.stages = make_mesh(config.mesh), _stages(config)
+        settings, e = VAEConfig.from_dict(config.vae.to_dict()), config.evaluation
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        for *size, batch in videos.sizes():
+            settings.check_clip(*size)
+            if batch % shards:
+                raise UserError(f"data.buckets: batch {batch} is not divisible by the {shards} devices")
+        self._window = (e.frames, e.height, e.width)
+        settings.check_clip(*self._window)
+        self._rows, self._replicated = rules.batch_sharding(self.mesh), rules.replicated(self.mesh)
+        weights = nnx.state(lpips.load(config.loss.lpips)) if config.loss.lpips else None
+        self._perceptual = jax.device_put(weights, self._replicated)
+        self._data = videos.fingerprint()
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        self._steps = {
+            stage.name: jax.jit(
+                vae_step.make_train_step(config, adversarial=stage.name == ADVERSARIAL),
+                in_shardings=(shardings, self._rows, self._replicated),
+                out_shardings=(shardings, self._replicated),
+                donate_argnums=0,
+            )
+            for stage in self.stages
+        }
+        self._evaluate = jax.jit(
+            vae_step.make_eval_step(config),
+            in_shardings=(shardings.params, self._replicated),
+            out_shardings=self._replicated,
+        )
+
+    def digests(self) -> dict[str, str]:
+        """Of the videos."""
+        return {"data set": self._data}
+
+    def abstract_state(self) -> VAEState:
+        """Shapes, dtypes and shardings of the state."""
+        shapes = jax.eval_shape(lambda: vae_step.create_state(self.config))
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            shapes,
+            rules.tree_shardings(shapes, self.mesh),
+        )
+
+    def init_state(self) -> VAEState:
+        """A fresh state; the linear path, if there is one, starts at the principal components of training windows."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        state = jax.jit(lambda: vae_step.create_state(self.config), out_shardings=shardings)()
+        if not self.config.vae.linear_path:
+            return state
+        linear = vae_step.make_vae(self.config).bind(gather(state.params)).linear
+        windows = self.videos.windows("train", self.config.output.statistics_clips, self._window)
+        blocks = [np.asarray(linear.blocks(v)).reshape(-1, linear.encode_matrix.shape[0]) for v in windows]
+        start = linear.principal_components(np.concatenate(blocks))
+        params, ema = (
+            tree | {"linear": jax.device_put(start, where["linear"])}
+            for tree, where in ((state.params, shardings.params), (state.ema, shardings.ema))
+        )
+        return state._replace(params=params, ema=ema)
+
+    def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
+        """Raises UserError where a checkpoint is of a VAE, or with a discriminator, of another shape."""
+        there, here = _shape(saved), _shape(config.to_dict())
+        if there != here:
+            raise UserError(f"{path}: checkpoint of another VAE ({there}); use its config or another --workdir")
+
+    def meta(self) -> dict[str, Any]:
+        """Nothing: data and stages follow from the config and the step."""
+        return {}
+
+    def restore(self, meta: Mapping[str, Any]) -> list[str]:
+        """Nothing to restore; what the config changes is in its own lines."""
+        return []
+
+    def enter_stage(self, state: VAEState, step: int, log: Callable[[str], None]) -> VAEState:
+        """The state as it is."""
+        stage = stage_at(self.stages, step)
+        log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}")
+        return state
+
+    def batches(self, first_step: int) -> Iterator[np.ndarray]:
+        """This process's rows of the batches from a step on."""
+        return self.videos.iterate(first_step, lambda size: process_rows(self._rows, size))
+
+    def train_step(self, step: int) -> Any:
+        """With the discriminator or without it."""
+        return self._steps[stage_at(self.stages, step).name]
+
+    def arguments(self, step: int, batch: np.ndarray) -> tuple[Any, ...]:
+        """(videos on the mesh, LPIPS weights)."""
+        return jax.make_array_from_process_local_data(self._rows, batch), self._perceptual
+
+    def describe(self, step: int, batch: np.ndarray) -> dict[str, Any]:
+        """The files of the rows, and their frames."""
+        return {"records": self.videos.records(step), "frames": batch.shape[1]}
+
+    def log_line(self, step: int, described: Mapping[str, Any], metrics: Any, seconds: float) -> dict[str, Any]:
+        """Terms of the loss, PSNR and learning rate."""
+        terms = {name: float(value) for name, value in metrics.items() if name != "skipped"}
+        return {"frames": described["frames"], **terms}
+
+    def hooks(self, run: Run) -> list[Hook]:
+        """The held-out PSNR."""
+        return [HeldOutPSNR(run, self)]
+
+    def psnr(self, params: Any) -> np.ndarray:
+        """Held-out PSNR in dB of `evaluation.clips` windows."""
+        windows = self.videos.windows("heldout", self.config.evaluation.clips, self._window)
+        return np.array([self._evaluate(params, v)[0][0] for v in windows])
+
+    def statistics(self, params: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each latent channel over training windows."""
+        windows = self.videos.windows("train", self.config.output.statistics_clips, self._window)
+        means = [np.asarray(self._evaluate(params, v)[1]) for v in windows]
+        flat = np.concatenate(means).reshape(-1, self.config.vae.z_dim).astype(np.float64)
+        if not np.isfinite(flat).all():
+            raise UserError("the VAE's latents are not finite: training diverged; lower optimizer.learning_rate")
+        return tuple(flat.mean(0).round(6).tolist()), tuple(np.maximum(flat.std(0), 1e-6).round(6).tolist())
+
+    def finish(self, state: VAEState) -> None:
+        """Measures the latent statistics and writes the file, from the EMA."""
+        (mean, std), psnr, ema = self.statistics(state.ema), self.psnr(state.ema), gather(state.ema)
+        if is_main():
+            vae = vae_step.make_vae(self.config).bind(jax.tree.map(jnp.asarray, ema))
+            vae.config = dataclasses.replace(vae.config, latent_mean=mean, latent_std=std)
+            notes = {"command": "python -m experiments.train_vae", "steps": str(self.config.steps)}
+            notes |= {"seed": str(self.config.seed)}
+            notes["heldout_psnr"] = f"{psnr.mean():.2f} dB over {len(psnr)} clips, std {psnr.std():.2f}"
+            save_vae(self._output, vae, dtype=self.config.output.dtype, notes=notes)
+            print(f"wrote {self._output}: held-out PSNR {notes['heldout_psnr']}")
+        wait_for_all("written")
+
+
+def _stages(config: ConfigDict) -> tuple[Span, ...]:
+    """Reconstruction, and with the discriminator after `adversarial.start_step`."""
+    alone = min(config.adversarial.start_step, config.steps) if config.adversarial.weight else config.steps
+    rows = (Span(RECONSTRUCTION, 1, alone), Span(ADVERSARIAL, alone + 1, config.steps - alone))
+    return tuple(row for row in rows if row.steps)
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the shapes of the state, as plain JSON."""
+    adversarial = config.get("adversarial", {})
+    width = adversarial["width"] if adversarial.get("weight") else None
+    return json.loads(json.dumps({"vae": config.get("vae"), "discriminator": width}))
+
+
+class HeldOutPSNR(Evaluation):
+    """PSNR of held-out windows in metrics.jsonl, every `evaluation.every` steps and after the last."""
+
+    def __init__(self, run: Run, task: VAETask):
+        super().__init__(run)
+        self._task = task
+
+    def due(self, step: int) -> bool:
+        """Every so many steps, and after the last."""
+        return step % self._task.config.evaluation.every == 0 or step == self.run.last_step
+
+    def is_there(self, step: int) -> bool:
+        """Whether metrics.jsonl has it."""
+        return last_step_in(self.run.workdir / "metrics.jsonl", "heldout_psnr") >= step
+
+    def evaluate(self, step: int, state: VAEState) -> None:
+        """Writes a line of metrics.jsonl."""
+        values = self._task.psnr(state.ema)
+        found = {"heldout_psnr": float(values.mean()), "heldout_psnr_std": float(values.std())}
+        self.run.writer.step({"step": step, "heldout_clips": len(values), **found}, {})
+        self.run.log(f"step {step}: held-out PSNR {values.mean():.2f} dB (std {values.std():.2f})")
