@@ -1,8 +1,8 @@
-"""The whole of OmniHuman at small size: data, three stages of training, generated videos, a report.
+"""All of OmniHuman at small size: data, three stages of training, generated videos, a report.
 
     python -m experiments.demo --workdir=runs/demo
 
-runs the same commands a user would, one after the other, and prints each. Started again it goes on where it stopped.
+runs the commands that a user would run, and prints each. Restarted, it continues where it stopped.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from data_pipelines.schema import Dataset
 from experiments.common import cli
 from omnihuman_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of all outputs.")
 _CONFIG = flags.DEFINE_string("config", "experiments/configs/demo.py", "Preset to train, PRESET.py[:ARG].")
 _CLIPS = flags.DEFINE_integer("clips", 160, "Rendered clips to make.", lower_bound=8)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
@@ -34,7 +34,7 @@ _EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips 
 
 @dataclasses.dataclass
 class Journal:
-    """Wall seconds of each phase and what could not be had, kept in a file for a second start."""
+    """Wall seconds of each phase and what could not be fetched, saved in a file for a restart."""
 
     path: Path
     phases: dict[str, float]
@@ -42,13 +42,13 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
-        """Reads the journal, or starts one."""
+        """Reads the journal, or starts a new one."""
         saved = json.loads(path.read_text()) if path.is_file() else {"phases": {}, "missing": []}
         return cls(path, **saved)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a phase; a repeated one adds up."""
+        """Times a phase; repetitions add up."""
         print(f"==> {name}", flush=True)
         start = time.monotonic()
         yield
@@ -57,7 +57,7 @@ class Journal:
 
 
 def command(*words: Any) -> list[str]:
-    """Runs `python -m words…`, showing it and its output; returns the output's lines.
+    """Runs `python -m words…` and prints it and its output; returns the lines of the output.
 
     Raises:
       UserError: it failed.
@@ -70,12 +70,12 @@ def command(*words: Any) -> list[str]:
         print(line, end="", flush=True)
         lines.append(line.rstrip("\n"))
     if process.wait():
-        raise UserError(f"`python -m {words[0]}` ended with status {process.returncode}; its message is above")
+        raise UserError(f"`python -m {words[0]}` failed with status {process.returncode}; see its message above")
     return lines
 
 
 def make_data(workdir: Path, vae: str, journal: Journal) -> None:
-    """Real and rendered raw clips, then records. Real clips that cannot be fetched are named and left out."""
+    """Makes rendered and real raw clips, then records. Real clips that cannot be fetched are listed and skipped."""
     raw = [workdir / "raw" / "rendered"]
     with journal.phase("rendering people"):
         arguments = (f"--output={raw[0]}", f"--clips={_CLIPS.value}", f"--seed={_SEED.value}")
@@ -90,7 +90,7 @@ def make_data(workdir: Path, vae: str, journal: Journal) -> None:
             missing.append(f"real clips: {error}")
     journal.missing = missing
     if list((workdir / "checkpoints").glob("[0-9]*")) and (workdir / "data" / "dataset.json").is_file():
-        print(f"{workdir} has trained on {workdir / 'data'} already: it is used as it is")
+        print(f"{workdir} has already trained on {workdir / 'data'}, which is used unchanged")
         return
     with journal.phase("preparing records"):
         inputs = ",".join(map(str, raw))
@@ -99,13 +99,11 @@ def make_data(workdir: Path, vae: str, journal: Journal) -> None:
 
 
 def held_out(workdir: Path) -> list[dict[str, Any]]:
-    """Manifest entries of the held-out rendered clips, those that speak and show a face well first."""
+    """Manifest entries of the held-out rendered clips; those that speak and show a large face come first."""
     manifest = json.loads((workdir / "raw" / "rendered" / "manifest.json").read_text())
-    near = ("close-up", "head and shoulders")
+    rank = {"close-up": 0, "head and shoulders": 1}
     clips = [c for c in manifest["clips"] if c["split"] == "heldout"]
-    return sorted(
-        clips, key=lambda c: (not c["speaks"], near.index(c["framing"]) if c["framing"] in near else len(near))
-    )
+    return sorted(clips, key=lambda c: (not c["speaks"], rank.get(c["framing"], 2)))
 
 
 def portrait(video: Path, output: Path, frame: int = 0) -> Path:
@@ -116,7 +114,7 @@ def portrait(video: Path, output: Path, frame: int = 0) -> Path:
 
 
 def generate_videos(workdir: Path) -> list[dict[str, str]]:
-    """Generates by the command a user would run: audio-driven, pose-driven, and a real person."""
+    """Generates an audio-driven clip, a pose-driven one, and one of a real person."""
     folder, clips = workdir / "media", held_out(workdir)
     rendered = workdir / "raw" / "rendered"
     first, other = clips[0], next((c for c in clips if c["speaker"] != clips[0]["speaker"]), clips[-1])
@@ -126,7 +124,7 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
         {
             "name": "audio_driven",
             "title": "Audio-driven, rendered person",
-            "text": "A held-out rendered speaker, driven by a held-out sentence of the same voice. Several segments.",
+            "text": "A held-out rendered speaker, driven by a held-out sentence of that voice, in several segments.",
             "flags": [f"--reference={face}", *audio, f"--text={first['caption']}"],
         },
         {
@@ -156,7 +154,7 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
 
 def write_report(workdir: Path, jobs: list[dict[str, str]], journal: Journal, *, config: Any) -> None:
     """Evaluates the newest checkpoint on held-out rendered clips and writes report.html."""
-    # After the flags are parsed, because these import JAX and the model.
+    # Imported here, because these import JAX and the model.
     from experiments.evaluate.checkpoint import Options, evaluate_checkpoint
     from experiments.report import write
 
@@ -166,8 +164,8 @@ def write_report(workdir: Path, jobs: list[dict[str, str]], journal: Journal, *,
     videos = [write.Video(Path(job["path"]), job["title"], job["text"]) for job in jobs]
     notes = [
         "Rendered people are synthetic. Captions of the real clips were written by hand.",
-        "This is the smallest run that has every part of the method: minutes of training, not days. The table says how "
-        "far it got, and how far it did not.",
+        "This is the smallest run with every part of the method: minutes of training, not days. The tables show how "
+        "far it got.",
     ]
     path = write.write_report(
         workdir,
@@ -191,11 +189,10 @@ def main(_: list[str]) -> None:
     make_data(workdir, config.vae.checkpoint, journal)
     with journal.phase("training"):
         data = workdir / "data"
-        # Where the speech encoder could not be had, log-mel features of another width stand in for its own.
+        # If the speech encoder could not be fetched, log-mel features of another width replace its own.
         width = f"--config.model.audio_dim={Dataset.open(data).meta.sizes['audio_dim']}"
-        command(
-            "experiments.train", f"--config={_CONFIG.value}", f"--workdir={workdir}", f"--config.data.dir={data}", width
-        )
+        places = (f"--workdir={workdir}", f"--config.data.dir={data}")
+        command("experiments.train", f"--config={_CONFIG.value}", *places, width)
     with journal.phase("generating"):
         jobs = generate_videos(workdir)
     write_report(workdir, jobs, journal, config=config)

@@ -1,4 +1,4 @@
-"""Exports a checkpoint for serving: safetensors, config and VAE in one directory.
+"""Exports a checkpoint: safetensors, config and VAE in one directory.
 
 python -m experiments.export --checkpoint=DIR --output=DIR [--format=safetensors] [--noema] [--naming=motif]
 """
@@ -19,21 +19,19 @@ from omnihuman_jax.weights.formats import check_format
 def export_checkpoint(
     checkpoint: str, output: str, formats: Sequence[str] = ("safetensors",), *, ema: bool = True, naming: str = ""
 ) -> None:
-    """Writes an exported directory and says what is in it.
+    """Writes an exported directory and lists its files.
 
     Args:
       checkpoint: workdir, checkpoints/STEP or stages/NAME.
       output: directory to make.
-      formats: names out of `export.FORMATS`.
-      ema: the EMA of the parameters, or the raw ones.
-      naming: whose names the base part has, out of `weights.formats.FORMATS`; "" = our own.
+      formats: names in `export.FORMATS`.
+      ema: export the EMA of the parameters instead of the raw ones.
+      naming: of the base part, in `weights.formats.FORMATS`; "" = our own.
 
     Raises:
-      UserError: an argument is missing or wrong; nothing is written then.
+      UserError: an argument is missing or wrong; nothing is written.
     """
-    for name, value in (("checkpoint", checkpoint), ("output", output)):
-        if not value:
-            raise UserError(f"--{name} is missing; see --help")
+    cli.check_given(checkpoint=checkpoint, output=output)
     for name in formats or [""]:
         export.check_format(name)
     if naming:
@@ -41,9 +39,7 @@ def export_checkpoint(
     folder = export.check_output(output)
     if is_exported(checkpoint):
         raise UserError(f"--checkpoint={checkpoint}: is an exported directory already; give a training checkpoint")
-    config = load_config(checkpoint)
-    config.simulated_devices = min(config.simulated_devices, 1)  # the devices of the training are not needed
-    cli.setup_platform(config)
+    cli.setup_one_device(load_config(checkpoint))
     config, params, info = load_parameters(checkpoint, use_ema=ema)
     print(f"{info['path']}: step {info['step']} ({info['stage']}), {'EMA' if ema else 'raw'} parameters")
     export.save(folder, config, params, info, ema=ema, naming=naming)
@@ -55,8 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a training run.")
     flags.DEFINE_string("output", None, "Directory to make; must not exist, or be empty.")
     flags.DEFINE_list("format", ["safetensors"], f"What to write, comma-separated: {', '.join(FORMATS)}.")
-    namings = ", ".join(NAMINGS)
-    flags.DEFINE_string("naming", "", f"Whose names the base part of the network has: {namings}; empty = our own.")
+    flags.DEFINE_string("naming", "", f"Naming of the base part of the network: {', '.join(NAMINGS)}; empty = our own.")
     flags.DEFINE_bool("ema", True, "Export the EMA of the parameters; --noema exports the raw ones.")
 
 

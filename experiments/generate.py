@@ -3,7 +3,7 @@
 python -m experiments.generate --checkpoint=DIR --reference=IMAGE [--audio=FILE] [--pose=VIDEO] [--text=…] \
     [--seconds=…] [--height=… --width=…] [--seed=…] --output=FILE.mp4
 
-Audio alone drives the speech, pose alone the movement, both together both; neither leaves it to text and reference.
+Audio drives the speech and pose the movement; without both, the clip follows text and reference.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ from omnihuman_jax.models.vae.streaming import Tiling
 from omnihuman_jax.models.vae.vae import load_vae
 from omnihuman_jax.pixels import to_pixels
 
-OUTPUT_RATE = 48_000  # of the output's sound, in Hz; the encoder's 16 kHz would dull it
+OUTPUT_RATE = 48_000  # of the output's sound, in Hz; the encoder's 16 kHz would sound dull
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `experiments.generate` is told; the flags of the same names describe them. None means the default."""
+    """The values of the flags of the same names, which describe them. None means the default."""
 
     checkpoint: str | None = None
     reference: str | None = None
@@ -67,13 +67,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the files hold, read before anything is loaded or compiled.
+    """The content of the input files.
 
     Attributes:
       image: uint8 (h, w, 3).
       wave: mono sound (N,) at 16 kHz for the speech encoder, or None.
       sound: the same at `OUTPUT_RATE` for the output.
-      tracks: condition name -> rows (F, ...) read from .npz files: keypoints for "pose", and those of --tracks.
+      tracks: condition name -> rows (F, ...) from .npz files: keypoints for "pose", and those of --tracks.
       pose_size: (height, width) of the pose video, or None.
     """
 
@@ -85,11 +85,7 @@ class Inputs:
 
 
 def read_image(path: str) -> np.ndarray:
-    """A picture as uint8 RGB (h, w, 3), upright, on white where it is transparent.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """A picture as uint8 RGB (h, w, 3), upright, on white if transparent; UserError if it cannot be read."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGBA")
@@ -101,14 +97,14 @@ def read_image(path: str) -> np.ndarray:
 
 
 def read_track(flag: str, name: str, path: str) -> np.ndarray:
-    """The track of a condition in an .npz file, float32 (F, ...): the array named as the condition's batch field.
+    """The track of a condition from an .npz file, float32 (F, ...): the array named like its array in a record.
 
     Raises:
-      UserError: it is no track, it cannot be read, has no such array, or one of another form.
+      UserError: the condition is no track, or the file has no such array or one of another shape.
     """
     condition = conditions.get(name)
     if condition.kind is not conditions.Kind.TRACK:
-        raise UserError(f"{flag}: {name} is no track of rows a frame; give it by its own flag")
+        raise UserError(f"{flag}: {name} has no row per frame; use its own flag")
     where, field = f"{flag}={path}", condition.record
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -116,15 +112,13 @@ def read_track(flag: str, name: str, path: str) -> np.ndarray:
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{where}: no {field} can be read ({error}); give an .npz with `{field}` (F,...)") from error
     if rows.ndim != 1 + len(condition.row) or not len(rows) or not np.isfinite(rows).all():
-        raise UserError(f"{where}: {field} has shape {rows.shape}; give finite rows, one a frame, at least 1")
+        raise UserError(f"{where}: {field} has shape {rows.shape}; give finite rows, one per frame, at least 1")
     return rows
 
 
 def check_options(options: Options) -> None:
-    """Raises UserError for a flag that is missing or cannot be."""
-    for name in ("checkpoint", "reference", "output"):
-        if not getattr(options, name):
-            raise UserError(f"--{name} is missing; see --help")
+    """Raises UserError for a flag that is missing or invalid."""
+    cli.check_given(checkpoint=options.checkpoint, reference=options.reference, output=options.output)
     if Path(options.output).suffix.lower() != ".mp4":
         raise UserError(f"--output={options.output}: the name must end in .mp4")
     files.check_output(options.output)
@@ -133,57 +127,46 @@ def check_options(options: Options) -> None:
 
 
 def read_inputs(options: Options) -> Inputs:
-    """Reads the input files.
-
-    Raises:
-      UserError: a file cannot be read.
-    """
-    image = read_image(options.reference)
-    inputs = Inputs(image)
+    """Reads the input files; UserError if one cannot be read."""
+    image, wave, sound, tracks, pose_size = read_image(options.reference), None, None, {}, None
     if options.audio:
         wave, sound = (media.read_audio(options.audio, rate=rate) for rate in (media.AUDIO_RATE, OUTPUT_RATE))
-        inputs = dataclasses.replace(inputs, wave=wave, sound=sound)
-    tracks = {}
     for item in options.tracks:
         name, _, path = item.partition("=")
         tracks[name] = read_track("--tracks", name, path)
     if options.pose and Path(options.pose).suffix.lower() == ".npz":
         tracks["pose"] = read_track("--pose", "pose", options.pose)
-    inputs = dataclasses.replace(inputs, tracks=tracks)
-    if not options.pose or "pose" in tracks:
-        return inputs
-    first = next(media.iter_video(options.pose))  # one frame shows that it can be read
-    pose_encoder.interpreter()
-    return dataclasses.replace(inputs, pose_size=first.shape[:2])
+    elif options.pose:
+        pose_size = next(media.iter_video(options.pose)).shape[:2]  # also checks that the video can be read
+        pose_encoder.interpreter()  # fails now if it is not installed
+    return Inputs(image, wave, sound, tracks, pose_size)
 
 
 def trained_sizes(config: ConfigDict, multiple: int) -> list[tuple[int, int]]:
-    """(height, width) in pixels of the sizes trained on: the data set's, or where unknown the preset's buckets."""
+    """Trained sizes (height, width) in pixels: those of the data set or, if unknown, of the preset's buckets."""
     shapes = config.get("dataset", {}).get("shapes") or config.plan.buckets
     factor = multiple // config.model.patch_size[1]
     return sorted({(rows * factor, columns * factor) for _, rows, columns in shapes})
 
 
 def default_text(given: Collection[str]) -> str:
-    """A caption for when none is given: turning a condition on turns on the weaker ones, text among them."""
+    """The caption if none is given: turning a condition on turns on the weaker ones, including text."""
     if "audio" in given:
         return "a person is talking to the camera"
     return "a person is moving" if set(conditions.selecting()) & set(given) else "a person"
 
 
 def encoder_name(options: Options, config: ConfigDict, condition: str) -> str:
-    """The encoder a checkpoint's data was made with; features of another one mean nothing to its model."""
+    """The encoder of a checkpoint's training data; its model cannot use the features of another one."""
     name = config.get("dataset", {}).get("encoders", {}).get(condition)
     if not name:
-        raise UserError(
-            f"--checkpoint={options.checkpoint}: does not say its {condition} encoder; use a checkpoint of "
-            f"experiments.train"
-        )
+        where = f"--checkpoint={options.checkpoint}"
+        raise UserError(f"{where}: does not name its {condition} encoder; use a checkpoint of experiments.train")
     return name
 
 
 def detect_pose(options: Options, inputs: Inputs, frames: int | None, height: int, width: int) -> np.ndarray:
-    """Keypoints (F, K, 3) of the pose video in the output frame, at most `frames`; cropped as the reference is.
+    """Keypoints (F, K, 3) of at most `frames` frames of the pose video, cropped to the output like the reference.
 
     Raises:
       UserError: no person is found in the video.
@@ -191,7 +174,7 @@ def detect_pose(options: Options, inputs: Inputs, frames: int | None, height: in
     print(f"pose: detecting keypoints in {options.pose}")
     points = pose_encoder.detect(options.pose, frames)
     if not len(points):
-        raise UserError(f"--pose={options.pose}: no person is found in most of its frames; give a video of one person")
+        raise UserError(f"--pose={options.pose}: most of its frames show no person; give a video of one person")
     return images.cover_points(points, inputs.pose_size, height, width)
 
 
@@ -208,7 +191,7 @@ def build_request(options: Options, inputs: Inputs, config: ConfigDict, height: 
     frames = frames or max(map(len, given.values()), default=pixel_frames(config.data.latent_frames))
     for name, track in given.items():
         if len(track) < frames:
-            print(f"{name}: ends after {len(track) / FPS:.2f} s; its last frame is held")
+            print(f"{name}: ends after {len(track) / FPS:.2f} s; repeating its last frame")
     if inputs.wave is not None:
         given["audio"] = speech.load(encoder_name(options, config, "audio")).encode(inputs.wave, frames)
     prompt = options.text or default_text(given)
@@ -218,14 +201,14 @@ def build_request(options: Options, inputs: Inputs, config: ConfigDict, height: 
 
 
 class Progress:
-    """A progress bar over the steps of all segments, and the time of a step once compiled."""
+    """A progress bar over the steps of all segments, and the time per step."""
 
     def __init__(self, total: int):
         self.seconds, self.clock = [], time.perf_counter()
         self.bar = tqdm(total=total, unit="step", desc="compiling", dynamic_ncols=True)
 
     def __call__(self, segment: int, count: int, step: int, steps: int) -> None:
-        """Called after every step; see `generate`."""
+        """Call after every step."""
         now = time.perf_counter()
         self.seconds.append(now - self.clock)
         self.clock = now
@@ -234,27 +217,25 @@ class Progress:
 
     @property
     def seconds_per_step(self) -> float:
-        """Median, which leaves out the first step's compilation."""
+        """Median, which ignores the compilation in the first step."""
         return float(np.median(self.seconds))
 
 
 def untrained(config: ConfigDict, stage: str, active: np.ndarray) -> list[str]:
-    """Active conditions that no stage of the run up to `stage` trained; they have no effect or a random one."""
+    """Active conditions that no stage up to `stage` trained; they have no effect, or a random one."""
     order = list(config.stage_order)
     done = [config.stages[name] for name in order[: order.index(stage) + 1] if config.stages[name].steps]
     return [name for name in conditions.active_names(active) if not any(row.ratios[name] > 0 for row in done)]
 
 
 def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, settings: Settings) -> int:
-    """Prints what is about to be done; returns the number of segments."""
+    """Prints what will be generated; returns the number of segments."""
     kind = "EMA" if info["ema"] else "raw"
     print(f"checkpoint: {info['path']}, step {info['step']} ({info['stage']}), {kind} parameters")
     print(f"conditions: {', '.join(conditions.active_names(request.active))}")
     missing = untrained(config, info["stage"], request.active)
     if missing:
-        print(
-            f"note: the run has not trained {', '.join(missing)} up to {info['stage']}; do not expect it to be followed"
-        )
+        print(f"note: {info['stage']} of this run has not trained {', '.join(missing)}; the clip will not follow it")
     count = len(segments.plan(request.frames, settings.window))
     print(
         f"clip: {request.frames} frames ({request.frames / FPS:.2f} s), {request.height}x{request.width}, "
@@ -264,24 +245,20 @@ def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, sett
 
 
 def run(options: Options, *, setup: bool = True) -> Path:
-    """Generates a clip; everything cheap is checked before the model is loaded and compiled.
+    """Generates a clip and returns the mp4; checks everything before loading and compiling the model.
 
     Args:
-      options: what to generate, from what.
-      setup: choose devices and compilation cache; not in a process that has used JAX already.
-
-    Returns:
-      The mp4 written.
+      options: what to generate.
+      setup: set up devices and the compilation cache; False in a process that has used JAX.
 
     Raises:
-      UserError: an option or an input file is wrong; nothing is written then.
+      UserError: an option or an input file is wrong; nothing is written.
     """
     check_options(options)
     inputs = read_inputs(options)
     config = load_config(options.checkpoint)
     if setup:
-        config.simulated_devices = min(config.simulated_devices, 1)  # the devices of the training are not needed
-        cli.setup_platform(config)
+        cli.setup_one_device(config)
     settings = Settings.from_config(
         config,
         steps=options.steps,
@@ -322,23 +299,23 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", None, "Portrait image of any size.")
     flags.DEFINE_string("audio", None, "Speech that drives the clip: any sound file, or a video with sound.")
     flags.DEFINE_string("pose", None, "Video whose movement drives the clip, or an .npz with keypoints (F,K,3).")
-    flags.DEFINE_list("tracks", [], "Other conditions: NAME=FILE.npz with an array of a row a frame, comma-separated.")
-    flags.DEFINE_string("text", None, "What happens; without it, a plain sentence that is printed.")
+    flags.DEFINE_list("tracks", [], "Other conditions: NAME=FILE.npz with one row per frame, comma-separated.")
+    flags.DEFINE_string("text", None, "Caption; default: a plain sentence, which is printed.")
     flags.DEFINE_float("seconds", None, "Length; default: the audio's, else the pose video's, else one segment.")
-    flags.DEFINE_integer("height", None, "Pixels; default: the trained size nearest to the portrait's shape.")
-    flags.DEFINE_integer("width", None, "Pixels; likewise.")
-    flags.DEFINE_integer("seed", 0, "Of the noise; the same seed gives the same clip.", lower_bound=0)
+    flags.DEFINE_integer("height", None, "Pixels; default: the trained size nearest to the portrait's aspect ratio.")
+    flags.DEFINE_integer("width", None, "Pixels; see --height.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise; the same seed gives the same clip.", lower_bound=0)
     flags.DEFINE_string("output", None, "The .mp4 to write: H.264 and, with --audio, AAC.")
     flags.DEFINE_integer("steps", None, "Sampling steps per segment; default: the checkpoint's sample.steps.")
     flags.DEFINE_enum("solver", "euler", list(sampler.SOLVERS), "ODE solver.")
     flags.DEFINE_float("guidance_scale", None, "Guidance on text and audio at the first step; 1 is none.")
     flags.DEFINE_float("final_guidance_scale", None, "Guidance scale at the last step.")
-    flags.DEFINE_enum("guidance_mode", None, list(guidance.MODES), "Text and audio jointly, or each by its scale.")
-    flags.DEFINE_float("text_guidance_scale", None, "Text's own scale, in separate mode.")
-    flags.DEFINE_integer(
-        "vae_tile", 0, "Large frames: side in pixels of the VAE's tiles; 0 takes frames whole.", lower_bound=0
+    flags.DEFINE_enum(
+        "guidance_mode", None, list(guidance.MODES), "Text and audio jointly, or each with its own scale."
     )
-    flags.DEFINE_bool("ema", None, "The EMA of the parameters (default), or the raw ones with --noema.")
+    flags.DEFINE_float("text_guidance_scale", None, "Scale of text in separate mode.")
+    flags.DEFINE_integer("vae_tile", 0, "Side of the VAE's tiles for large frames, in pixels; 0 = none.", lower_bound=0)
+    flags.DEFINE_bool("ema", None, "Use the EMA of the parameters (default); --noema uses the raw ones.")
 
 
 def main(_: list[str]) -> None:

@@ -1,10 +1,10 @@
-"""Imports the Wan2.1 VAE, or writes one of ours for diffusers.
+"""Imports the Wan2.1 VAE, or exports one of our VAEs for diffusers.
 
 python -m experiments.import_vae --input=Wan2.1_VAE.safetensors --output=vae.safetensors
 python -m experiments.import_vae --input=vae.safetensors --output=DIR --to_diffusers
 
-The input is a safetensors file in Wan's own naming, or one that diffusers wrote (AutoencoderKLWan; a directory with its
-config.json, too). The output is what `vae.checkpoint` of the other commands takes.
+The input is a safetensors file in Wan's own naming, or one from diffusers' AutoencoderKLWan (with its config.json next
+to it). The output is for `vae.checkpoint` of the other commands.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     flags.DEFINE_string("input", None, "The VAE: a .safetensors file, an index, or a directory with one.")
     flags.DEFINE_string("output", None, "The .safetensors file to write; with --to_diffusers the directory.")
-    flags.DEFINE_bool("to_diffusers", False, "Write one of our VAE files as diffusers' AutoencoderKLWan.")
+    flags.DEFINE_bool("to_diffusers", False, "Export one of our VAE files for diffusers' AutoencoderKLWan.")
 
 
 def check_output(output: Path, to_diffusers: bool) -> None:
@@ -34,20 +34,16 @@ def check_output(output: Path, to_diffusers: bool) -> None:
         raise UserError(f"--output={output}: the name must end in .safetensors")
 
 
-def main(argv: list[str]) -> None:
-    """Reads, fits, writes."""
-    del argv
+def main(_: list[str]) -> None:
+    """Entry point."""
     options = flags.FLAGS
-    for name in ("input", "output"):
-        if not options[name].value:
-            raise UserError(f"--{name} is missing; see --help")
+    cli.check_given(input=options.input, output=options.output)
     output = Path(options.output)
     check_output(output, options.to_diffusers)
     if options.to_diffusers:
         wan_vae.save(output, load_vae(options.input))
     else:
-        vae = wan_vae.load(options.input)
-        save_vae(output, vae, notes={"imported_from": Path(options.input).name})
+        save_vae(output, wan_vae.load(options.input), notes={"imported_from": Path(options.input).name})
     print(f"wrote {output}")
 
 

@@ -1,4 +1,4 @@
-"""Imports an open text-to-video base, as a directory that training starts from (--config.stages.stage1.init_from=DIR).
+"""Imports an open text-to-video base into a directory to train from (--config.stages.stage1.init_from=DIR).
 
 python -m experiments.import_weights --config=experiments/configs/motif_2b.py --input=DIR --format=motif --output=DIR
 """
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from experiments.common import cli
@@ -36,23 +37,20 @@ NOTICES = {
 
 
 def import_base(config: ConfigDict, source: str, naming: str, output: str) -> None:
-    """Writes an exported directory with a base's weights, and condition modules that change nothing yet.
+    """Writes an exported directory with the weights of a base and fresh condition modules, which have no effect yet.
 
-    Tensors go from file to file, so that memory holds one output file at a time (5 GB) and the condition modules,
-    whatever the base.
+    Tensors are copied from file to file: memory holds one output file (5 GB) at a time and the condition modules.
 
     Args:
       config: resolved config of a preset of this base.
-      source: safetensors file, shard, index, or directory with them. A prefix of all tensor names is left out.
+      source: safetensors file, shard, index, or directory with them. A prefix of all tensor names is removed.
       naming: one of `weights.formats.FORMATS`.
       output: directory to make.
 
     Raises:
-      UserError: an argument or the checkpoint is wrong; nothing is written then.
+      UserError: an argument or the checkpoint is wrong; nothing is written.
     """
-    for name, value in (("input", source), ("format", naming), ("output", output)):
-        if not value:
-            raise UserError(f"--{name} is missing; see --help")
+    cli.check_given(input=source, format=naming, output=output)
     formats.check_format(naming)
     folder = export.check_output(output)
     network = make_network(config)
@@ -60,10 +58,10 @@ def import_base(config: ConfigDict, source: str, naming: str, output: str) -> No
     entries = formats.base_entries(naming, network.config, network.abstract_params)
     formats.check_files(naming, files, entries, network.config, network.abstract_params)
     dtypes = Counter(str(stored.dtype) for stored in files.stored.values())
-    told = ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
-    print(f"{files.path}: {len(entries)} tensors ({told}), written as {network.config.param_dtype}")
+    counts = ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
+    print(f"{files.path}: {len(entries)} tensors ({counts}), written as {network.config.param_dtype}")
     if files.prefix:
-        print(f"{files.path}: every tensor's name begins with {files.prefix}, which is left out")
+        print(f"{files.path}: removing the prefix {files.prefix} from every tensor's name")
     print(f"licence: {NOTICES[naming]}")
     base = Cast(Source(files, entries), jnp.dtype(network.config.param_dtype))
     tensors = ChainMap(base, export.to_tensors(fresh_conditions(network, config.seed)))
@@ -72,7 +70,7 @@ def import_base(config: ConfigDict, source: str, naming: str, output: str) -> No
 
 
 def fresh_conditions(network: Network, seed: int) -> dict[str, Any]:
-    """The condition modules as initialised (nested, without the base's parameters, which are never made)."""
+    """Freshly initialised condition modules, as a nested dict; the base's parameters are never allocated."""
 
     @jax.jit
     def init(key: jax.Array) -> list[jax.Array]:
@@ -81,21 +79,15 @@ def fresh_conditions(network: Network, seed: int) -> dict[str, Any]:
 
     paths = jax.tree_util.tree_flatten_with_path(network.abstract_params)[0]
     names = [path_name(path) for path, _ in paths if is_condition(path_name(path))]
-    tree: dict[str, Any] = {}
-    for name, leaf in zip(names, init(purpose_key(seed, INIT)), strict=True):
-        *groups, last = name.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = leaf
-    return tree
+    leaves = init(purpose_key(seed, INIT))
+    return traverse_util.unflatten_dict(dict(zip(names, leaves, strict=True)), sep=".")
 
 
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     cli.define_config_flag()
     flags.DEFINE_string("input", None, "A safetensors file, one of its shards, their index, or the directory.")
-    flags.DEFINE_string("format", None, f"Whose names its tensors have: {', '.join(FORMATS)}.")
+    flags.DEFINE_string("format", None, f"Naming of its tensors: {', '.join(FORMATS)}.")
     flags.DEFINE_string("output", None, "Directory to make; must not exist, or be empty.")
 
 

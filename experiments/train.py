@@ -1,4 +1,4 @@
-"""Trains OmniHuman through its stages; started again on the same --workdir it continues.
+"""Trains OmniHuman through its stages; restarted with the same --workdir, it continues.
 
 python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workdir=DIR [--config.KEY=VALUE …]
 """
@@ -34,13 +34,9 @@ from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 
 
 class SampleVideos:
-    """Writes `samples/NAME.gif` at a stage's end: for each clip, the real one above the generated one.
+    """Writes `samples/NAME.gif` at the end of a stage: for each clip, the real one above the generated one.
 
-    Args:
-      config: resolved config.
-      dataset: its held-out clips are used, or training clips where none are held out.
-      vae: decodes both.
-      workdir: run directory.
+    The clips are held-out clips of the data set or, if it has none, training clips.
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset, vae: VAE, workdir: Path):
@@ -60,7 +56,7 @@ class SampleVideos:
         config, records = self._config, self._records
         network = make_network(config)
         window = min(stage.latent_frames, *(len(r["latents"]) for r in records))
-        # Driven by what guidance strengthens (text and speech), as far as it is trained and all clips have it.
+        # Driven by the guided conditions (text and speech) that this stage trains and all clips have.
         trained = [name for name in conditions.guided() if name in conditions.selecting() and stage.ratios[name] > 0]
         drives = [name for name in trained if all(len(record[conditions.get(name).record]) for record in records)]
         inputs = Inputs.of(
@@ -78,7 +74,7 @@ class SampleVideos:
         path = self.path(step, stage)
         part = path.with_name(f".{path.name}")
         media.write_gif(part, video)
-        part.replace(path)  # a sample that is there is a whole one
+        part.replace(path)  # so that an existing sample is complete
         return path, video.shape[1:3]
 
 
@@ -87,9 +83,7 @@ def define_flags() -> None:
     cli.define_config_flag()
     flags.DEFINE_string("workdir", None, "Run directory: config, metrics, checkpoints; continued if it exists.")
     flags.DEFINE_list(
-        "replace_parameters_at",
-        [],
-        "STAGE[,STAGE]: stages whose init_from may replace what the run has trained so far.",
+        "replace_parameters_at", [], "STAGE[,STAGE]: stages whose init_from may replace the parameters trained so far."
     )
     cli.define_process_flags()
 
@@ -97,7 +91,7 @@ def define_flags() -> None:
 def check_start(
     config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
 ) -> None:
-    """What a run would otherwise only find out hours in: sampling settings, the stages' starting points.
+    """Checks what would otherwise fail hours into a run: sampling settings and the stages' initial parameters.
 
     Raises:
       UserError: one of them is wrong.
@@ -105,14 +99,14 @@ def check_start(
     Settings.from_config(config)
     done = max(running_steps(workdir), default=0)
     check_init_from(stages, replace_parameters_at, fresh=not done)
-    for stage in stages:  # one that has begun needs it no more
+    for stage in stages:  # a stage that has started no longer needs it
         if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
             there = load_config(stage.init_from).model.to_dict()
             check_same_model(there, config.model.to_dict(), stage.init_from)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint says about the data it was trained on: sizes, encoders and latent shapes (Tclip, H, W)."""
+    """What a checkpoint records about its training data: sizes, encoders and latent shapes (Tclip, H, W)."""
     shapes = sorted({tuple(entry["shape"]) for entry in dataset.index})
     return dataclasses.asdict(dataset.meta) | {"records": len(dataset), "shapes": shapes}
 
@@ -124,7 +118,7 @@ def main(_: list[str]) -> None:
         raise UserError("--config is missing; give a preset such as --config=experiments/configs/demo.py")
     config_ranges.check(config)
     if not flags.FLAGS.workdir:
-        raise UserError("--workdir is missing; give the directory this run should live in")
+        raise UserError("--workdir is missing; give a directory for this run")
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
     stages = curriculum(config)
@@ -141,7 +135,7 @@ def _train(config: ConfigDict, dataset: Dataset, input_pipeline: InputPipeline) 
     f = flags.FLAGS
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
     sample = SampleVideos(config, dataset, vae, Path(f.workdir)) if vae else None
-    # What is wrong with the mesh or the network is reported before the run directory is made.
+    # Errors in the mesh or the network are raised before the run directory is made.
     task = OmniHumanTask(config, input_pipeline, sample, f.replace_parameters_at)
     plain = cli.to_plain(config) | {"dataset": describe(dataset), "conditions": list(conditions.names())}
     loop.train(task, config, plain, cli.make_workdir(f.workdir), started=cli.process_started())

@@ -1,1 +1,1 @@
-"""What the commands share."""
+"""Shared by the commands."""

@@ -1,4 +1,4 @@
-"""What the experiment commands share: the config flag and its checks, the platform, the run directory."""
+"""What the experiment commands share: the config flag and its checks, devices, the run directory."""
 
 import contextlib
 import json
@@ -33,8 +33,15 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     command.run_main(lambda: main([]), check=_check_config_arguments)
 
 
+def check_given(**values: Any) -> None:
+    """Raises UserError for a flag that is missing; `values` are the required flags by name."""
+    for name, value in values.items():
+        if not value:
+            raise UserError(f"--{name} is missing; see --help")
+
+
 def _check_config_arguments(args: list[str]) -> None:
-    """Checks preset file and override keys before absl does, which would answer with a traceback."""
+    """Checks preset file and override keys before absl, which would print a traceback."""
     # "--config FILE" is "--config=FILE" to absl.
     joined = re.sub(r"(^|\n)(--?config)\n", r"\1\2=", "\n".join(args)).split("\n")
     values = dict(re.match(r"--?([^=]+)=?(.*)", a, re.S).groups() for a in joined if a.startswith("-") and len(a) > 2)
@@ -51,39 +58,29 @@ def load_preset(preset: str) -> ConfigDict:
     """The config of PRESET.py[:ARG].
 
     Raises:
-      UserError: no such file (with the nearest preset), or an argument the preset refuses.
+      UserError: no such file (naming the nearest preset), or an argument that the preset refuses.
     """
     file = Path(preset.split(":", 1)[0])
     if not file.is_file():
         folder = Path(__file__).parents[1] / "configs"
         presets = [p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base")]
-        raise UserError(f"--config={preset}: no such preset{nearest(file.stem, presets)} in {_relative(folder)}/")
+        raise UserError(f"--config={preset}: no such preset{nearest(file.stem, presets)} in {os.path.relpath(folder)}/")
     holder = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", None, "", flag_values=holder, sys_argv=[""])
     holder(["", f"--config={preset}"])
     return flag.value
 
 
-def _relative(path: Path) -> str:
-    return os.path.relpath(path)
-
-
 def check_key(config: ConfigDict, dotted: str) -> None:
     """Raises UserError with the nearest valid name unless the dotted key exists in the config."""
-    node, done = config, []
+    node, prefix = config, ""
     for part in dotted.split("."):
-        if not isinstance(node, ConfigDict) or part not in node:
-            valid = node.keys() if isinstance(node, ConfigDict) else []
-            raise UserError(f"--config.{dotted}: unknown config key {part!r}{_nearest_key(config, done, part, valid)}")
-        done.append(part)
-        node = node[part]
-
-
-def _nearest_key(config: ConfigDict, done: list[str], part: str, valid: list[str]) -> str:
-    if not valid:
-        return f"; {'.'.join(done)} has no keys below it"
-    prefix = ".".join([*done, ""])
-    return nearest(prefix + part, [prefix + key for key in valid])
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"--config.{dotted}: unknown config key {part!r}; {prefix[:-1]} has no keys below it")
+        if part not in node:
+            known = nearest(prefix + part, [prefix + key for key in node])
+            raise UserError(f"--config.{dotted}: unknown config key {part!r}{known}")
+        node, prefix = node[part], f"{prefix}{part}."
 
 
 def define_process_flags() -> None:
@@ -95,17 +92,17 @@ def define_process_flags() -> None:
 
 
 def join_processes() -> int:
-    """Joins the run that the flags or the environment tell of; returns its number of processes."""
+    """Joins the run that the flags or the environment describe; returns its number of processes."""
     f = flags.FLAGS
     return processes.join(f.coordinator_address, f.num_processes, f.process_id, automatic=f.multi_host)
 
 
 @contextlib.contextmanager
 def one_of_several(config: ConfigDict) -> Iterator[None]:
-    """Joins the processes of the run, chooses devices, and runs the block as one of them.
+    """Joins the processes of the run, sets up devices, and runs the block.
 
-    Where it fails in a process of several, the error is printed and the process ends: a regular exit would wait for the
-    others, which wait for this one.
+    If the block fails in one of several processes, this prints the error and ends the process immediately: a regular
+    exit would wait for the others, which wait for this one.
     """
     num_processes = join_processes()
     setup_platform(config, num_processes)
@@ -114,41 +111,47 @@ def one_of_several(config: ConfigDict) -> Iterator[None]:
     except BaseException as error:
         if num_processes == 1:
             raise
-        mistake = isinstance(error, UserError)
+        expected = isinstance(error, UserError)
         try:
-            print(f"error: {error}" if mistake else traceback.format_exc(), file=sys.stderr)
-        finally:  # also where not even that can be written: the others must not wait
+            print(f"error: {error}" if expected else traceback.format_exc(), file=sys.stderr)
+        finally:  # even if that cannot be written, because the other processes must not wait
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):  # a log on a full disk
                     stream.flush()
-            os._exit(2 if mistake else 1)
+            os._exit(2 if expected else 1)
 
 
 def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
-    """Chooses devices and the compilation cache; call before anything touches a JAX backend.
+    """Sets up devices and the compilation cache; call before anything touches a JAX backend.
 
     Raises:
-      UserError: simulated devices that the processes cannot share equally.
+      UserError: the processes cannot share the simulated devices equally.
     """
     if config.simulated_devices:
         if config.simulated_devices % num_processes:
             raise UserError(
-                f"simulated_devices={config.simulated_devices} cannot be shared by {num_processes} processes; set "
+                f"simulated_devices={config.simulated_devices} is not divisible by {num_processes} processes; set "
                 f"--config.simulated_devices to a multiple"
             )
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.simulated_devices // num_processes)
-        # A device waiting in a collective holds a thread of XLA's pool, which has as many as there are cores; with too
-        # few, the devices it waits for never run; with many more, they get in each other's way (8 a device: a quarter
-        # slower on 2 cores). XLA reads the size from NPROC.
+        # A device that waits in a collective holds a thread of XLA's pool, which has one per core. With too few, the
+        # devices it waits for never run; many more slow each other down (8 per device: by a quarter on 2 cores). XLA
+        # reads the size from NPROC.
         os.environ["NPROC"] = str(max(2 * config.simulated_devices, os.cpu_count() or 1))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def setup_one_device(config: ConfigDict) -> None:
+    """`setup_platform` for a command that does not train, with at most one simulated device."""
+    config.simulated_devices = min(config.simulated_devices, 1)
+    setup_platform(config)
+
+
 def process_started() -> float:
-    """`time.time()` of this process's start, as the kernel tells it; now where it does not."""
+    """`time.time()` of this process's start from /proc, or now if that is not available."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
@@ -158,21 +161,17 @@ def process_started() -> float:
 
 
 def make_workdir(path: str) -> Path:
-    """Makes a run directory.
-
-    Raises:
-      UserError: it is a file, or cannot be made.
-    """
+    """Makes a run directory; UserError if it is a file or cannot be made."""
     workdir = Path(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={path}: {error.strerror}; name a directory you may write") from error
+        raise UserError(f"--workdir={path}: {error.strerror}; name a directory that you can write") from error
     return workdir
 
 
 def check_vae(checkpoint: str, made_with: str) -> None:
-    """Raises UserError where `vae.checkpoint` is not the VAE that made the latents ("" = not needed, not checked)."""
+    """Raises UserError if `vae.checkpoint` is not the VAE that made the latents; "" is not checked."""
     if checkpoint and Path(checkpoint).is_file() and sha256_of(checkpoint) != made_with:
         raise UserError(
             f"vae.checkpoint={checkpoint} is not the VAE that made the latents (sha256 {made_with[:12]}…); set "

@@ -1,4 +1,4 @@
-"""Output files of commands: checked before the work, written whole."""
+"""Output files of commands: checked before the work, written atomically."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def check_output(output: str) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all."""
+    """Writes a text file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,1 +1,1 @@
-"""Presets: one file each, the difference to its parent."""
+"""Presets: one file each, with the difference from its parent."""

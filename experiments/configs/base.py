@@ -1,4 +1,4 @@
-"""Every config key with its default; a preset is the difference to this (or to another preset)."""
+"""Every config key with its default; a preset is the difference from this or from another preset."""
 
 import dataclasses
 
@@ -21,9 +21,9 @@ def stage(**changes) -> ConfigDict:
             "ratios": conditions.complete_ratios({"text": 0.9, "reference": 0.7}),
             "latent_frames": 0,  # noisy latent frames T; 0 = data.latent_frames, 1 = images
             "motion_ratio": 0.75,  # share of windows that continue from motion frames
-            "bucket_weights": "",  # "12x12=2,16x10=1": latent HxW = share of the steps; empty = by the data
-            # Checkpoint or exported directory (experiments.import_weights) whose parameters the run's first stage
-            # starts from; a later stage only with --replace_parameters_at.
+            "bucket_weights": "",  # "12x12=2,16x10=1": latent HxW = share of the steps; empty = as in the data
+            # Checkpoint or exported directory (experiments.import_weights) with the initial parameters of the run's
+            # first stage, or with --replace_parameters_at of a later one.
             "init_from": "",
         }
     )
@@ -41,18 +41,18 @@ def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def run_config() -> ConfigDict:
-    """What every training run reads, whatever it trains."""
+    """The defaults of every training run, whatever it trains."""
     config = ConfigDict()
     config.seed = 0
     config.simulated_devices = 0  # > 0: run on that many simulated CPU devices
     config.compilation_cache = "cache/jax"  # persistent XLA compilation cache; "" = none
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
     config.log_every = 10
-    # keep: the last so many; keep_every: besides, every step that it divides (0 = none); stage ends stay in any case.
-    # copy_on_device: training goes on as soon as the devices hold a copy of the state, where they have room for one;
-    # False: training waits until the state has been read.
+    # keep: number of latest checkpoints; keep_every: also every step that it divides (0 = none). Stage ends are always
+    # kept. copy_on_device: continue training as soon as the devices hold a copy of the state, if they have room for it;
+    # False: wait until the state has been read.
     config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0, "copy_on_device": True})
-    # Steps in a row that may be not finite (each is skipped), and seconds without a finished step, before the run ends.
+    # Limits that end a run: consecutive steps that are not finite (each is skipped); seconds without a finished step.
     config.faults = ConfigDict({"max_bad_steps": 10, "watchdog_seconds": 1800.0})
     config.profile = ConfigDict({"steps": ""})  # "20:25": a trace of these steps under workdir/profile
     return config
@@ -62,14 +62,14 @@ def get_config(recipe: str = "published") -> ConfigDict:
     """The defaults: a small model, the published optimiser settings, the recipe's ratios and no steps."""
     config = run_config()
     config.global_batch_size = 256
-    # sequence_attention: what the sequence axis divides in self-attention. "ulysses": heads (sequence x tensor has to
-    # divide them); "all_gather": queries, against all keys and values (only tensor has to).
+    # What the sequence axis divides in self-attention. "ulysses": heads (sequence x tensor must divide them);
+    # "all_gather": queries, against all keys and values (only tensor must divide the heads).
     config.mesh.sequence_attention = "ulysses"
 
     # head_dim 0 and rope_axes () are derived from the other sizes.
     config.model = ConfigDict(dataclasses.asdict(ModelConfig()) | {"head_dim": 0, "rope_axes": ()})
     config.model.dtype = "bfloat16"  # compute; parameters stay float32 (param_dtype)
-    del config.model.sequence_attention  # it is the mesh's
+    del config.model.sequence_attention  # set as mesh.sequence_attention
     config.vae = ConfigDict({"checkpoint": "experiments/assets/demo_vae.safetensors"})
 
     config.data = ConfigDict(
@@ -79,7 +79,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "latent_frames": 6,  # noisy latent frames T of a window
             "source_weights": "",  # "real=2,synthetic=1"; empty = in proportion to the number of records
             "cache_mb": 2048,  # decoded records kept in memory
-            # Guidance dropout on top of the ratios, which already leave samples without; it lowers `active_ratio` below
+            # Guidance dropout on top of the ratios, which already drop conditions; it lowers `active_ratio` below
             # `scheduled_ratio`.
             **{f"drop_{name}": 0.0 for name in conditions.guided()},
         }
@@ -106,20 +106,19 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "eps": 1e-8,
             "weight_decay": 0.01,
             "clip": 1.0,
-            # Parameters of a condition that a stage switches on have had no gradient yet: with the moments kept, Adam's
-            # bias correction is used up and its steps on them are up to 6 times too long.
+            # Parameters of a condition that a stage switches on have had no gradient yet. With the old moments, Adam's
+            # bias correction no longer applies and its steps on them are up to 6 times too long.
             "reset_at_stage": True,
-            # First and second moments; bfloat16 saves two bytes a parameter each.
+            # First and second moments; bfloat16 saves two bytes per parameter each.
             "mu_dtype": "float32",
             "nu_dtype": "float32",
-            # Of what is bfloat16: these moments, and the parameters with model.param_dtype.
-            "stochastic_rounding": False,
-            "accumulate": 1,  # micro-batches of a step, one after the other
+            "stochastic_rounding": False,  # of bfloat16 moments, and of parameters with model.param_dtype=bfloat16
+            "accumulate": 1,  # micro-batches per step
         }
     )
     config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
     config.ema_decay = 0.9998
-    # Loss of the EMA on `batches` held-out batches at fixed noise, every so many steps (0 = never).
+    # Loss of the EMA on `batches` held-out batches at fixed noise, every `every` steps (0 = never).
     config.evaluation = ConfigDict({"every": 0, "batches": 2})
     config.guidance = ConfigDict({"scale": 6.5, "final_scale": 3.5, "mode": "joint", "schedule": "cosine"})
     config.sample = ConfigDict({"at_stage_end": True, "steps": 50, "count": 2})

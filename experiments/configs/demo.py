@@ -1,4 +1,4 @@
-"""`make demo`: the whole of OmniHuman at small size on 8 simulated devices, within minutes on 2 cores."""
+"""`make demo`: all of OmniHuman at small size on 8 simulated devices, in minutes on 2 cores."""
 
 from ml_collections import ConfigDict
 

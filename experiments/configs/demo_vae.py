@@ -24,13 +24,13 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "log_records": False,
-            "dir": "",  # directories of video files, joined by commas, each drawn equally often
-            "exclude": "",  # regular expression of paths below it to leave out
-            "heldout": 0.05,  # share of files only evaluated on, where no manifest.json or dataset.json says which
-            "min_scale": 0.5,  # crops are between this and all of the frame
+            "dir": "",  # comma-separated directories of video files, each drawn equally often
+            "exclude": "",  # regular expression of paths in them to ignore
+            "heldout": 0.05,  # share of held-out files, if no manifest.json or dataset.json defines the split
+            "min_scale": 0.5,  # smallest crop, as a share of the frame
             "short_side": 160,  # larger frames are shrunk to this many pixels on their short side
             "cache_mb": 1500,  # decoded video kept in memory
-            # frames, height, width, batch rows, share of the steps
+            # frames, height, width, batch size, share of the steps
             "buckets": ((5, 64, 64, 4, 0.5), (17, 64, 64, 2, 0.3), (1, 96, 96, 6, 0.2)),
         }
     )
@@ -50,5 +50,5 @@ def get_config() -> ConfigDict:
     )
     config.checkpoint.update({"every": 500, "keep": 2})
     config.evaluation = ConfigDict({"every": 500, "frames": 17, "height": 96, "width": 96, "clips": 8})
-    config.output = ConfigDict({"dtype": "float16", "statistics_clips": 64})  # clips the latent statistics are over
+    config.output = ConfigDict({"dtype": "float16", "statistics_clips": 64})  # clips for the latent statistics
     return config

@@ -1,8 +1,7 @@
 """HunyuanVideo-1.5 as the base (Tencent licence, see docs/weights.md): 54 dual blocks of width 2048.
 
-Its latents have 32 channels, 4 frames and 16 x 16 pixels to one, and its VAE is not among ours: docs/weights.md says
-where latents can come from. Records hold no Glyph-ByT5 text, no image states and no first frame on the channels, which
-is its text-to-video form.
+A latent has 32 channels and covers 4 frames of 16 x 16 pixels. This repository does not have its VAE; docs/weights.md
+says where to get latents. Without Glyph-ByT5 text, image states and first frame it is in its text-to-video form.
 """
 
 from ml_collections import ConfigDict

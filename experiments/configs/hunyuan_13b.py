@@ -1,7 +1,7 @@
 """HunyuanVideo as the base (Tencent licence, see docs/weights.md): 20 dual and 40 single blocks of width 3072.
 
-The published weights are guidance-distilled: they see a guidance scale, here always 1, since sampling guides by itself.
-Records hold no pooled CLIP text, so that vector is zero.
+The published weights are guidance-distilled and take a guidance scale, here always 1, because sampling applies guidance
+itself. Records have no pooled CLIP text, so that vector is zero.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Motif-Video-2B as the base (Apache-2.0): 12 dual, 16 single and 8 decoder blocks of width 1536, Wan2.1's VAE.
 
-`experiments.import_weights --format=motif` makes what its stages start from. The RoPE base is the published one's where
-its config.json says so; the importer compares.
+`experiments.import_weights --format=motif` imports the weights, and compares the checkpoint's config.json with this
+preset.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """HunyuanVideo's form: 20 dual + 40 single blocks of width 3072, token refiner; 12.8B, and 2.3B of audio attention.
 
-HunyuanVideo's pooled CLIP vector and distilled-guidance input stay off: records hold no pooled text, and training is
-without distillation.
+Without HunyuanVideo's pooled CLIP vector and distilled guidance: records have no pooled text, and training does not
+distil.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The base's own training at small size: text-to-image, then text-to-video, then the three stages."""
+"""The demo with pretraining of the base: text-to-image, then text-to-video, then the three stages."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Longer training on rendered people: an hour on 2 quiet cores; what it reached is in benchmarks/results/."""
+"""Longer training on rendered people: an hour on 2 idle cores; its results are in benchmarks/results/."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from experiments.configs import demo
 
 
 def get_config(recipe: str = "published") -> ConfigDict:
-    """The demo's network and data form, trained longer."""
+    """The demo's network on the same kind of data, trained for longer."""
     config = demo.get_config(recipe)
     config.data.dir = "runs/rendered/data"
     config.simulated_devices = 0

@@ -2,8 +2,7 @@
 
     python -m experiments.evaluate --checkpoint=DIR --data=DIR --output=FILE.json [--metrics=mouth,pose] [--clips=6]
 
-DIR of --data is a data set of `data_pipelines.prepare` with rendered people in it. The JSON is what report.json holds
-under "evaluation".
+--data is a data set of `data_pipelines.prepare` with rendered people. The JSON is the "evaluation" of report.json.
 """
 
 import json
@@ -20,26 +19,21 @@ from omnihuman_jax.errors import UserError
 
 
 def run(checkpoint: str | None, data: str | None, output: str | None, options: Options, *, setup: bool = True) -> Path:
-    """Evaluates a checkpoint; see the flags.
+    """Evaluates a checkpoint; returns the JSON file.
 
     Args:
       checkpoint, data, output, options: the values of the flags.
-      setup: choose devices and compilation cache; not in a process that has used JAX already.
-
-    Returns:
-      The JSON file.
+      setup: set up devices and the compilation cache; False in a process that has used JAX.
 
     Raises:
-      UserError: a flag or what it names is wrong; nothing is written then.
+      UserError: a flag is wrong; nothing is written.
     """
-    for name, value in (("checkpoint", checkpoint), ("data", data), ("output", output)):
-        if not value:
-            raise UserError(f"--{name} is missing; see --help")
+    cli.check_given(checkpoint=checkpoint, data=data, output=output)
     path, dataset = files.check_output(output), Dataset.open(data)
     if len(heldout_indices(dataset, options.frames)) < 2:
         raise UserError(
             f"--data={data}: has fewer than 2 held-out rendered clips of at least {options.frames} frames; make some "
-            f"with `python -m data_pipelines.synthetic` and prepare them, or take fewer --frames"
+            f"with `python -m data_pipelines.synthetic` and prepare them, or set fewer --frames"
         )
     if setup:
         setup_devices(checkpoint)

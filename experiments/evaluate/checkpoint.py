@@ -45,7 +45,7 @@ class Options:
         flags.DEFINE_integer("steps", None, "Sampling steps; default: the checkpoint's sample.steps.", lower_bound=1)
         flags.DEFINE_integer("seed", Options.seed, "Chooses clips and noise.", lower_bound=0)
         flags.DEFINE_string("probe", str(PROBE), "Weights of the probe.")
-        flags.DEFINE_list("metrics", [], f"Which of {','.join(METRICS)}; default: all.")
+        flags.DEFINE_list("metrics", [], f"Some of {','.join(METRICS)}; default: all.")
 
     @classmethod
     def from_flags(cls) -> Self:
@@ -54,19 +54,14 @@ class Options:
 
 
 def setup_devices(checkpoint: str | Path) -> ConfigDict:
-    """Reads the config of a checkpoint and chooses devices; call before anything touches a JAX backend.
-
-    Raises:
-      UserError: there is no checkpoint, or it cannot be read.
-    """
+    """Reads the config of a checkpoint and sets up a device; call before anything touches a JAX backend."""
     config = load_config(checkpoint)
-    config.simulated_devices = min(config.simulated_devices, 1)  # one device is enough
-    cli.setup_platform(config)
+    cli.setup_one_device(config)
     return config
 
 
 def check_data(config: ConfigDict, dataset: Dataset) -> None:
-    """Raises UserError if the data was not prepared as the training data of the checkpoint."""
+    """Raises UserError if the data was not prepared like the checkpoint's training data."""
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     schema.check_sizes(dataset, config.model)
     trained = config.get("dataset", ConfigDict()).get("encoders", {})
@@ -74,7 +69,7 @@ def check_data(config: ConfigDict, dataset: Dataset) -> None:
         if trained.get(name, encoder) != encoder:
             raise UserError(
                 f"data directory {dataset.directory} has {name} made by {encoder}, the checkpoint was trained with "
-                f"{trained[name]}; prepare the data as the training data"
+                f"{trained[name]}; prepare the data with that encoder"
             )
 
 
@@ -93,13 +88,13 @@ def evaluate_checkpoint(
       progress: called with a line before each set of generations.
 
     Raises:
-      UserError: an option is wrong, or checkpoint, data, VAE and probe cannot be read or do not fit together; nothing
-        large is loaded then.
+      UserError: an option is wrong, or checkpoint, data, VAE and probe cannot be read or do not match. Raised before
+        anything large is loaded.
     """
     frames = options.frames
     if pixel_frames(latent_frames(frames)) != frames or frames < 5:
         fitting = max(5, pixel_frames(latent_frames(frames - STRIDE + 1)))
-        raise UserError(f"--frames={frames}: the VAE makes 1 + 4n frames; take {fitting}")
+        raise UserError(f"--frames={frames}: the VAE makes 1 + 4n frames; try {fitting}")
     metrics = select(options.metrics)
     config = load_config(checkpoint)
     check_data(config, dataset)
@@ -107,17 +102,8 @@ def evaluate_checkpoint(
     probe, vae = load_probe(options.probe), load_vae(config.vae.to_dict())
     _, params, info = load_parameters(checkpoint)
     generate = ModelGenerator(make_network(config), params, vae, settings, batch=options.clips)
-    found = evaluate_rendered(
-        generate,
-        dataset,
-        vae,
-        probe,
-        metrics=metrics,
-        clips=options.clips,
-        frames=frames,
-        seed=options.seed,
-        progress=progress,
-    )
+    fields = {"clips": options.clips, "frames": frames, "seed": options.seed}
+    found = evaluate_rendered(generate, dataset, vae, probe, metrics=metrics, progress=progress, **fields)
     scale = settings.guidance
     found.result["sampling"] = {
         "checkpoint of": f"{info['stage']}, step {info['step']} ({'EMA' if info['ema'] else 'raw'})",

@@ -1,8 +1,8 @@
 """How well a model follows each condition on held-out rendered clips: generate, read with the probe, compare.
 
 Every clip is generated with its own conditions and with one condition of another clip (another sentence's audio,
-another clip's pose, another person's reference), and always compared with its own truth. Which generations are needed
-follows from the metrics; see `omnihuman_jax.evaluation.metrics`.
+another clip's pose, another person's reference), and compared with its own truth. The metrics define which generations
+are needed; see `omnihuman_jax.evaluation.metrics`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from omnihuman_jax.models.vae.vae import VAE
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What one generated clip is given, by condition name (`schema.condition_arrays`), and the seed of its noise."""
+    """The conditions of one generated clip by name (`schema.condition_arrays`), and the seed of its noise."""
 
     given: Mapping[str, np.ndarray]
     seed: int
@@ -43,7 +43,7 @@ Generate = Callable[[Sequence[Conditions], int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ModelGenerator:
-    """Generates with a trained model, `batch` clips at a time (one compiled program for each shape and active row)."""
+    """Generates with a trained model, `batch` clips at a time."""
 
     network: Network
     params: Any
@@ -76,14 +76,14 @@ def heldout_indices(dataset: schema.Dataset, frames: int) -> list[int]:
 
 
 def read_heldout(dataset: schema.Dataset, probe: Probe, frames: int, *, limit: int, seed: int) -> list[HeldOutClip]:
-    """Up to `limit` held-out rendered clips of at least `frames` frames, in an order that depends on `seed` only."""
+    """Up to `limit` held-out rendered clips of at least `frames` frames, in an order that depends only on `seed`."""
     indices = heldout_indices(dataset, frames)
     clips = []
     for k in np.random.default_rng(seed).permutation(len(indices))[:limit]:
         i = indices[k]
         record = dataset.read(i)
         video = media.read_video(dataset.clip_path(i))
-        # The last reference is the one furthest from the clip's start, so that copying it is no answer.
+        # The last reference is the furthest from the clip's start, so that copying it scores badly.
         reference = video[min(int(record["reference_frames"][-1]), len(video) - 1)]
         clips.append(HeldOutClip(record, i, video[:frames], reference, probe.read(video[:frames])))
     return clips
@@ -112,7 +112,7 @@ def partner(clips: Sequence[HeldOutClip], i: int, field: str) -> HeldOutClip | N
 def assign(
     metrics: Sequence[Metric], pool: Sequence[HeldOutClip], count: int
 ) -> tuple[list[tuple[list[HeldOutClip], list[Metric]]], list[str]]:
-    """Up to `count` clips for the metrics that can use the same ones, and a note on metrics with fewer than two."""
+    """Up to `count` clips for each group of metrics that can share them, and notes on metrics with fewer than two."""
     groups: dict[tuple[int, ...], tuple[list[HeldOutClip], list[Metric]]] = {}
     notes = []
     for eligibility in dict.fromkeys(metric.eligibility for metric in metrics):
@@ -128,7 +128,7 @@ def assign(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One clip as shown in the report: label -> uint8 (F,height,width,3), the first being the real frames."""
+    """One clip as shown in the report: label -> uint8 (F,height,width,3), real frames first."""
 
     clip: HeldOutClip
     videos: dict[str, np.ndarray]
@@ -136,7 +136,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`result` is plain JSON; `comparisons` are the frames behind it, by metric."""
+    """`result` is plain JSON; `comparisons` are the corresponding frames, by metric."""
 
     result: dict[str, Any]
     comparisons: dict[str, list[Comparison]]
@@ -159,9 +159,9 @@ def evaluate_rendered(
     Args:
       generate: makes the clips, usually a `ModelGenerator` with `batch=clips`.
       dataset: prepared data with held-out records of source "synthetic".
-      vae: reconstructs real clips, the best that any model on its latents can show.
+      vae: reconstructs real clips, the best that any model of its latents can do.
       probe: reads the frames.
-      metrics: to evaluate; by default all of the registry.
+      metrics: default: all of the registry.
       clips: clips per metric.
       frames: pixel frames to generate of each clip, 1 + 4n.
       seed: chooses clips and noise.
@@ -169,7 +169,7 @@ def evaluate_rendered(
 
     Returns:
       `result` has "measures" (metric -> unit, better, clips, rows of `summarise`, and "gap": how much better right is
-      than wrong, clip by clip) and "notes" (what could not be measured, and why).
+      than wrong, per clip) and "notes" (what could not be measured, and why).
     """
     metrics = select() if metrics is None else metrics
     pool = read_heldout(dataset, probe, frames, limit=8 * clips, seed=seed)
@@ -187,7 +187,7 @@ def evaluate_rendered(
 
 @dataclasses.dataclass
 class _Group:
-    """Clips of one frame size. The frames of a source are made once, when a metric first needs them."""
+    """Clips of one frame size. The frames of a source are made once, on first use."""
 
     clips: list[HeldOutClip]
     generate: Generate
@@ -199,7 +199,7 @@ class _Group:
 
     @functools.cached_property
     def references(self) -> list[Reading]:
-        """What the probe reads in each clip's reference picture."""
+        """The probe's reading of each clip's reference picture."""
         return [self.probe.read(clip.reference[None]) for clip in self.clips]
 
     def evaluate(self, metric: Metric) -> dict[str, Any]:
@@ -242,15 +242,15 @@ class _Group:
 
     def generated(self, source: Generated, label: str) -> list[np.ndarray | None]:
         """Generates each clip; None where no other clip differs as the source requires."""
-        wanted = [self.conditions(i, source) for i in range(len(self.clips))]
-        asked = [given for given in wanted if given]
+        conditions = [self.conditions(i, source) for i in range(len(self.clips))]
+        batch = [given for given in conditions if given]
         frames = len(self.clips[0].frames)
-        self.progress(f"evaluation: {len(asked)} clips of {frames} frames, {label}")
-        made = iter(self.generate(asked, frames)) if asked else iter(())
-        return [given and next(made) for given in wanted]
+        self.progress(f"evaluation: {len(batch)} clips of {frames} frames, {label}")
+        made = iter(self.generate(batch, frames)) if batch else iter(())
+        return [given and next(made) for given in conditions]
 
     def conditions(self, i: int, source: Generated) -> Conditions | None:
-        """What clip i is generated with; None if no other clip differs as the source requires."""
+        """The conditions to generate clip i with; None if no other clip differs as the source requires."""
         clip = self.clips[i]
         other = partner(self.clips, i, source.differs_in) if source.foreign else clip
         if other is None:
@@ -261,13 +261,13 @@ class _Group:
         return Conditions(own | foreign, self.seed + clip.index)
 
     def reconstruct(self) -> list[np.ndarray]:
-        """The real clips through the VAE: the best that any model on these latents could show."""
+        """The real clips through the VAE."""
         frames = len(self.clips[0].frames)
         latents = [clip.record["latents"][: latent_frames(frames)] for clip in self.clips]
         return list(pixels.to_pixels(decode_latents(self.vae, np.stack(latents).astype(np.float32))[:, :frames]))
 
     def comparisons(self, metrics: Sequence[Metric]) -> dict[str, list[Comparison]]:
-        """Real frames beside the generated ones, by metric; metrics that need the same generations show them once."""
+        """Real and generated frames, by metric; metrics that need the same generations show them once."""
         shown: dict[tuple[Source, ...], tuple[str, list[Row]]] = {}
         for metric in metrics:
             rows = [row for row in metric.rows if isinstance(row.source, Generated)]

@@ -1,8 +1,6 @@
-"""Evaluates the newest checkpoint of a run on held-out rendered clips and writes its report anew.
+"""Evaluates the latest checkpoint of a run on held-out rendered clips and rewrites its report.
 
-    python -m experiments.report --workdir=runs/demo [--clips=6] [--frames=21] [--steps=8]
-
-`make demo` writes its report by the same functions, with its own videos and times.
+python -m experiments.report --workdir=runs/demo [--clips=6] [--frames=21] [--steps=8]
 """
 
 import time

@@ -1,4 +1,4 @@
-"""report.html from the plain data of report.json, the words of the metrics, and plots already drawn."""
+"""report.html from the data of report.json, the texts of the metrics, and plots."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px; } figcaptio
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number as text; a dash where there is none."""
+    """A number as text; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -49,7 +49,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[
 
 
 def verdict(gap: Mapping[str, Any]) -> str:
-    """One plain sentence on whether right differs from wrong, from the gap of a metric."""
+    """A sentence on whether right differs from wrong, from the gap of a metric."""
     if gap["low"] is None:
         return "Too few pairs of clips to say whether the model follows this condition."
     span = f"{number(gap['mean'])} (95 % interval {number(gap['low'])} to {number(gap['high'])}, {gap['n']} clips)"
@@ -61,13 +61,7 @@ def verdict(gap: Mapping[str, Any]) -> str:
 
 
 def metric_section(metric: Metric, measure: Mapping[str, Any], strips: Sequence[Mapping[str, Any]]) -> str:
-    """A metric: what it is, the verdict, the table, the dots, and strips of frames.
-
-    Args:
-      metric: the words.
-      measure: the numbers, as in `evaluate_rendered`.
-      strips: as for `strip_figure`.
-    """
+    """A metric: its texts, the verdict, the numbers (`evaluate_rendered`) as table and plot, strips of frames."""
     labels, rows = {row.name: row.label for row in metric.rows}, []
     for name, row in measure["rows"].items():
         interval = "-" if row["low"] is None else f"{number(row['low'])} … {number(row['high'])}"
@@ -88,7 +82,7 @@ def metric_section(metric: Metric, measure: Mapping[str, Any], strips: Sequence[
 
 
 def strip_figure(strip: Mapping[str, Any]) -> str:
-    """A strip picture with the names of its rows, top to bottom, and its side-by-side video."""
+    """A strip of frames with the names of its rows and its side-by-side video."""
     names = ", ".join(strip["rows"])
     video = f' <a href="{escape(strip["video"])}">side by side as a video</a>' if strip.get("video") else ""
     return (
@@ -168,23 +162,11 @@ def training_section(training: Mapping[str, Any], loss_svg: str, ratio_svg: str)
     rows = []
     for stage, info in training["stages"].items():
         for condition, target in info["target"].items():
-            rows.append(
-                [
-                    stage,
-                    condition,
-                    number(target, 3),
-                    number(info["realised"].get(condition), 3),
-                    number(info["after guidance dropout"].get(condition), 3),
-                ]
-            )
+            shares = (target, info["realised"].get(condition), info["after guidance dropout"].get(condition))
+            rows.append([stage, condition, *(number(share, 3) for share in shares)])
     losses = [
-        [
-            stage,
-            str(info["steps"]),
-            number(info["first_loss"], 4),
-            number(info["last_loss"], 4),
-            number(info["step_seconds"]),
-        ]
+        [stage, str(info["steps"]), *(number(info[f"{end}_loss"], 4) for end in ("first", "last"))]
+        + [number(info["step_seconds"])]
         for stage, info in training["stages"].items()
     ]
     return (
@@ -194,8 +176,7 @@ def training_section(training: Mapping[str, Any], loss_svg: str, ratio_svg: str)
         + table(("stage", "steps", "first loss", "last loss", "seconds a step (median)"), losses)
         + loss_svg
         + "<h3>Realised against target ratios</h3><p>Share of training samples that had each condition. “After "
-        "guidance dropout” is what the network saw: a little text and audio is dropped on top, for classifier-free "
-        "guidance.</p>"
+        "guidance dropout” is what the network saw: some text and audio is dropped for classifier-free guidance.</p>"
         + ratio_svg
         + table(("stage", "condition", "target", "realised", "after guidance dropout"), rows)
     )
@@ -224,13 +205,7 @@ def data_section(data: Mapping[str, Any]) -> str:
 def page(
     report: Mapping[str, Any], *, strips: Mapping[str, Sequence[Any]], loss_svg: str, ratio_svg: str, time_svg: str
 ) -> str:
-    """The whole page.
-
-    Args:
-      report: the content of report.json.
-      strips: metric -> strips as for `strip_figure`.
-      loss_svg, ratio_svg, time_svg: drawn plots.
-    """
+    """The page, from the content of report.json, strips for `strip_figure` by metric, and plots as SVG."""
     total = sum(report["phases"].values())
     notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
     return f"""<!doctype html>

@@ -1,4 +1,4 @@
-"""The report's pictures: SVG text by matplotlib, and strips of frames."""
+"""The report's pictures: SVG plots by matplotlib, and strips of frames."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
 
 
 def loss_curves(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Loss over steps, a colour a stage: logged values pale, their running mean strong; by condition on the right."""
+    """Loss over steps, with its running mean: by stage on the left, by condition on the right."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 3.0))
         left, right = figure.subplots(1, 2, sharey=True)
@@ -78,7 +78,7 @@ def loss_curves(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ratio_bars(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Target, realised and (after guidance dropout) effective share of each condition, a panel a stage."""
+    """Target, realised and (after guidance dropout) effective share of each condition, one panel per stage."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 2.4))
         panels = np.atleast_1d(figure.subplots(1, max(1, len(stages)), sharey=True))
@@ -100,7 +100,7 @@ def ratio_bars(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 def metric_dots(measure: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """The rows of a metric, top to bottom: a dot for each clip, the mean as a bar, its 95 % interval as a line."""
     colours = {"right": RIGHT, "wrong": WRONG}
-    rng = np.random.default_rng(0)  # spreads dots that would lie on one another
+    rng = np.random.default_rng(0)  # spreads dots that would overlap
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.42 * len(measure["rows"]) + 0.7))
         axes = figure.subplots()
@@ -134,10 +134,7 @@ def time_bar(phases: Mapping[str, float]) -> str:
 
 
 def write_strip(path: str | Path, videos: Sequence[np.ndarray], *, count: int = 8) -> Path:
-    """Writes a PNG with a row for each video (F,h,w,3) uint8, `count` frames spread over its length.
-
-    All videos have one frame size. The first and the last frame are always shown.
-    """
+    """Writes a PNG with a row for each video (F,h,w,3) uint8 of one size: `count` frames from the first to the last."""
     gap, rows = 2, []
     for video in videos:
         shown = video[np.linspace(0, len(video) - 1, min(count, len(video))).round().astype(int)]

@@ -1,4 +1,4 @@
-"""Writes report.html and report.json of a run, and what they show under media/."""
+"""Writes report.html and report.json of a run, and their media under media/."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STRIPS = 3  # clips shown per metric
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A generated mp4 to show: where it is, a title, and what drove it in plain words."""
+    """A generated mp4 with a title and a description."""
 
     path: Path
     title: str
@@ -57,26 +57,20 @@ def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Logged steps in order; a step that was run again after a restart counts once.
-
-    Raises:
-      UserError: the run has no metrics.
-    """
-    path = workdir / "metrics.jsonl"
+    """Logged steps in order, each once even if it ran again after a restart; UserError if there are none."""
+    path, remedy = workdir / "metrics.jsonl", "train first, or name another --workdir"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({type(error).__name__}); train first, or name another --workdir"
-        ) from error
+        raise UserError(f"cannot read {path} ({type(error).__name__}); {remedy}") from error
     if not lines:
-        raise UserError(f"{path} is empty; train first, or name another --workdir")
+        raise UserError(f"{path} is empty; {remedy}")
     by_step = {line["step"]: line for line in lines}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def summarise_training(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Per stage: losses at both ends, step time, target and realised ratios (counted by the loop over the stage)."""
+    """Per stage: first and last loss, step time, target and realised ratios."""
     stages = {}
     for name in dict.fromkeys(line["stage"] for line in lines):
         part = [line for line in lines if line["stage"] == name]
@@ -146,23 +140,18 @@ def write_report(
     missing: Sequence[str] = (),
     notes: Sequence[str] = (),
     device: str | None = None,
-    title: str | None = None,
 ) -> Path:
-    """Writes report.json, report.html and the media that it shows.
+    """Writes report.json, report.html and their media; returns the path of report.html.
 
     Args:
-      workdir: of the run; config.json and metrics.jsonl are read from it.
+      workdir: of the run, with config.json and metrics.jsonl.
       dataset: the training data.
       evaluation: from `evaluate_checkpoint`, or None if nothing was measured.
       videos: generated videos to embed.
       phases: wall seconds of each phase, in order.
       missing: packages or clips that could not be fetched.
       notes: sentences for the top of the page.
-      device: the machine, in words; by default what JAX sees now.
-      title: of the page.
-
-    Returns:
-      The path of report.html.
+      device: the machine, in words; default: from JAX.
 
     Raises:
       UserError: the run has no config or metrics.
@@ -178,7 +167,7 @@ def write_report(
     size = config["model"]
     blocks = f"{size['num_dual_blocks']} dual-stream and {size['num_single_blocks']} single-stream blocks"
     report = {
-        "title": title or f"OmniHuman-1 in JAX: the run in {workdir.name}",
+        "title": f"OmniHuman-1 in JAX: the run in {workdir.name}",
         "device": device or describe_device(),
         "model": f"{blocks}, width {size['hidden_size']}",
         "notes": list(notes),

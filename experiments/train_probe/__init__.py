@@ -1,1 +1,1 @@
-"""Training of the probe that reads keypoints, mouth and appearance off rendered frames."""
+"""Training of the probe that reads keypoints, mouth and appearance from rendered frames."""

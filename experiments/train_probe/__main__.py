@@ -2,8 +2,8 @@
 
     python -m experiments.train_probe --data=DIR --output=experiments/assets/probe.safetensors --steps=900
 
-DIR is the output of `python -m data_pipelines.synthetic`. Frames are degraded on purpose (blur, noise, blotches, and
-with --vae also reconstructions by the VAE), because the probe has to read frames that a generator made.
+DIR is the output of `python -m data_pipelines.synthetic`. Training degrades frames (blur, noise, blotches and, with
+--vae, reconstruction), because the probe must read generated frames.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     f = flags.FLAGS
     if not f.data:
-        raise UserError("--data is not given; make it with `python -m data_pipelines.synthetic --output=DIR`")
+        raise UserError("--data is missing; make it with `python -m data_pipelines.synthetic --output=DIR`")
     started = time.perf_counter()
     manifest = read_manifest(Path(f.data))
     trained = read_clips(Path(f.data), manifest, "train")
@@ -71,11 +71,7 @@ def main(_: list[str]) -> None:
 
 
 def read_manifest(directory: Path) -> dict:
-    """manifest.json of a rendered data set.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """manifest.json of a rendered data set; UserError if it is missing or damaged."""
     try:
         return json.loads((directory / "manifest.json").read_text())
     except (OSError, ValueError) as error:
@@ -86,11 +82,7 @@ def read_manifest(directory: Path) -> dict:
 
 
 def read_clips(directory: Path, manifest: dict, split: str) -> list[Clip]:
-    """The clips of one split with their annotations.
-
-    Raises:
-      UserError: the split is empty.
-    """
+    """The clips of one split with their annotations; UserError if there are none."""
     clips = []
     for entry in manifest["clips"]:
         if entry["split"] != split:
@@ -98,7 +90,7 @@ def read_clips(directory: Path, manifest: dict, split: str) -> list[Clip]:
         frames = media.read_video(directory / entry["file"])
         with np.load(directory / entry["annotations"], allow_pickle=False) as arrays:
             fields = {name: np.asarray(arrays[name], np.float32) for name in ("mouth", "attributes")}
-            # The true ones: they exist also for clips whose keypoints the generator does not see in training.
+            # The true keypoints also exist for clips that are used without keypoints in training the generator.
             fields["keypoints"] = np.asarray(arrays["truth_keypoints"], np.float32)
             names = tuple(str(name) for name in arrays["attribute_names"])
         count = min(len(frames), len(fields["mouth"]))
@@ -116,9 +108,8 @@ def reconstruct(clips: list[Clip], path: str) -> list[Clip]:
     for clip in clips:
         count = min(49, len(clip.frames) - (len(clip.frames) - 1) % STRIDE)
         frames = to_pixels(np.asarray(decode(encode(to_model(clip.frames[:count])[None]))[0]))
-        made.append(
-            dataclasses.replace(clip, frames=frames, keypoints=clip.keypoints[:count], mouth=clip.mouth[:count])
-        )
+        annotations = {"keypoints": clip.keypoints[:count], "mouth": clip.mouth[:count]}
+        made.append(dataclasses.replace(clip, frames=frames, **annotations))
     return made
 
 

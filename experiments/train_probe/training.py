@@ -1,4 +1,4 @@
-"""Data and steps of the probe's training: rendered frames, degraded on purpose, with exact annotations."""
+"""Data and steps of the probe's training: degraded rendered frames with exact annotations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from omnihuman_jax.evaluation.metrics import mouth
 from omnihuman_jax.evaluation.metrics.metric import MIN_FACE
 from omnihuman_jax.evaluation.statistics import pearson
 
-MIN_TRAINING_FACE = 10.0  # pixels from eyes to chin below which a mouth teaches nothing
+MIN_TRAINING_FACE = 10.0  # pixels from eyes to chin; smaller mouths are not trained on
 FLIPPED = np.array(FLIP)
 FACE = [INDEX[name] for name in (*probe_lib.MOUTH_POINTS, "left_eye", "right_eye", "chin")]
 
@@ -50,7 +50,7 @@ class Clip:
 
 
 def degrade(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A frame (h,w,3) uint8 as a generator might make it: less sharp, noisy, blotchy, a little off in colour."""
+    """A frame (h,w,3) uint8 as a generator might make it: blurred, noisy, blotchy, slightly off in colour."""
     size = frame.shape[1::-1]
     image = frame.astype(np.float32)
     if rng.random() < 0.4:
@@ -60,7 +60,7 @@ def degrade(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.4))
     if rng.random() < 0.4:
         image += rng.normal(0, rng.uniform(0, 10), image.shape).astype(np.float32)
-    if rng.random() < 0.4:  # errors of latents: blotches of the size of a few latent cells
+    if rng.random() < 0.4:  # errors in latents: blotches of a few latent cells
         cells = rng.normal(0, rng.uniform(0, 12), (size[1] // 8 + 1, size[0] // 8 + 1, 3)).astype(np.float32)
         image += cv2.resize(cells, size, interpolation=cv2.INTER_CUBIC)
     if rng.random() < 0.5:
@@ -69,7 +69,7 @@ def degrade(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def random_view(size: tuple[int, int], canvas: int, rng: np.random.Generator) -> np.ndarray:
-    """Affine (2,3) of the letterbox of a (height, width) frame, moved, turned and zoomed a little."""
+    """Affine (2,3) of the letterbox of a (height, width) frame, slightly moved, rotated and zoomed."""
     base = probe_lib.letterbox(size, canvas)
     zoom, angle = np.exp(rng.uniform(-0.2, 0.25)), rng.normal(0, 0.06)
     turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -78,7 +78,7 @@ def random_view(size: tuple[int, int], canvas: int, rng: np.random.Generator) ->
 
 
 def sample(clips: Sequence[Clip], config: probe_lib.ProbeConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One training example: a random frame of a random clip, degraded, half of the time mirrored."""
+    """One training example: a random frame of a random clip, degraded, mirrored half of the time."""
     clip = clips[rng.integers(len(clips))]
     f = rng.integers(len(clip.frames))
     frame, points, seen = degrade(clip.frames[f], rng), clip.points[f], keypoints.visible(clip.keypoints[f])
@@ -90,7 +90,7 @@ def sample(clips: Sequence[Clip], config: probe_lib.ProbeConfig, rng: np.random.
     on_canvas = points @ view[:, :2].T + view[:, 2]
     centre, side = probe_lib.mouth_geometry(points[None], KEYPOINTS)
     usable = bool(side[0] >= MIN_TRAINING_FACE and seen[FACE].all())
-    # The locator errs, so the reader must bear crops that are a little off.
+    # The locator makes errors, so the reader must tolerate crops that are slightly off.
     centre, side = centre[0] + rng.normal(0, 0.06, 2) * side[0], side[0] * np.exp(rng.normal(0, 0.12))
     return {
         "canvas": probe_lib.warp(frame, view, config.canvas),
@@ -106,7 +106,7 @@ def sample(clips: Sequence[Clip], config: probe_lib.ProbeConfig, rng: np.random.
 def batches(
     clips: Sequence[Clip], config: probe_lib.ProbeConfig, size: int, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, each a pure function of (seed, step), made one ahead in a thread."""
+    """Endless batches, each a pure function of (seed, step), made ahead in a thread."""
 
     def batch(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((seed, step))
@@ -119,7 +119,7 @@ def batches(
         for step in itertools.count():
             try:
                 ready.put(batch(step))
-            except Exception as error:  # handed to the consumer, which raises it
+            except Exception as error:  # the consumer raises it
                 ready.put(error)
                 return
 
@@ -132,7 +132,7 @@ def batches(
 
 
 def loss(network: probe_lib.ProbeNetwork, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of heatmaps against Gaussians of one cell, of visibility; squared errors of the rest."""
+    """Cross-entropy of heatmaps (against Gaussians of one cell) and of visibility, squared errors of the rest."""
     logits, visible, attributes = network.locator(probe_lib.to_input(batch["canvas"]))
     _, h, w, k = logits.shape
     cells = (jnp.stack(jnp.meshgrid(jnp.arange(w), jnp.arange(h)), -1).reshape(-1, 2) + 0.5) / jnp.array([w, h])
@@ -153,17 +153,8 @@ def loss(network: probe_lib.ProbeNetwork, batch: dict[str, jax.Array]) -> tuple[
 
 def train(
     config: probe_lib.ProbeConfig, clips: Sequence[Clip], *, steps: int, batch: int, seed: int, rate: float = 3e-3
-):
-    """Trains a `ProbeNetwork` with AdamW, a cosine schedule and the mean of the last weights.
-
-    Args:
-      config: of the probe.
-      clips: training clips, raw or reconstructed.
-      steps: optimizer steps.
-      batch: frames a step.
-      seed: of weights and batches.
-      rate: peak learning rate.
-    """
+) -> probe_lib.ProbeNetwork:
+    """Trains a probe with AdamW and a cosine schedule from `rate` for `steps` steps of `batch` frames."""
     network = probe_lib.ProbeNetwork(config, rngs=nnx.Rngs(seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(50, steps // 10), steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.02))
@@ -185,12 +176,12 @@ def train(
 
 
 def accuracy_on(probe: probe_lib.Probe, clips: Sequence[Clip]) -> dict[str, float]:
-    """How well the probe reads clips (held-out ones): the upper bound of everything measured with it.
+    """How well the probe reads held-out clips: the upper bound of everything measured with it.
 
     Returns:
-      mouth_correlation (mean and std over clips with a face of `MIN_FACE` pixels, per clip over frames), its number of
+      mouth_correlation over frames (mean and std over clips with a face of `MIN_FACE` pixels) and the number of these
       clips, mouth_error (mean absolute), keypoint_error_percent (of the diagonal), visibility_accuracy (share),
-      attribute_r2 (attribute -> share of its variance over the clips that is explained).
+      attribute_r2 (attribute -> explained share of its variance over the clips).
     """
     rows: dict[str, list[Any]] = {name: [] for name in ("mouth", "error", "points", "seen", "attributes")}
     for clip in clips:
@@ -216,7 +207,7 @@ def accuracy_on(probe: probe_lib.Probe, clips: Sequence[Clip]) -> dict[str, floa
 
 
 def _explained(names: Sequence[str], read: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Share of the variance of each attribute (clips,A) that the readings explain; 0 for one that does not vary."""
+    """Share of the variance of each attribute (clips,A) that the readings explain; 0 if it does not vary."""
     total = truth.var(0)
     r2 = np.where(total > 1e-8, 1 - ((read - truth) ** 2).mean(0) / np.maximum(total, 1e-8), 0.0)
     return {name: round(float(value), 3) for name, value in zip(names, r2)}

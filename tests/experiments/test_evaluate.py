@@ -199,7 +199,7 @@ def test_the_command_writes_what_the_report_shows(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 20}, "--frames=20: the VAE makes 1 \\+ 4n frames; take 17"),
+        ({"frames": 20}, "--frames=20: the VAE makes 1 \\+ 4n frames; try 17"),
         ({"frames": 401}, "fewer than 2 held-out rendered clips of at least 401 frames"),
         ({"metrics": ("mouht",)}, "--metrics=mouht: unknown metric .did you mean 'mouth'"),
         ({"probe": "none.safetensors"}, "probe none.safetensors does not exist"),

@@ -154,7 +154,7 @@ def test_seconds_overrule_the_recording_and_sound_is_taken_from_a_video(run, fil
     found = probe(run(audio=files / "sound.mp4", pose=files / "pose.npz", seconds=0.48, steps=1))
     assert found["frames"] == 12 and found["audio_seconds"] == pytest.approx(0.48, abs=0.05)
     printed = capsys.readouterr().out
-    assert "conditions: text, reference, audio, pose\n" in printed and "last frame is held" in printed
+    assert "conditions: text, reference, audio, pose\n" in printed and "repeating its last frame" in printed
 
 
 @pytest.mark.slow
