@@ -10,10 +10,10 @@ Exit status: 0 done, 1 it does not fit, 2 bad input, else that of kubectl, xpk o
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -31,49 +31,66 @@ _EXAMPLES = {"config": "experiments/configs/omni_2b.py", "tpu_type": "v5p-128", 
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     cli.define_config_flag()
-    defaults = {field.name: field.default for field in dataclasses.fields(Job)}
+    define_job_flags(flags.FLAGS)
+
+
+def define_job_flags(values: flags.FlagValues) -> None:
+    """Defines all flags but --config."""
+    text, number, switch = (
+        functools.partial(define, flag_values=values)
+        for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool)
+    )
+    default = {field.name: field.default for field in dataclasses.fields(Job)}
     actions = ["start", *clients.ACTIONS, "collect"]
-    flags.DEFINE_enum("action", "start", actions, "What to do with the job, or with all of a sweep.")
-    flags.DEFINE_enum("format", "jobset", clients.FORMATS, "How it is started: by kubectl, xpk or gcloud.")
-    flags.DEFINE_bool("dry_run", False, "Print the manifest, command or script instead of running it.")
-    flags.DEFINE_string("name", "", "Name of the job; default: the preset's.")
-    flags.DEFINE_string("tpu_type", None, "Slice, as v5p-128, v5litepod-256, v6e-256, tpu7x-128, or v5p:4x4x4.")
-    flags.DEFINE_integer("num_slices", 1, "Slices of that type.")
-    flags.DEFINE_string("image", "", "Container image, built from the Dockerfile of this repository.")
-    flags.DEFINE_string("workdir", "", "Run directory, gs://BUCKET/RUN; with a sweep, the folder of the runs.")
-    flags.DEFINE_string("bucket", "", "Bucket that is mounted at /gcs; default: that of --workdir.")
-    flags.DEFINE_list("replace_parameters_at", [], "As of experiments.train.")
-    flags.DEFINE_string("plan", "", "Report of `tpu.plan --output` for this job; default: plan now, for minutes.")
-    flags.DEFINE_bool("noplan", False, "Start without planning here; the preflight still plans.")
-    flags.DEFINE_bool("force", False, "Start although it does not fit.")
-    flags.DEFINE_bool("preflight", True, "Check data and plan in the cluster before slices are asked for (jobset).")
-    flags.DEFINE_string("sweep", "", 'JSON file: {"config.KEY": [values]} or a list of {"config.KEY": value}.')
-    flags.DEFINE_string("output", "", "File for --action=collect, .csv or .md; default: Markdown on stdout.")
-    flags.DEFINE_string("namespace", defaults["namespace"], "Namespace of Kubernetes.")
-    flags.DEFINE_string("service_account", "", "Service account of Kubernetes that may write to the bucket.")
-    flags.DEFINE_string("queue", "", "Local queue of Kueue.")
-    flags.DEFINE_string("priority", "", "Priority class.")
-    flags.DEFINE_bool("spot", False, "Use spot capacity.")
-    flags.DEFINE_string("reservation", "", "Use this reservation.")
-    flags.DEFINE_integer("max_restarts", defaults["max_restarts"], "Failures after which the job is given up.")
-    flags.DEFINE_integer("save_seconds", defaults["save_seconds"], "How long saving a checkpoint takes, at the most.")
-    flags.DEFINE_integer("keep_seconds", defaults["keep_seconds"], "How long a finished job stays in the cluster.")
-    flags.DEFINE_string("project", "", "Project of Google Cloud; default: that of gcloud.")
-    flags.DEFINE_string("zone", "", "Zone of Google Cloud; default: that of gcloud.")
-    flags.DEFINE_string("cluster", "", "Cluster of GKE, for --format=xpk.")
+    flags.DEFINE_enum("action", "start", actions, "What to do with the job, or with all of a sweep.", values)
+    flags.DEFINE_enum("format", "jobset", clients.FORMATS, "How it is started: by kubectl, xpk or gcloud.", values)
+    switch("dry_run", False, "Print the manifest, command or script instead of running it.")
+    text("name", "", "Name of the job; default: the preset's.")
+    text("tpu_type", None, "Slice, as v5p-128, v5litepod-256, v6e-256, tpu7x-128, or v5p:4x4x4.")
+    number("num_slices", 1, "Slices of that type.")
+    text("image", "", "Container image, built from the Dockerfile of this repository.")
+    text("workdir", "", "Run directory, gs://BUCKET/RUN; with a sweep, the folder of the runs.")
+    text("bucket", "", "Bucket that is mounted at /gcs; default: that of --workdir.")
+    flags.DEFINE_list("replace_parameters_at", [], "As of experiments.train.", values)
+    text("plan", "", "Report of `tpu.plan --output` for this job; default: plan now, for minutes.")
+    switch("noplan", False, "Start without planning here; the preflight still plans.")
+    switch("force", False, "Start although it does not fit.")
+    switch("preflight", True, "Check data and plan in the cluster before slices are asked for (jobset).")
+    text("sweep", "", 'JSON file: {"config.KEY": [values]} or a list of {"config.KEY": value}.')
+    text("output", "", "File for --action=collect, .csv or .md; default: Markdown on stdout.")
+    text("namespace", default["namespace"], "Namespace of Kubernetes.")
+    text("service_account", "", "Service account of Kubernetes that may write to the bucket.")
+    text("queue", "", "Local queue of Kueue.")
+    text("priority", "", "Priority class.")
+    switch("spot", False, "Use spot capacity.")
+    text("reservation", "", "Use this reservation.")
+    number("max_restarts", default["max_restarts"], "Failures after which the job is given up.")
+    number("save_seconds", default["save_seconds"], "How long saving a checkpoint takes, at the most.")
+    number("keep_seconds", default["keep_seconds"], "How long a finished job stays in the cluster.")
+    text("project", "", "Project of Google Cloud; default: that of gcloud.")
+    text("zone", "", "Zone of Google Cloud; default: that of gcloud.")
+    text("cluster", "", "Cluster of GKE, for --format=xpk.")
 
 
 def main(_: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    f = flags.FLAGS
+    return launch(flags.FLAGS)
+
+
+def launch(f: flags.FlagValues) -> int:
+    """Does what parsed flags say; returns the exit status.
+
+    Raises:
+      UserError: one of them is wrong.
+    """
     rows = sweep.read_grid(Path(f.sweep)) if f.sweep else []
     name = f.name or (Path(f["config"].config_filename).stem.replace("_", "-") if f.config else "")
     if not name:
         raise UserError("--name is missing; give the job's, or its --config")
     names = [sweep.row_name(name, i) for i in range(len(rows))] or [name]
     if f.action == "collect":
-        return _collect(name, rows)
-    wanted = _start(names, rows) if f.action == "start" else _follow(names)
+        return _collect(f, name, rows)
+    wanted = _start(f, names, rows) if f.action == "start" else _follow(f, names)
     if wanted is None:
         return 1
     if f.dry_run:
@@ -82,19 +99,17 @@ def main(_: list[str]) -> int:
     return clients.run(wanted)
 
 
-def _follow(names: list[str]) -> list[clients.Command]:
-    f = flags.FLAGS
+def _follow(f: flags.FlagValues, names: list[str]) -> list[clients.Command]:
     place = {key: getattr(f, key) for key in ("namespace", "project", "zone", "cluster")}
     return [one for name in names for one in clients.commands(Handle(name=name, **place), f.format, f.action)]
 
 
-def _start(names: list[str], rows: list[sweep.Row]) -> list[clients.Command] | None:
+def _start(f: flags.FlagValues, names: list[str], rows: list[sweep.Row]) -> list[clients.Command] | None:
     """What starts the jobs; None where one does not fit."""
-    f = flags.FLAGS
-    jobs, resolved = _make_jobs(names, rows)
+    jobs, resolved = _make_jobs(f, names, rows)
     for job in jobs:
         _say(f"{job.name}: {job.num_slices} x {job.tpu.describe()}")
-    wrong = "" if f.noplan else _what_does_not_fit(jobs, resolved)
+    wrong = "" if f.noplan else _what_does_not_fit(f, jobs, resolved)
     if wrong and not f.force:
         _say(f"error: {wrong}; see tpu.plan, or give --force")
         return None
@@ -103,9 +118,8 @@ def _start(names: list[str], rows: list[sweep.Row]) -> list[clients.Command] | N
     return clients.start(jobs, f.format)
 
 
-def _make_jobs(names: list[str], rows: list[sweep.Row]) -> tuple[list[Job], list[ConfigDict]]:
+def _make_jobs(f: flags.FlagValues, names: list[str], rows: list[sweep.Row]) -> tuple[list[Job], list[ConfigDict]]:
     """The jobs of the flags, checked, and their configs."""
-    f = flags.FLAGS
     for flag, example in _EXAMPLES.items():
         if not getattr(f, flag):
             raise UserError(f"--{flag} is missing; give one, as --{flag}={example}")
@@ -113,7 +127,7 @@ def _make_jobs(names: list[str], rows: list[sweep.Row]) -> tuple[list[Job], list
     own = configs.overrides(preset, f.config)
     bucket = storage.find_bucket(f.workdir, f.bucket)
     workdir = storage.workdir_in_job(f.workdir, bucket)
-    lists = {name: f[name].value for name in ("replace_parameters_at", command.PLUGINS)}
+    lists = {name: f[name].value for name in ("replace_parameters_at", command.PLUGINS) if name in f}
     others = [f"--{name}={','.join(values)}" for name, values in lists.items() if values]
     fields = {field.name for field in dataclasses.fields(Job)} & set(f) - {"name", "config", "workdir", "bucket"}
     common = {"tpu": tpu, "bucket": bucket, "config": configs.preset_in_image(preset)}
@@ -132,7 +146,7 @@ def _make_jobs(names: list[str], rows: list[sweep.Row]) -> tuple[list[Job], list
                 overrides=(*others, *mounted),
                 workdir=f"{workdir}/{name}" if row else workdir,
             )
-            _check(job)
+            _check(job, f.format)
             resolve_shape(config.mesh, tpu.devices * job.num_slices)
         except UserError as error:
             raise UserError(f"{where}{error}") from error
@@ -141,8 +155,7 @@ def _make_jobs(names: list[str], rows: list[sweep.Row]) -> tuple[list[Job], list
     return jobs, resolved
 
 
-def _check(job: Job) -> None:
-    form = flags.FLAGS.format
+def _check(job: Job, form: str) -> None:
     check_job(job, clients.longest_suffix(job, form))
     if form == "queued-resource":
         queued_resource.check(job)
@@ -150,13 +163,10 @@ def _check(job: Job) -> None:
         raise UserError("--cluster is missing; xpk needs the name of the GKE cluster")
 
 
-def _what_does_not_fit(jobs: list[Job], resolved: list[ConfigDict]) -> str:
+def _what_does_not_fit(f: flags.FlagValues, jobs: list[Job], resolved: list[ConfigDict]) -> str:
     """What does not fit among the jobs, by --plan or by planning each that differs; "" where all do."""
-    f = flags.FLAGS
     given = plans.read(Path(f.plan)) if f.plan else None
     made: list[plans.Plan] = [given] if given else []
-    # Programs for another machine cannot be read back from the cache, so writing them is waste.
-    jax.config.update("jax_enable_compilation_cache", False)
     for job, config in zip(jobs, resolved, strict=True):
         place = (job.tpu, job.num_slices)
         fitting = next((report for report in made if not plans.difference(report, config, *place)), None)
@@ -172,8 +182,7 @@ def _what_does_not_fit(jobs: list[Job], resolved: list[ConfigDict]) -> str:
     return ""
 
 
-def _collect(name: str, rows: list[sweep.Row]) -> int:
-    f = flags.FLAGS
+def _collect(f: flags.FlagValues, name: str, rows: list[sweep.Row]) -> int:
     if not rows or not f.workdir:
         raise UserError("--action=collect needs the --sweep and the --workdir that the jobs were started with")
     write = {"": sweep.to_markdown, ".md": sweep.to_markdown, ".csv": sweep.to_csv}.get(Path(f.output).suffix)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments.common import cli
@@ -45,6 +46,8 @@ def make(config: ConfigDict, tpu: TpuType, num_slices: int, log: Callable[[str],
     Raises:
       UserError: mesh, batch or buckets do not divide.
     """
+    # Programs for another machine cannot be read back from the cache, so writing them is waste.
+    jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("LIBTPU_INIT_ARGS", compiler_flags(tpu, num_slices))  # read when libtpu is loaded
     return plan.plan(config, get_topology(tpu.topology, num_slices), log)
 

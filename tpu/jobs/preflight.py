@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -65,8 +64,6 @@ def get_plan(config: ConfigDict, tpu: TpuType, num_slices: int, path: Path) -> p
         if not plans.difference(report, config, tpu, num_slices):
             print(f"preflight: planned before, in {path}", flush=True)
             return report
-    # Programs for another machine cannot be read back from the cache, so writing them is waste.
-    jax.config.update("jax_enable_compilation_cache", False)
     report = plans.make(config, tpu, num_slices, log=lambda line: print(line, flush=True))
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")

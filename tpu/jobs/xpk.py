@@ -36,7 +36,7 @@ def create_command(job: Job) -> list[str]:
     environment = training_environment(job.tpu, job.num_slices)
     return [
         *("xpk", "workload", "create", f"--workload={job.name}", *place(job)),
-        *(f"--tpu-type={job.tpu.cloud_name}", f"--num-slices={job.num_slices}"),
+        *(f"--tpu-type={job.tpu.series.prefix}-{job.tpu.layout}", f"--num-slices={job.num_slices}"),
         *(f"--docker-image={job.image}", f"--docker-name={CONTAINER}", f"--storage={job.bucket}"),
         *(f"--max-restarts={job.max_restarts}", f"--restart-on-exit-codes={_RESTARTED}"),
         f"--termination-grace-period-seconds={job.grace_seconds}",
