@@ -5,7 +5,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -56,9 +55,3 @@ def test_the_environment_of_the_container_reaches_the_command():
     program = "import os; raise SystemExit('JAX_PLATFORMS' in os.environ or 'TPU_SKIP_MDS_QUERY' in os.environ)"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "TPU_"))}
     assert start(program, env=environment).wait() == 0
-
-
-def test_nothing_is_imported_before_the_command_runs():
-    began = time.monotonic()
-    assert start("").wait() == 0
-    assert time.monotonic() - began < 5
