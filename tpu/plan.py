@@ -204,6 +204,7 @@ def _header(config: ConfigDict, topology: Topology, mesh: Mesh, parameters: int)
         "parameters": parameters,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
+        "config": cli.to_plain(config),
     }
 
 

@@ -37,7 +37,7 @@ LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint", ".init_from", "loss.
 
 def shared_digest(plain_config: dict[str, Any]) -> str:
     """sha256 of the keys that all processes of a run must have alike."""
-    return config_digest({k: v for k, v in _flatten(plain_config).items() if not k.endswith(LOCAL)})
+    return config_digest({k: v for k, v in flatten(plain_config).items() if not k.endswith(LOCAL)})
 
 
 def config_digest(plain_config: dict[str, Any]) -> str:
@@ -49,7 +49,7 @@ def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, 
     """Writes config.json; says in which keys it differs from the checkpoint's, `before`, and which of them are safe."""
     path = workdir / "config.json"
     if before is not None:
-        before, after = _flatten(before), _flatten(json.loads(json.dumps(plain_config)))  # tuples are lists there
+        before, after = flatten(before), flatten(json.loads(json.dumps(plain_config)))  # tuples are lists there
         changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
         for heading, safe in (("changes what is trained", False), ("safe", True)):
             told = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
@@ -60,8 +60,9 @@ def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, 
     temporary.replace(path)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of a config of plain types."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
