@@ -361,10 +361,3 @@ def test_weights_are_written_as_text_in_the_config():
     config.stages.stage1.bucket_weights, config.data.source_weights = "", "real"
     with pytest.raises(UserError, match=r"data.source_weights='real': write it as source=weight"):
         curriculum(config)
-
-
-def test_a_batch_of_no_samples_is_refused():
-    config = config_with(stage1=5)
-    config.global_batch_size = 0
-    with pytest.raises(UserError, match="global_batch_size=0: must be at least 1"):
-        curriculum(config)
