@@ -16,10 +16,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from omnihuman_jax.kernels.blocks import LANES, MASKED, SKIP, BlockSizes, block_kinds, fit, pad_tokens
+from omnihuman_jax.kernels.blocks import LANES, MASKED, SKIP, BlockSizes, block_kinds, block_sizes, fit, pad_tokens
 
 HIDDEN = -1e30  # score of a key in another segment; finite, so that no row gives NaN
 SAFE_BOUND = 50.0  # |score| in base 2 below which exp2(score - bound) >= 2**-100
@@ -213,6 +214,8 @@ def _attend_forward(q, k, v, q_segment, kv_segment, sizes, maximum, interpret):
         out, lse = jax.lax.cond(math.prod(norms) < SAFE_BOUND, lambda: run(online=False), lambda: run(online=True))
     else:
         out, lse = run(online=maximum == "online")
+    # Under the names that remat policies keep ("attention"), the backward pass does not run the forward kernel again.
+    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return out, (scaled, k, v, q_segment, kv_segment, out, lse)
 
 
@@ -232,7 +235,7 @@ def flash_attention(
     q_segment: jax.Array,
     kv_segment: jax.Array,
     *,
-    sizes: BlockSizes = BlockSizes(),  # noqa: B008 (frozen)
+    sizes: BlockSizes | None = None,
     maximum: str = "auto",
     interpret: bool = False,
 ) -> jax.Array:
@@ -242,14 +245,14 @@ def flash_attention(
       q: (B, Nq, heads, D); any Nq, padded to blocks here.
       k, v: (B, Nk, heads, D).
       q_segment, kv_segment: (B, Nq), (B, Nk) int32; a query sees the keys of its segment, segment 0 nothing.
-      sizes: of the blocks.
+      sizes: of the blocks; None: by the device (`blocks.block_sizes`).
       maximum: "online", "bound", or "auto": the bound where it is safe, decided from the norms at run time.
       interpret: runs without a TPU (slowly).
 
     Returns:
       (B, Nq, heads, D) in the dtype of q; exactly 0, forward and backward, for a query that sees no key.
     """
-    nq = q.shape[1]
+    sizes, nq = sizes or block_sizes(), q.shape[1]
     blocks_q = math.lcm(fit(sizes.forward[0], nq), fit(sizes.backward[0], nq))
     blocks_k = math.lcm(fit(sizes.forward[1], k.shape[1]), fit(sizes.backward[1], k.shape[1]))
     q, q_segment = pad_tokens(q, blocks_q), pad_tokens(q_segment, blocks_q)

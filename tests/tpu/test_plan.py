@@ -83,12 +83,13 @@ def test_a_step_that_does_not_fit_gives_the_compilers_numbers():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_splash_attention_compiles_for_two_slices_with_data_between_them():
+@pytest.mark.parametrize("attention", ["splash", "flash"])
+def test_attention_kernels_compile_for_two_slices_with_data_between_them(attention):
     config = tiny_config()
-    config.model.attention = "splash"
+    config.model.attention = attention
     report = plan.plan(config, topologies.get_topology("v5p:2x2x1", 2), log=lambda line: None)
     assert report["fits"] and report["num_slices"] == 2 and report["mesh"]["data"] == 2
-    assert report["steps"][0]["pallas_calls"] >= 6  # forward, dq and dkv in each of two blocks
+    assert report["steps"][0]["pallas_calls"] >= 6  # splash: forward, dq and dkv in each of two blocks
 
 
 @pytest.mark.slow

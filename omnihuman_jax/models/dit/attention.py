@@ -1,6 +1,6 @@
-"""Attention within segments: XLA anywhere, or JAX's Pallas splash kernel on TPU.
+"""Attention within segments: XLA anywhere; on TPU our own kernels (`kernels.flash`) or JAX's splash kernel.
 
-Both take q (B, Nq, heads, D), k and v (B, Nk, heads, D), and segment ids q_segment (B, Nq), kv_segment (B, Nk) int32.
+All take q (B, Nq, heads, D), k and v (B, Nk, heads, D), and segment ids q_segment (B, Nq), kv_segment (B, Nk) int32.
 A query sees the keys of its own segment. Segment 0 means absent: the output and the gradients of such a query are 0.
 """
 
@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.kernels.flash import flash_attention
 from omnihuman_jax.sharding.rules import ACTIVATIONS, constrain, num_shards, usable
 
 LANES = 128
@@ -35,16 +36,17 @@ def attend(
 
     Args:
       q, k, v, q_segment, kv_segment: see the module.
-      implementation: "xla" or "splash".
+      implementation: "xla", "splash" or "flash".
       sequence: what the mesh's sequence axis divides. "ulysses": heads; queries, keys and values are resharded from
         tokens to heads. "all_gather": queries; keys and values are gathered. "replicated": queries; keys and values
         are few (audio, text) and on every device already.
 
     Raises:
-      UserError: splash attention with a number of heads that the mesh does not divide.
+      UserError: a kernel with a number of heads that the mesh does not divide.
     """
-    kernel = {"xla": _xla, "splash": _splash}[implementation]
-    return kernel(q, k, v, q_segment, kv_segment, sequence)
+    if implementation == "xla":
+        return _xla(q, k, v, q_segment, kv_segment, sequence)
+    return _kernel(implementation, q, k, v, q_segment, kv_segment, sequence)
 
 
 def mesh_axis(name: str) -> int:
@@ -72,15 +74,17 @@ def _xla(q, k, v, q_segment, kv_segment, sequence):
     return constrain(out.transpose(0, 2, 1, 3), "batch", tokens, heads, None)
 
 
-def _splash(q, k, v, q_segment, kv_segment, sequence):
+def _kernel(name, q, k, v, q_segment, kv_segment, sequence):
+    """A Pallas kernel, on every device the part that the mesh gives it."""
+    run = {"splash": splash_local, "flash": flash_attention}[name]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty:
-        return splash_local(q, k, v, q_segment, kv_segment)
+        return run(q, k, v, q_segment, kv_segment)
     heads = ACTIVATIONS["heads" if sequence == "ulysses" else "local_heads"]
     if q.shape[2] % num_shards(heads, mesh):
         names = ("sequence", "tensor") if sequence == "ulysses" else ("tensor",)
         raise UserError(
-            f"attention=splash: {q.shape[2]} heads are not divisible by mesh {' x '.join(names)} = "
+            f"attention={name}: {q.shape[2]} heads are not divisible by mesh {' x '.join(names)} = "
             f"{num_shards(heads, mesh)}; change {', '.join(f'mesh.{name}' for name in names)} or model.num_heads"
         )
     batch = usable(ACTIVATIONS["batch"], q.shape[0], mesh)
@@ -92,7 +96,7 @@ def _splash(q, k, v, q_segment, kv_segment, sequence):
         if kv_tokens:
             # Gathered here so that their gradients are reduce-scattered; those of whole arguments are all-reduced.
             k, v = (jax.lax.all_gather(x, kv_tokens, axis=1, tiled=True) for x in (k, v))
-        return splash_local(q, k, v, q_segment, kv_segment)
+        return run(q, k, v, q_segment, kv_segment)
 
     q_spec, q_ids = PartitionSpec(batch, q_tokens, heads), PartitionSpec(batch, q_tokens)
     kv_spec, kv_ids = PartitionSpec(batch, kv_tokens, heads), PartitionSpec(batch, None)

@@ -14,7 +14,7 @@ CHOICES = {
     "mlp_activation": ("gelu_tanh", "swiglu"),
     "qk_norm": ("rms", "none"),
     "text_embed": ("linear", "mlp"),
-    "attention": ("xla", "splash"),
+    "attention": ("xla", "splash", "flash"),
     "sequence_attention": SEQUENCE_ATTENTION,
     "remat": ("none", "full", "dots", "attention"),
     "param_dtype": ("float32", "bfloat16"),
@@ -83,7 +83,7 @@ class ModelConfig:
       pose_widths: channels of the pose guider's convolutions.
       pose_scale: heatmap resolution over latent resolution, a power of two.
       pose_sigma: standard deviation of a keypoint's Gaussian, in heatmap cells.
-      attention: "xla" (any device) or "splash" (TPU Pallas kernel).
+      attention: "xla" (any device), "flash" (our TPU kernels) or "splash" (JAX's TPU kernel).
       sequence_attention: what the sequence axis of a mesh divides in self-attention: "ulysses" = heads, "all_gather" =
         queries. A config sets it as `mesh.sequence_attention`.
       remat: what a block saves for its backward pass: "none" = everything (no rematerialisation), "full" = nothing,

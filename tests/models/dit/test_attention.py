@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.kernels.blocks import BlockSizes
+from omnihuman_jax.kernels.flash import flash_attention
 from omnihuman_jax.models.dit import attention
 from omnihuman_jax.models.dit.attention import attend, splash_local
 from omnihuman_jax.sharding.mesh import SEQUENCE_ATTENTION, make_mesh
@@ -86,9 +88,12 @@ def test_splash_refuses_heads_that_the_mesh_does_not_divide():
         attend(q, k, v, q_segment, kv_segment, implementation="splash")
 
 
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
 @pytest.mark.parametrize("sequence", SEQUENCE_ATTENTION)
-def test_splash_on_a_mesh_has_the_values_and_gradients_of_the_definition(monkeypatch, sequence):
+def test_kernels_on_a_mesh_have_the_values_and_gradients_of_the_definition(monkeypatch, sequence, kernel):
     monkeypatch.setattr(attention, "splash_local", functools.partial(splash_local, interpret=True))
+    small = BlockSizes((128, 128), (128, 128))
+    monkeypatch.setattr(attention, "flash_attention", functools.partial(flash_attention, sizes=small, interpret=True))
     monkeypatch.setattr(attention, "BLOCK", 128)  # several blocks a device
     batch, n, heads = 2, 300, 4
     rng = np.random.default_rng(0)
@@ -109,7 +114,7 @@ def test_splash_on_a_mesh_has_the_values_and_gradients_of_the_definition(monkeyp
     reference = value_and_gradients(implementation="xla")
     np.testing.assert_allclose(reference[0], expected(q, k, v, segment, segment), atol=1e-5)
     with jax.set_mesh(make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})):
-        found = value_and_gradients(implementation="splash", sequence=sequence)
+        found = value_and_gradients(implementation=kernel, sequence=sequence)
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, reference, strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), name
