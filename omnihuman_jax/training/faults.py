@@ -108,7 +108,7 @@ class BadSteps:
         self.total, self.in_a_row = 0, 0
 
     def add(self, bad: bool, step: int, loss: float, grad_norm: float, records: Sequence[str]) -> str:
-        """Counts a step; returns what to tell about it, "" for a good one.
+        """Counts a step; returns the message to log, "" for a good one.
 
         Raises:
           UserError: the limit is reached.
@@ -117,13 +117,13 @@ class BadSteps:
             self.in_a_row = 0
             return ""
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        told = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        message = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            told += ", but the new parameters, moments or EMA are not finite"
-        told += f"; records {', '.join(records)}"
+            message += ", but the new parameters, moments or EMA are not finite"
+        message += f"; records {', '.join(records)}"
         if self.in_a_row >= self._limit:
             raise UserError(
-                f"{told}; {self.in_a_row} steps in a row were not finite (faults.max_bad_steps={self._limit}); the "
+                f"{message}; {self.in_a_row} steps in a row were not finite (faults.max_bad_steps={self._limit}); the "
                 f"last good checkpoint is {self._last_good()}; look at these records, or lower the learning rate"
             )
-        return f"{told}; skipped ({self.in_a_row} in a row, {self.total} since the start)"
+        return f"{message}; skipped ({self.in_a_row} in a row, {self.total} since the start)"

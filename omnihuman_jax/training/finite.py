@@ -39,9 +39,7 @@ def take_if_finite(made: State, before: State, *judged: jax.Array) -> tuple[Stat
     """The state that a step made, or the one before it.
 
     Args:
-      made: the new state.
-      before: the old one, of the same structure.
-      judged: scalars that must be finite too, as the loss and the norm of the gradient.
+      judged: scalars that must be finite too, such as the loss and the gradient norm.
 
     Returns:
       (state, whether the step was skipped () bool).

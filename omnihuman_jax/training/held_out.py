@@ -29,7 +29,7 @@ class HeldOutLoss:
       config: resolved config.
       network: the network.
       mesh: the mesh that the batches are on.
-      batches: global batches as training's, placed on the mesh; `active` says what each clip can give.
+      batches: global batches as training's, placed on the mesh; `active` names the conditions each clip has.
     """
 
     def __init__(self, config: ConfigDict, network: Network, mesh: Mesh, batches: Sequence[Mapping[str, jax.Array]]):

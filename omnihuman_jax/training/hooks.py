@@ -1,18 +1,27 @@
-"""The protocol of what happens every so many steps beside training: saves, evaluations, profiles."""
+"""What happens around the steps in addition to training: saves, evaluations, profiles."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from omnihuman_jax.errors import UserError
+from omnihuman_jax.sharding.processes import broadcast_from_main
+from omnihuman_jax.training.run_config import config_digest
+from omnihuman_jax.training.stages import ends_stage, stage_at
+
+if TYPE_CHECKING:  # run.py imports this module
+    from omnihuman_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class StepDone:
-    """A step that has been started on the devices.
+    """A step dispatched to the devices, with its metrics there.
 
     Attributes:
-      step: its number.
       state: the state after it; the next step takes its buffers.
-      metrics: of the step, on the devices.
-      stopping: whether the run stops with it: the time that is left before a kill is for saving.
+      stopping: whether the run stops after it: the time left before a kill is for saving.
     """
 
     step: int
@@ -22,16 +31,107 @@ class StepDone:
 
 
 class Hook:
-    """Called around every step, in all processes. By itself it does nothing."""
+    """Called around every step, in all processes; does nothing by default."""
 
     def before_step(self, step: int) -> None:
         """Called before the batch of a step is read."""
 
     def after_step(self, done: StepDone) -> None:
-        """Called when a step has been started on the devices."""
+        """Called when a step has been dispatched to the devices."""
 
     def after_restore(self, step: int, state: Any) -> None:
-        """Called when a run continues after `step`: makes up for what a stop has left out."""
+        """Called when a run continues after `step`: does what the stop skipped."""
 
     def close(self) -> None:
         """Called when the run ends."""
+
+
+class Save(Hook):
+    """Checkpoints: every `checkpoint.every` steps, at a stage's end and before a stop."""
+
+    def __init__(self, run: "Run"):
+        self._run = run
+
+    def after_step(self, done: StepDone) -> None:
+        """Saves in the background."""
+        run, ends = self._run, ends_stage(self._run.task.stages, done.step)
+        if not (ends or done.stopping or run.checkpoints.due(done.step)):
+            return
+        stage = stage_at(run.task.stages, done.step).name
+        with run.aside("save"):
+            meta = {
+                "step": done.step,
+                "stage": stage,
+                "seed": run.config.seed,
+                "next_data_step": done.step + 1,
+                "data": run.data,
+                "bad_steps": [run.bad_steps.total, run.bad_steps.in_a_row],
+                "config": run.plain_config,
+                "config_digest": config_digest(run.plain_config),
+            }
+            run.checkpoints.save(done.step, done.state, meta | run.task.meta(), ends=stage if ends else "")
+
+
+class Evaluation(Hook):
+    """Evaluates the state after some steps; what a stop skips, the next start does."""
+
+    def __init__(self, run: "Run"):
+        self.run = run
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after a step."""
+        raise NotImplementedError
+
+    def is_there(self, step: int) -> bool:
+        """Whether the run directory holds the result for a step."""
+        raise NotImplementedError
+
+    def evaluate(self, step: int, state: Any) -> None:
+        """Evaluates; the watchdog and the step clock are paused."""
+        raise NotImplementedError
+
+    def after_step(self, done: StepDone) -> None:
+        """Evaluates where it is due."""
+        if self.due(done.step) and not done.stopping:
+            with self.run.aside("evaluate"):
+                self.evaluate(done.step, done.state)
+
+    def after_restore(self, step: int, state: Any) -> None:
+        """Evaluates where it is due and not there."""
+        if self.due(step) and not broadcast_from_main(self.is_there(step)):
+            with self.run.aside("evaluate"):
+                self.evaluate(step, state)
+
+
+class Profile(Hook):
+    """Writes a JAX profiler trace of some steps, for TensorBoard or Perfetto, into `workdir/profile`.
+
+    `steps` is "FIRST:LAST", or "" for none; raises UserError for any other form.
+    """
+
+    def __init__(self, steps: str, workdir: Path):
+        self._first = self._last = 0
+        self._folder, self._running = workdir / "profile", False
+        if steps:
+            parts = steps.split(":")
+            if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
+                raise UserError(f"profile.steps={steps!r}: give FIRST:LAST, as 20:25")
+            self._first, self._last = int(parts[0]), int(parts[1])
+
+    def before_step(self, step: int) -> None:
+        """Starts the trace at its first step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after_step(self, done: StepDone) -> None:
+        """Ends the trace when its last step is done."""
+        if self._running and done.step >= self._last:
+            jax.block_until_ready(done.metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is running."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -14,9 +14,7 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.sharding.processes import check_same_on_all, is_main
 from omnihuman_jax.training.faults import StopSignal
-from omnihuman_jax.training.hooks import StepDone
-from omnihuman_jax.training.periodic import Save
-from omnihuman_jax.training.profile import Profile
+from omnihuman_jax.training.hooks import Profile, Save, StepDone
 from omnihuman_jax.training.run import Run
 from omnihuman_jax.training.run_config import shared_digest, write_config
 from omnihuman_jax.training.stages import begins_stage

@@ -71,7 +71,7 @@ def loss_by_time(sample_loss: np.ndarray, times: np.ndarray) -> dict[str, float]
 
 
 def memory_bytes() -> int:
-    """High-water mark of the device's memory, or of the process where the device (a CPU) does not tell."""
+    """High-water mark of the device's memory, or of the process where the device (a CPU) does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -94,12 +94,7 @@ def losses(metrics: Mapping[str, Any], active: Sequence[Sequence[str]]) -> dict[
 def throughput(model: ModelConfig, batch_size: int, bucket: Bucket, mesh: Mesh, seconds: float) -> dict[str, float]:
     """Video tokens, seconds of video and model FLOPs a second of a step, and `mfu` where the devices' peak is known.
 
-    Args:
-      model: of the network.
-      batch_size: global rows.
-      bucket: latent (T, H, W).
-      mesh: of the devices.
-      seconds: that the step took.
+    `batch_size` counts the global rows, `bucket` is the latent (T, H, W), `seconds` the duration of the step.
     """
     flops_per_second = flops.train_step_flops(model, batch_size, bucket) / seconds
     rates = {

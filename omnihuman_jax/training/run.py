@@ -81,7 +81,7 @@ class Run:
                 self.bar.write(message)
 
     def restore_counters(self, meta: dict[str, Any], path: Path) -> None:
-        """Restores what a checkpoint says beside the arrays; logs what it is and what changes from there on."""
+        """Restores what a checkpoint holds in addition to the arrays; logs what it is and what changes."""
         done, lines = meta["step"], self.task.restore(meta)
         self.checkpoints.end_stages(last_steps(self.task.stages))
         self._repeated_until = last_step_in(self.workdir / "metrics.jsonl")

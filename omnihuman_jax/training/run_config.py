@@ -46,15 +46,15 @@ def config_digest(plain_config: dict[str, Any]) -> str:
 
 
 def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, Any] | None) -> None:
-    """Writes config.json; says in which keys it differs from the checkpoint's, `before`, and which of them are safe."""
+    """Writes config.json; logs the keys that differ from the checkpoint's, `before`, and whether they are safe."""
     path = workdir / "config.json"
     if before is not None:
         before, after = flatten(before), flatten(json.loads(json.dumps(plain_config)))  # tuples are lists there
         changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
         for heading, safe in (("changes what is trained", False), ("safe", True)):
-            told = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
-            if told:
-                log(f"config differs from the checkpoint's ({heading}): {'; '.join(told)}")
+            lines = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
+            if lines:
+                log(f"config differs from the checkpoint's ({heading}): {'; '.join(lines)}")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
     temporary.replace(path)

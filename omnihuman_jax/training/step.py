@@ -148,7 +148,7 @@ def jit_train_step(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
 
 
 def jit_evaluation_loss(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
-    """loss(params, batch, t (B,), eps) -> (B,) jitted over the mesh, replicated; the same on every step it is asked."""
+    """loss(params, batch, t (B,), eps) -> (B,) jitted over the mesh, replicated; the same at every step."""
     params = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network)).params
     rows = rules.batch_sharding(mesh)
     return jax.jit(

@@ -27,7 +27,7 @@ class Task(Protocol):
     saved: str
 
     def digests(self) -> dict[str, str]:
-        """Name -> hex digest of what all processes must have alike beside the config; one is "data set"."""
+        """Name -> hex digest of what must be the same in all processes in addition to the config; one is "data set"."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
@@ -39,7 +39,7 @@ class Task(Protocol):
         """Raises UserError where a checkpoint's config is of another model than the run's."""
 
     def meta(self) -> dict[str, Any]:
-        """Plain JSON that a checkpoint holds beside the state."""
+        """Plain JSON that a checkpoint holds in addition to the state."""
 
     def restore(self, meta: Mapping[str, Any]) -> list[str]:
         """Continues after a checkpoint with this `meta`; returns lines about what changes from there on."""
@@ -57,7 +57,7 @@ class Task(Protocol):
         """
 
     def arguments(self, step: int, batch: Any) -> tuple[Any, ...]:
-        """What a step takes beside the state, on the devices."""
+        """The arguments of a step after the state, on the devices."""
 
     def describe(self, step: int, batch: Any) -> dict[str, Any]:
         """`records` (record ids of the global rows of a step) and what else `log_line` needs; called once a step.
@@ -66,10 +66,10 @@ class Task(Protocol):
         """
 
     def log_line(self, step: int, described: Mapping[str, Any], metrics: Any, seconds: float) -> dict[str, Any]:
-        """What metrics.jsonl says of a step beside what it says of any."""
+        """The task's own fields of a line of metrics.jsonl."""
 
     def hooks(self, run: Any) -> list[Hook]:
         """What happens every so many steps of a `run.Run`, in this order, after the checkpoint of the step."""
 
     def finish(self, state: State) -> None:
-        """What is left to do when the last step is done and saved."""
+        """Called when the last step is done and saved."""
