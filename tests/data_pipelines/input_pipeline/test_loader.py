@@ -97,7 +97,7 @@ def test_a_reading_thread_that_dies_without_a_word_is_ended_by_the_watchdog():
 def test_a_pool_that_is_shut_down_ends_the_run():
     loader = make_loader(Steps(), threads=1)
     next(loader)
-    loader._given._executor.shutdown(wait=False, cancel_futures=True)
+    loader._source._executor.shutdown(wait=False, cancel_futures=True)
     with pytest.raises(UserError, match=r"reading ahead has ended \(\w+Error.*last checkpoint"):
         _steps(loader)
 
