@@ -202,9 +202,7 @@ class Checkpoints:
         if self._copy_on_device and self._copy is None:
             self._copy_on_device = broadcast_from_main(_room_for(state))
             if not self._copy_on_device:
-                self._log(
-                    "the devices have no room for a copy of the state: training waits for each save to read the state"
-                )
+                self._log("the devices have no room for a copy of the state: training waits while a save reads it")
             shardings = jax.tree.map(lambda x: x.sharding, state)
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         return self._copy_on_device
