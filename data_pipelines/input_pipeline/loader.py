@@ -75,14 +75,6 @@ class _Loader(Iterator[dict[str, Any]]):
             self._source.close()
         raise self._error
 
-    def get_state(self) -> dict[str, Any]:
-        """One integer: the number of batches returned."""
-        return self._source.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues after the batches that `state` counts."""
-        self._source.set_state(state)
-
 
 def make_dataset(
     read: Callable[[int], Any], start_step: int, num_steps: int, threads: int = 2, prefetch: int = 4

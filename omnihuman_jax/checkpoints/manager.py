@@ -137,8 +137,8 @@ class Checkpoints:
 
     def _half_written(self) -> list[Path]:
         """Folders that Orbax is writing or has left unfinished."""
-        return sorted(self._workdir.glob(f"checkpoints/*{_HALF_WRITTEN}*")) + sorted(
-            self._workdir.glob(f"stages/*{_HALF_WRITTEN}*")
+        return sorted(
+            path for root in ("checkpoints", "stages") for path in self._workdir.glob(f"{root}/*{_HALF_WRITTEN}*")
         )
 
     def due(self, step: int) -> bool:

@@ -105,16 +105,13 @@ def _try(path: Path, abstract: Any, config: ConfigDict, check: Callable[..., Non
         return None, f"damaged: NaN or infinity in {found.not_finite}"
     if wrong := listed([name for name, total in found.sums.items() if saved.get(name, total) != total]):
         return None, f"damaged: the values of {wrong} do not match their checksums"
-    state = jax.tree.map(
-        lambda x, wanted: (
-            x
-            if x.dtype == wanted.dtype
-            else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
-        ),
-        state,
-        abstract,
-    )
-    return Restored(state, meta, path), ""
+    return Restored(jax.tree.map(_cast, state, abstract), meta, path), ""
+
+
+def _cast(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    if x.dtype == wanted.dtype:
+        return x
+    return jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
 
 
 def _set_aside(workdir: Path, broken: list[tuple[Path, str]], log: Callable[[str], None]) -> None:
