@@ -35,9 +35,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
 def check_given(**values: Any) -> None:
     """Raises UserError if a required flag is missing; `values` are flags by name."""
-    for name, value in values.items():
-        if not value:
-            raise UserError(f"--{name} is missing; see --help")
+    if missing := [name for name, value in values.items() if not value]:
+        raise UserError(f"--{missing[0]} is missing; see --help")
 
 
 def _check_config_arguments(args: list[str]) -> None:

@@ -133,14 +133,7 @@ def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
 def load_for_inference(
     path: str | Path, *, use_ema: bool = True, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """Loads only the parameters (or their EMA) of a checkpoint.
-
-    Args:
-      path: workdir, `checkpoints/STEP` or `stages/NAME`.
-      shardings: nested dict of shardings to load into; None = one device.
-
-    Returns:
-      (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
+    """`load.load_parameters` for training checkpoints only.
 
     Raises:
       UserError: nothing there, it cannot be read, or it holds values that are not finite.
