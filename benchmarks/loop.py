@@ -1,12 +1,11 @@
-"""What the loop costs beside the bare compiled step, what saving blocks, and how soon a restart trains again.
+"""Overhead of the training loop over the bare compiled step, time blocked by saves, and restart time.
 
 python -m benchmarks.loop --data=DIR [--config=experiments/configs/demo.py] [--config.KEY=…] [--processes=2]
     [--steps=40] [--output=FILE.json]
 
-The devices of the config are shared by `--processes`. Side by side in one run, each in processes of its own: the
-compiled step on batches that are already on the devices, before and after the loop; the same step in the training
-loop (reading, placing, logging every step, no checkpoints); and the training command started again, now with the
-config's own checkpoint interval.
+`--processes` share the devices of the config. Each part runs in separate processes: the compiled step on batches
+already on the devices, before and after the loop; the same step in the training loop (reading, placing, logging every
+step, no checkpoints); and the training command restarted, with the config's checkpoint interval.
 """
 
 import json
@@ -39,7 +38,7 @@ from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
 
-WARM = 5  # first steps of a run that are not counted: they compile
+WARM = 5  # first steps of a run, not counted because they compile
 
 
 def define_flags() -> None:
@@ -50,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("processes", 1, "Processes of each run.", lower_bound=1)
     flags.DEFINE_integer("steps", 40, "Steps to time of each kind.", lower_bound=5)
     flags.DEFINE_string("output", None, "JSON file for the numbers.")
-    flags.DEFINE_string("bare", None, "Only time the compiled step, into this file (what the benchmark starts itself).")
+    flags.DEFINE_string("bare", None, "Internal: only time the compiled step, into this file.")
 
 
 def bare_step_seconds(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
@@ -72,7 +71,7 @@ def bare_step_seconds(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
             state, metrics = compiled[bucket](state, placed[bucket], jnp.float32(1e-4))
             jax.block_until_ready(metrics)
             times[bucket].append(time.perf_counter() - begin)
-    # The first one of a bucket is slower, as it is in the loop, where the first steps are not counted.
+    # The first step of a bucket is slower and not counted, as in the loop.
     return {bucket: statistics.median(taken[1:] or taken) for bucket, taken in times.items()}
 
 
@@ -93,14 +92,14 @@ def start(command: list[str], processes: int) -> list[subprocess.Popen]:
 
 
 def check(started: list[subprocess.Popen]) -> None:
-    """Waits for all; raises UserError where one fails."""
+    """Waits for all processes; raises UserError if one fails."""
     for process in started:
         if process.wait():
             raise UserError(f"a process ended with status {process.returncode}; its message is above")
 
 
 def training_run(overrides: list[str], workdir: Path, processes: int) -> tuple[list[dict], float]:
-    """Runs `experiments.train`; its new metric lines, and the seconds from its start to the first of them."""
+    """Runs `experiments.train`; returns its new metric lines and the seconds until the first of them."""
     command = [sys.executable, "-m", "experiments.train", *overrides, f"--workdir={workdir}"]
     log = workdir / "metrics.jsonl"
     had = len(log.read_text().splitlines()) if log.exists() else 0
@@ -114,22 +113,21 @@ def training_run(overrides: list[str], workdir: Path, processes: int) -> tuple[l
     return [json.loads(line) for line in log.read_text().splitlines()][had:], first
 
 
-def compare(config: ConfigDict, given: list[str], data: str, processes: int, steps: int) -> dict[str, Any]:
-    """Runs the three side by side; see the module. `given` are the arguments that make the config."""
-    common = [*given, f"--config.data.dir={data}"]
-    stage = [*common, "--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0", "--config.log_every=1"]
-    stage += ["--config.sample.at_stage_end=false"]
+def compare(config: ConfigDict, config_flags: list[str], data: str, processes: int, steps: int) -> dict[str, Any]:
+    """Runs and compares the parts of the benchmark; `config_flags` are the arguments that make the config."""
+    stage = [*config_flags, f"--config.data.dir={data}", "--config.log_every=1", "--config.sample.at_stage_end=false"]
+    stage += ["--config.stages.stage2.steps=0", "--config.stages.stage3.steps=0"]
     input_pipeline = InputPipeline.from_config(config, curriculum(config), Dataset.open(data))
 
     def bare_of(line: dict) -> float:
-        """Seconds of the bare step of the bucket that a metric line's step had."""
+        """Seconds of the bare step for the bucket of a metric line."""
         return bare[bucket_name(next(input_pipeline.iterate(line["step"], slice(0, 1))))]
 
     with tempfile.TemporaryDirectory() as root:
         workdir, file = Path(root) / "run", Path(root) / "bare.json"
         module = [sys.executable, "-m", "benchmarks.loop", f"--data={data}", f"--bare={file}"]
         never = [f"--config.stages.stage1.steps={WARM + steps}", f"--config.checkpoint.every={10**6}"]
-        # As many more as hold a whole save, or several frequent ones, with steps beside it, after the first few.
+        # Enough further steps for a complete save, or several frequent ones, and steps during it.
         longer = WARM + steps + WARM + max(config.checkpoint.every, 20) + 3
 
         def bare_run() -> dict[str, float]:
@@ -143,9 +141,8 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         alone = [bare_of(line) for line in lines]
         again, restart = training_run([*stage, f"--config.stages.stage1.steps={longer}"], workdir, processes)
     ratios = [line["step_seconds"] / seconds for line, seconds in zip(lines, alone, strict=True)][WARM:]
-    shares = again[-1]["goodput"]
     saves = {c["seconds"]: c["blocked_seconds"] for c in (line["checkpoint"] for line in again) if c.get("seconds")}
-    # What is not waited for still takes its share of the devices: the step that runs beside the beginning of a save.
+    # A background save still uses the devices: compare the step that runs while it starts.
     beside = [
         line["step_seconds"] / bare_of(line)
         for line in again[WARM:]
@@ -162,7 +159,7 @@ def compare(config: ConfigDict, given: list[str], data: str, processes: int, ste
         "first_step_seconds": first,
         "restart_to_first_step_seconds": restart,
         "checkpoint_every": config.checkpoint.every,
-        "restarted_run_shares": shares,
+        "restarted_run_shares": again[-1]["goodput"],
         "step_beside_a_save_over_bare": statistics.mean(beside) if beside else None,
         "saves": [{"seconds": whole, "blocked_seconds": blocked} for whole, blocked in saves.items()],
     }
@@ -179,8 +176,8 @@ def main(_: list[str]) -> None:
         if is_main():
             Path(values.bare).write_text(json.dumps(seconds))
         return
-    given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
-    report = compare(config, given, data, values.processes, values.steps)
+    config_flags = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    report = compare(config, config_flags, data, values.processes, values.steps)
     shares = report["restarted_run_shares"]
     print(
         f"{report['processes']} process(es), {report['simulated_devices']} simulated devices\n"
@@ -196,7 +193,7 @@ def main(_: list[str]) -> None:
             f"({save['blocked_seconds'] / save['seconds']:.1%})\n"
             for save in report["saves"]
         )
-        + f"the step beside a save / bare compiled step: {report['step_beside_a_save_over_bare'] or math.nan:.3f}"
+        + f"the step during a save / bare compiled step: {report['step_beside_a_save_over_bare'] or math.nan:.3f}"
     )
     if values.output:
         Path(values.output).write_text(json.dumps(report, indent=1) + "\n")

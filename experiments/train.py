@@ -36,7 +36,7 @@ from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
 class SampleVideos:
     """Writes `samples/NAME.gif` at the end of a stage: for each clip, the real one above the generated one.
 
-    The clips are held-out clips of the data set or, if it has none, training clips.
+    Uses held-out clips of the data set or, if it has none, training clips.
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset, vae: VAE, workdir: Path):
@@ -59,14 +59,10 @@ class SampleVideos:
         # Driven by the guided conditions (text and speech) that this stage trains and all clips have.
         trained = [name for name in conditions.guided() if name in conditions.selecting() and stage.ratios[name] > 0]
         drives = [name for name in trained if all(len(record[conditions.get(name).record]) for record in records)]
-        inputs = Inputs.of(
-            network.config, [condition_arrays(record, ["text", "reference", *drives]) for record in records]
-        )
-        settings = Settings.from_config(config, window=window)
-        frames = pixel_frames(window)
-        made = sample_latents(
-            network, params, inputs, settings, frames=frames, seeds=range(config.seed, config.seed + len(records))
-        )
+        arrays = [condition_arrays(record, ["text", "reference", *drives]) for record in records]
+        inputs, settings = Inputs.of(network.config, arrays), Settings.from_config(config, window=window)
+        seeds = range(config.seed, config.seed + len(records))
+        made = sample_latents(network, params, inputs, settings, frames=pixel_frames(window), seeds=seeds)
         real = np.stack([r["latents"][:window] for r in records]).astype(np.float32)
         pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
         video = to_pixels(np.concatenate(pair, axis=1))
@@ -91,18 +87,13 @@ def define_flags() -> None:
 def check_start(
     config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
 ) -> None:
-    """Checks what would otherwise fail hours into a run: sampling settings and the stages' initial parameters.
-
-    Raises:
-      UserError: one of them is wrong.
-    """
+    """Raises UserError for sampling settings or initial parameters that would fail hours into the run."""
     Settings.from_config(config)
     done = max(running_steps(workdir), default=0)
     check_init_from(stages, replace_parameters_at, fresh=not done)
-    for stage in stages:  # a stage that has started no longer needs it
+    for stage in stages:  # stages that have started no longer need init_from
         if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
-            there = load_config(stage.init_from).model.to_dict()
-            check_same_model(there, config.model.to_dict(), stage.init_from)
+            check_same_model(load_config(stage.init_from).model.to_dict(), config.model.to_dict(), stage.init_from)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

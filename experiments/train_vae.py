@@ -4,7 +4,7 @@ python -m experiments.train_vae --config=experiments/configs/demo_vae.py --workd
     [--config.KEY=VALUE …]
 
 The workdir gets config.json, metrics.jsonl, checkpoints/STEP/, stages/NAME/, tensorboard/ and, at the end,
-vae.safetensors (EMA parameters, config and latent statistics), which `vae.checkpoint` of the other commands takes.
+vae.safetensors (EMA parameters, config and latent statistics), for `vae.checkpoint` of the other commands.
 """
 
 from pathlib import Path
@@ -28,15 +28,10 @@ def define_flags() -> None:
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
-    """Trains; the module's docstring says what lands in workdir.
-
-    Raises:
-      UserError: see `VideoBatches`, `VAETask` and `loop.train`.
-    """
+    """Trains; raises the UserErrors of `VideoBatches`, `VAETask` and `loop.train`."""
     videos = VideoBatches(config)
     task = VAETask(config, videos, workdir / "vae.safetensors")
-    counts = ", ".join(f"{videos.folder.count(split)} {split}" for split in ("train", "heldout"))
-    log(f"videos: {counts}")
+    log(f"videos: {videos.folder.count('train')} train, {videos.folder.count('heldout')} heldout")
     loop.train(task, config, cli.to_plain(config), cli.make_workdir(str(workdir)), started=cli.process_started())
 
 

@@ -1,4 +1,4 @@
-"""Batches in the order of the steps, with Grain reading ahead in threads whose failures reach the training loop."""
+"""Reads batches ahead with Grain's threads and passes their errors on to the training loop."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +11,9 @@ from omnihuman_jax.errors import UserError
 
 
 class _Read:
-    """Makes the batch of a step, in one of Grain's threads, or the error that the loop is to raise.
+    """Makes the batch of a step in one of Grain's threads.
 
-    It is returned, not raised, because Grain writes lines of its own into the messages of errors that pass it.
+    Returns errors instead of raising them, because Grain adds lines to the messages of raised errors.
     """
 
     def __init__(self, batches: Batches, rows: slice):
@@ -30,17 +30,17 @@ class _Read:
                 f"the batch of step {step} did not fit into host memory; lower data.cache_mb or run fewer processes on "
                 f"this host; the run continues from its last checkpoint",
             )
-        # A library that calls sys.exit in a thread must not end the run as if it were done.
+        # A library that calls sys.exit in a thread must not end the run as if it had finished.
         except BaseException as error:
             logging.exception("making the batch of step %d failed", step)
             return _caused(
                 error,
-                f"the batch of step {step} cannot be made ({_told(error)}; traceback above); prepare the data again if "
-                f"a record is at fault; the run continues from its last checkpoint",
+                f"the batch of step {step} cannot be made ({_describe(error)}; traceback above); prepare the data "
+                f"again if a record is at fault; the run continues from its last checkpoint",
             )
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -51,49 +51,35 @@ def _caused(cause: BaseException, message: str) -> UserError:
 
 
 class _Loader(Iterator[dict[str, Any]]):
-    """Grain's iterator, which after an error gives nothing more: the step that failed would be left out unseen.
+    """Grain's iterator. After an error it raises that error again, so that no step is skipped silently.
 
-    Should a reading thread ever die without a word, Grain waits for its batch for ever; `training.faults.Watchdog` ends
-    the run then, as it does where a file system hangs.
+    If a reading thread dies silently, Grain waits forever and `training.faults.Watchdog` ends the run.
     """
 
-    def __init__(self, given: grain.DatasetIterator):
-        self._given = given
+    def __init__(self, source: grain.DatasetIterator):
+        self._source = source
         self._error: UserError | None = None
 
     def __next__(self) -> dict[str, Any]:
         if self._error is None:
             try:
-                batch = next(self._given)
+                batch = next(self._source)
             except StopIteration:
                 raise
-            except Exception as error:  # noqa: BLE001 (of Grain's own threads: those of `_Read` are returned)
-                message = f"reading ahead has ended ({_told(error)}); the run continues from its last checkpoint"
+            except Exception as error:  # noqa: BLE001 (from Grain itself: `_Read` returns its errors)
+                message = f"reading ahead has ended ({_describe(error)}); the run continues from its last checkpoint"
                 batch = _caused(error, message)
             if not isinstance(batch, UserError):
                 return batch
             self._error = batch
-            self._given.close()
+            self._source.close()
         raise self._error
-
-    def get_state(self) -> dict[str, Any]:
-        """One integer: the steps already given."""
-        return self._given.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues after the steps that `state` had given."""
-        self._given.set_state(state)
 
 
 def make_dataset(
     read: Callable[[int], Any], start_step: int, num_steps: int, threads: int = 2, prefetch: int = 4
 ) -> grain.IterDataset:
-    """The batches of `num_steps` steps from `start_step` on, as a Grain data set.
-
-    Args:
-      read: makes the batch of a step.
-      threads, prefetch: reading threads and batches made ahead; both only change the speed.
-    """
+    """Grain data set of `read(step)` for `num_steps` steps; `threads` and `prefetch` (batches) affect only speed."""
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(read)
     return steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
@@ -106,15 +92,15 @@ def make_loader(
     rows: slice = slice(None),
     **reading: int,
 ) -> Iterator[dict[str, Any]]:
-    """Iterator over the batches of the steps; its get_state() and set_state() hold one integer, the steps given.
+    """Iterator over the batches of the steps.
 
     Args:
-      start_step, num_steps: from which step and how many, by default to the end of the last stage.
+      num_steps: number of steps; default: to the end of the last stage.
       rows: the global rows that this host reads.
       reading: `threads` and `prefetch` of `make_dataset`.
 
     Raises (from `next`):
-      UserError: a batch that cannot be made; the loader is at its end then.
+      UserError: a batch cannot be made; every later call raises it again.
     """
     if num_steps is None:
         num_steps = max(batches.schedule.num_steps - start_step + 1, 0)

@@ -11,13 +11,10 @@ from omnihuman_jax.errors import UserError
 
 
 class VideoBatches:
-    """The batches that a config describes.
-
-    Args:
-      config: resolved config; read are `data`, `seed` and `steps`.
+    """The batches of a resolved config's `data`, `seed` and `steps`.
 
     Raises:
-      UserError: buckets that cannot be read, or directories that cannot be trained on.
+      UserError: invalid buckets or unusable directories.
     """
 
     def __init__(self, config: ConfigDict):
@@ -33,12 +30,12 @@ class VideoBatches:
         return [(bucket.frames, bucket.height, bucket.width, bucket.batch) for bucket in self._buckets]
 
     def batch(self, step: int, rows: Callable[[int], slice]) -> np.ndarray:
-        """Rows of the batch of a step; `rows` says which of a batch of so many."""
+        """The batch of a step; `rows` maps its size to the rows to read."""
         bucket = bucket_of(self._buckets, self._seed, step)
         return self.folder.batch(self._buckets, self._seed, step, min_scale=self._min_scale, rows=rows(bucket.batch))
 
     def iterate(self, first_step: int, rows: Callable[[int], slice]) -> Iterator[np.ndarray]:
-        """Rows of the batches of steps first_step, first_step + 1, … to the last, read ahead in a thread."""
+        """The batches of steps first_step to the last, as `batch`, read ahead in a thread."""
         num_steps = max(self.num_steps - first_step + 1, 0)
         return make_loader(self, start_step=first_step, num_steps=num_steps, rows=rows, threads=1, prefetch=2)
 
@@ -47,7 +44,7 @@ class VideoBatches:
         return [str(path) for path in self.folder.files(self._buckets, self._seed, step)]
 
     def windows(self, split: str, count: int, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
-        """`count` windows (1, F, Hp, Wp, 3) of whole frames, from a seed of their own: the same at every call."""
+        """`count` windows (1, F, Hp, Wp, 3) of whole frames; the same at every call."""
         bucket = Bucket(*size, 1)
         for index in range(count):
             yield self.folder.batch([bucket], self._seed + 1, index, min_scale=1.0, split=split)
@@ -58,11 +55,7 @@ class VideoBatches:
 
 
 def parse_buckets(rows: tuple[tuple[float, ...], ...]) -> list[Bucket]:
-    """`data.buckets` of a config.
-
-    Raises:
-      UserError: a row that is not five numbers, or shares that cannot be.
-    """
+    """`data.buckets` of a config; UserError for a row that is not five numbers, or invalid shares."""
     buckets = []
     for row in rows:
         if len(row) != 5:

@@ -68,7 +68,7 @@ class VideoFolder:
         self._cache: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
         self._cache_bytes, self._cached, self._short_side = cache_bytes, 0, short_side
         self._sizes: dict[Path, tuple[int, int]] = {}
-        self._lock = threading.Lock()  # evaluation reads beside the thread that reads ahead
+        self._lock = threading.Lock()  # evaluation reads concurrently with the reading thread
 
     def count(self, split: str) -> int:
         """Number of files in a split."""
@@ -175,11 +175,8 @@ def _split_files(root: Path, exclude: re.Pattern | None, heldout: float) -> tupl
     """The training and held-out files below a directory."""
     if not root.is_dir():
         raise UserError(f"data.dir={str(root)!r}: no such directory; give a directory of videos")
-    names = sorted(
-        p.relative_to(root).as_posix()
-        for p in root.rglob("*")
-        if p.suffix.lower() in media.VIDEO_SUFFIXES and p.is_file()
-    )
+    files = (p for p in root.rglob("*") if p.suffix.lower() in media.VIDEO_SUFFIXES and p.is_file())
+    names = sorted(p.relative_to(root).as_posix() for p in files)
     names = [n for n in names if not (exclude and exclude.search(n))]
     if len(names) < 2:
         raise UserError(f"data.dir={root}: {len(names)} video files; at least 2 are needed")

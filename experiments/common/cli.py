@@ -1,4 +1,4 @@
-"""What the experiment commands share: the config flag and its checks, devices, the run directory."""
+"""Shared by the experiment commands: the config flag and its checks, devices, the run directory."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.sharding import processes
 
-flags.disclaim_key_flags()  # what is defined here belongs to the command, whose --help lists it
+flags.disclaim_key_flags()  # so that --help lists flags defined here under the command
 
 
 def define_config_flag() -> Any:
@@ -29,15 +29,14 @@ def define_config_flag() -> Any:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an absl main; wrong flags, presets, config keys and UserErrors become one line and exit status 2."""
+    """Runs an absl main; UserErrors and wrong flags, presets or config keys print one line and exit with status 2."""
     command.run_main(lambda: main([]), check=_check_config_arguments)
 
 
 def check_given(**values: Any) -> None:
-    """Raises UserError for a flag that is missing; `values` are the required flags by name."""
-    for name, value in values.items():
-        if not value:
-            raise UserError(f"--{name} is missing; see --help")
+    """Raises UserError if a required flag is missing; `values` are flags by name."""
+    if missing := [name for name, value in values.items() if not value]:
+        raise UserError(f"--{missing[0]} is missing; see --help")
 
 
 def _check_config_arguments(args: list[str]) -> None:
@@ -45,10 +44,9 @@ def _check_config_arguments(args: list[str]) -> None:
     # "--config FILE" is "--config=FILE" to absl.
     joined = re.sub(r"(^|\n)(--?config)\n", r"\1\2=", "\n".join(args)).split("\n")
     values = dict(re.match(r"--?([^=]+)=?(.*)", a, re.S).groups() for a in joined if a.startswith("-") and len(a) > 2)
-    preset = values.get("config")
-    if preset is None:
+    if "config" not in values:
         return
-    config = load_preset(preset)
+    config = load_preset(values["config"])
     for key in values:
         if key.startswith("config."):
             check_key(config, key.removeprefix("config."))
@@ -58,7 +56,7 @@ def load_preset(preset: str) -> ConfigDict:
     """The config of PRESET.py[:ARG].
 
     Raises:
-      UserError: no such file (naming the nearest preset), or an argument that the preset refuses.
+      UserError: no such file (naming the nearest preset), or an argument that the preset rejects.
     """
     file = Path(preset.split(":", 1)[0])
     if not file.is_file():
@@ -84,7 +82,7 @@ def check_key(config: ConfigDict, dotted: str) -> None:
 
 
 def define_process_flags() -> None:
-    """Defines the flags by which the processes of one run find each other."""
+    """Defines the flags that connect the processes of a run."""
     flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, the same for all; or set the environment.")
     flags.DEFINE_integer("num_processes", 0, "Processes of the run, one a host; default $JAX_NUM_PROCESSES or 1.")
     flags.DEFINE_integer("process_id", -1, "This process, from 0; default $JAX_PROCESS_ID.")
@@ -92,7 +90,7 @@ def define_process_flags() -> None:
 
 
 def join_processes() -> int:
-    """Joins the run that the flags or the environment describe; returns its number of processes."""
+    """Joins the run of the flags or environment; returns its number of processes."""
     f = flags.FLAGS
     return processes.join(f.coordinator_address, f.num_processes, f.process_id, automatic=f.multi_host)
 
@@ -114,7 +112,7 @@ def one_of_several(config: ConfigDict) -> Iterator[None]:
         expected = isinstance(error, UserError)
         try:
             print(f"error: {error}" if expected else traceback.format_exc(), file=sys.stderr)
-        finally:  # even if that cannot be written, because the other processes must not wait
+        finally:  # even if printing fails: the other processes must not wait
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):  # a log on a full disk
                     stream.flush()
@@ -135,9 +133,8 @@ def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
             )
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.simulated_devices // num_processes)
-        # A device that waits in a collective holds a thread of XLA's pool, which has one per core. With too few, the
-        # devices it waits for never run; many more slow each other down (8 per device: by a quarter on 2 cores). XLA
-        # reads the size from NPROC.
+        # A device waiting in a collective holds a thread of XLA's pool (default: one per core, set by NPROC). Too few
+        # threads deadlock; far more slow each other down (8 per device: by a quarter on 2 cores).
         os.environ["NPROC"] = str(max(2 * config.simulated_devices, os.cpu_count() or 1))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
@@ -171,7 +168,7 @@ def make_workdir(path: str) -> Path:
 
 
 def check_vae(checkpoint: str, made_with: str) -> None:
-    """Raises UserError if `vae.checkpoint` is not the VAE that made the latents; "" is not checked."""
+    """Raises UserError if `vae.checkpoint`, unless "", is not the VAE that made the latents."""
     if checkpoint and Path(checkpoint).is_file() and sha256_of(checkpoint) != made_with:
         raise UserError(
             f"vae.checkpoint={checkpoint} is not the VAE that made the latents (sha256 {made_with[:12]}…); set "

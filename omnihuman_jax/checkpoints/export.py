@@ -4,13 +4,13 @@ A directory of:
 
     model.safetensors        parameters by dotted name, one tensor per block (`dual.blocks.3.img_q.kernel`),
                              or model-00001-of-00004.safetensors … with model.safetensors.index.json
-    vae.safetensors          the VAE, as it is, where the config names one
+    vae.safetensors          the VAE, unchanged, if the config names one
     config.json              the resolved config, conditions, step, stage and what the parameters are
 
-Kernels are (in, out). In memory the blocks of one kind are stacked along a leading layer axis, because
-they run under one scan; files hold them apart, because that is what other tools expect.
+Kernels are (in, out). In memory, blocks of one kind are stacked along a leading layer axis for the scan; files hold
+them separately, as other tools expect.
 
-With a naming of `weights.formats`, in the place of model.safetensors:
+With a naming of `weights.formats`, these replace model.safetensors:
 
     transformer/             the base part under the original's names, with diffusers' config.json where it has one
     conditions.safetensors   what OmniHuman adds to the base (audio, pose, null text), by dotted name
@@ -43,14 +43,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:
-    """Nested parameters as a flat dict of dotted names, the stacked blocks apart.
-
-    Args:
-      params: nested dict of arrays.
-
-    Returns:
-      name -> array; bit for bit the values of `params`.
-    """
+    """Nested dict of arrays -> dotted name -> array, with the stacked blocks separated and values unchanged."""
     tensors = {}
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
         group, *rest = (str(key.key) for key in path)
@@ -63,19 +56,16 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> int:
-    return write_files(folder, tensors, "model", max_bytes=max_bytes, metadata={"format": KIND})
-
-
 def _write_renamed(folder: Path, config: ConfigDict, tensors: Mapping[str, np.ndarray], naming: str, size: int) -> int:
-    """The base part in another naming, and the condition modules beside it."""
+    """The base part in another naming, and the condition modules in a file next to it."""
     network = make_network(config)
     base = folder / BASE_FOLDER
     base.mkdir()
     entries = formats.base_entries(naming, network.config, network.abstract_params)
-    stem = "diffusion_pytorch_model" if formats.FORMATS[naming].class_config(network.config) else "model"
+    described = formats.FORMATS[naming].class_config(network.config)
+    stem = "diffusion_pytorch_model" if described else "model"
     count = write_files(base, Renamed(tensors, entries), stem, max_bytes=size, metadata={"format": "pt"})
-    if described := formats.FORMATS[naming].class_config(network.config):
+    if described:
         _write_json(base / CONFIG_FILE, described)
     ours = {name: tensors[name] for name in tensors if is_condition(name)}
     stem = CONDITIONS_FILE.removesuffix(".safetensors")
@@ -87,13 +77,13 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def check_format(name: str) -> None:
-    """Raises UserError for a format that cannot be written, naming those that can."""
+    """Raises UserError for an unknown export format."""
     if name not in FORMATS:
         raise UserError(f"--format={name}: unknown export format; there is {', '.join(FORMATS)}")
 
 
 def check_output(output: str | Path) -> Path:
-    """Raises UserError unless the directory `output` can be made: its parent exists and nothing is in the way."""
+    """The absolute path; UserError if its parent is missing or it is anything but an empty directory."""
     output = Path(output).absolute()
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: the directory {output.parent} does not exist; make it first")
@@ -115,19 +105,16 @@ def save(
     """Writes an exported directory; it appears complete or not at all.
 
     Args:
-      output: directory to make; its parent must exist.
-      config: resolved config of the checkpoint; `vae.checkpoint` is copied into the directory, unless it is empty.
-      params: nested dict of parameters, or a mapping from dotted names to arrays, each made when asked for.
+      output: new or empty directory; its parent must exist.
+      config: resolved config of the checkpoint; the file `vae.checkpoint`, if set, is copied.
+      params: nested dict of parameters, or a lazy mapping from dotted names to arrays.
       info: `step` and `stage` of the checkpoint.
       ema: whether `params` are the EMA (recorded).
       naming: one of `weights.formats.FORMATS` for the base part; "" = our own names.
       max_shard_bytes: largest weight file.
 
-    Returns:
-      The directory.
-
     Raises:
-      UserError: the place is taken or cannot be written, or the VAE file is missing.
+      UserError: the directory is not empty or cannot be written, or the VAE file is missing.
     """
     output = check_output(output)
     vae = Path(config.vae.checkpoint) if config.vae.checkpoint else None
@@ -141,7 +128,7 @@ def save(
             if naming:
                 count = _write_renamed(folder, config, tensors, naming, max_shard_bytes)
             else:
-                count = _write_weights(folder, tensors, max_shard_bytes)
+                count = write_files(folder, tensors, "model", max_bytes=max_shard_bytes, metadata={"format": KIND})
             plain = json.loads(json.dumps(config.to_dict()))
             head = {
                 "kind": KIND,

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays: what a checkpoint says of them, so that damage is found when they are read; and NaN."""
+"""Checksums of arrays, which reveal damage when a checkpoint is restored, and a search for NaN."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,7 @@ from omnihuman_jax.sharding.rules import path_name
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> jax.Array:
-    """Sums of the bit patterns, and whether there are values that are not finite (0 = none), (2, leaves) uint32.
-
-    Each device looks at what it holds, once; one collective joins them.
-    """
+    """Sums of the bit patterns, and the number of devices with non-finite values: (2, leaves) uint32."""
 
     def local(leaves: list[jax.Array]) -> jax.Array:
         sums, bad = [], []
@@ -25,7 +22,7 @@ def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...])
             unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
             total = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
             used = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
-            for axis in mesh.axis_names:  # of copies, the first one counts
+            for axis in mesh.axis_names:  # count only the first replica
                 total = total if axis in used else jnp.where(jax.lax.axis_index(axis) == 0, total, 0)
             sums.append(total)
             bad.append((~jnp.isfinite(x)).any().astype(jnp.uint32))
@@ -36,10 +33,10 @@ def _sums(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...])
 
 
 class Fingerprint(NamedTuple):
-    """What the devices say of a tree of arrays.
+    """Checksums of a tree of arrays.
 
     Attributes:
-      sums: path of every array -> sum of its bit patterns modulo 2^32: the same on any mesh, another after a bit flip.
+      sums: path of every array -> sum of its bit patterns modulo 2^32; independent of the mesh.
       not_finite: paths of the arrays that hold NaN or infinity, for messages: the first three and how many more.
     """
 
@@ -48,11 +45,7 @@ class Fingerprint(NamedTuple):
 
 
 def start_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
-    """Starts `fingerprint` on the devices, in all processes; the result waits for it.
-
-    Args:
-      tree: arrays on one mesh, or on one device without any. They may be donated once this returns.
-    """
+    """`fingerprint` in the background; call the result to wait for it. The arrays may be donated once this returns."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     leaves, names = [leaf for _, leaf in flat], [path_name(path) for path, _ in flat]
     if not isinstance(leaves[0].sharding, NamedSharding):
@@ -68,7 +61,7 @@ def start_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
 
 
 def fingerprint(tree: Any) -> Fingerprint:
-    """The fingerprint of a tree of arrays on one mesh, or on one device without any."""
+    """The fingerprint of arrays on one mesh or one device. All processes call it."""
     return start_fingerprint(tree)()
 
 

@@ -1,4 +1,4 @@
-"""Configs and parameters of training checkpoints and of exported directories, whichever a path is."""
+"""Configs and parameters of training checkpoints and of exported directories."""
 
 from collections import ChainMap
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     """The resolved config and the head (`step`, `stage`, `ema`, …) of an exported directory, without its weights.
 
     Raises:
-      UserError: another kind or version, or conditions in another order than this program's.
+      UserError: another kind or version, or other conditions than this program's.
     """
     path = Path(path).absolute()
     head = read_json(path / CONFIG_FILE)
@@ -55,13 +55,11 @@ def load_config(path: str | Path) -> ConfigDict:
     Raises:
       UserError: nothing there, or it cannot be read.
     """
-    if is_exported(path):
-        return read_config(path)[0]
-    return network_config(find_checkpoint(path))[0]
+    return read_config(path)[0] if is_exported(path) else network_config(find_checkpoint(path))[0]
 
 
 def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapping[str, np.ndarray]:
-    """The parameters of an exported directory by dotted name, each read when asked for.
+    """The parameters of an exported directory by dotted name, read lazily.
 
     Raises:
       UserError: a file is damaged, or a tensor is missing, left over, or of another shape.
@@ -79,7 +77,7 @@ def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapp
 
 
 def _open_same(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Source:
-    """A file, or the files of an index, with tensors under our own names."""
+    """Tensors under our own names, from a file or the files of an index."""
     files, entries = open_files(path), same_names(shapes)
     account(entries, files.shapes, path, f"it does not fit {CONFIG_FILE}; export it again")
     return Source(files, entries)
@@ -92,15 +90,14 @@ def load_parameters(
 
     Args:
       path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
-      use_ema: the EMA or the raw parameters; None means the EMA of a checkpoint, and of an exported directory
-        whichever kind it holds.
+      use_ema: EMA or raw parameters; None means EMA for a checkpoint, and what it holds for an exported directory.
       shardings: nested dict of shardings to load into; None = one device.
 
     Returns:
       (resolved config, nested dict of parameters, info with `step`, `stage`, `path` and `ema`).
 
     Raises:
-      UserError: nothing there, it cannot be read, or the kind of parameters asked for is not in it.
+      UserError: nothing there, it cannot be read, or it does not hold the requested kind of parameters.
     """
     if not is_exported(path):
         use_ema = use_ema is not False
@@ -110,7 +107,7 @@ def load_parameters(
     if use_ema is not None and head["ema"] != use_ema:
         kinds = ("raw", "EMA")
         raise UserError(
-            f"{path}: holds the {kinds[head['ema']]} parameters, the {kinds[use_ema]} ones were asked for; "
+            f"{path}: holds the {kinds[head['ema']]} parameters, but the {kinds[use_ema]} ones were requested; "
             f"use --{'' if head['ema'] else 'no'}ema, or export the checkpoint the other way"
         )
     tensors, abstract = open_tensors(path, config, head.get("naming", "")), make_network(config).abstract_params

@@ -1,7 +1,7 @@
 """A run's Orbax checkpoints: `checkpoints/STEP/` while running, `stages/NAME/` at each stage's end, kept for good.
 
-Each holds the whole train state and a JSON item with the step, the stage, the resolved config, the loop's counters and
-the fingerprint and dtype of every array.
+Each holds the train state and a JSON item: step, stage, resolved config, the loop's counters, and the fingerprint and
+dtype of every array.
 """
 
 import concurrent.futures
@@ -33,28 +33,26 @@ State = Any  # NamedTuple of pytrees of arrays
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
 _DELETED = ".deleted"
-# What saving a copy of the state takes on the devices, in sizes of the state: the copy, and what Orbax cuts out of it
-# for each of several replicas to write, at most a half.
+# Device memory for saving a copy, in state sizes: the copy, and at most half of it sliced by Orbax for each replica.
 COPY_SIZE = 1.5
 _LOOK_SECONDS = 5.0  # longest wait for a file system that may hang
-_SAVE_SECONDS = 6 * 3600  # after that Orbax gives a save up
-# Replicas share the writing of an array from this size a replica on. Orbax shares out every array, and cutting hundreds
-# of small ones takes longer than writing them.
+_SAVE_SECONDS = 6 * 3600  # then Orbax aborts a save
+# Smallest slice per replica when replicas share the writing of an array: slicing hundreds of small arrays, Orbax's
+# default, takes longer than writing them.
 _SHARED_WRITE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class _Save:
-    """A save under way.
+    """A save in progress.
 
     Attributes:
-      paths: checkpoint folders that get the same, one after the other.
-      state: what is saved.
-      own: whether the state is a copy that nobody else uses.
-      meta: what is said of it, without the fingerprint.
-      found: gives the fingerprint.
+      paths: checkpoint folders to write, in order, with the same content.
+      own: whether the state is a copy, to be deleted after reading.
+      meta: the JSON item without the fingerprint.
+      fingerprint: waits for the fingerprint and returns it.
       times: `Checkpoints.times` of this save.
-      begun: `time.perf_counter()` at its beginning.
+      begun: `time.perf_counter()` at its start.
       read: set when the state is no longer needed.
     """
 
@@ -62,34 +60,32 @@ class _Save:
     state: State
     own: bool
     meta: dict[str, Any]
-    found: Callable[[], Fingerprint]
+    fingerprint: Callable[[], Fingerprint]
     times: dict[str, float | None]
     begun: float
     read: threading.Event
 
-    def let_go(self) -> None:
-        """The state has been read, or will not be."""
-        if self.own:  # by name: Orbax refers to it until all is written
+    def release(self) -> None:
+        """Call when the state has been read, or will not be."""
+        if self.own:  # explicitly: Orbax keeps references until everything is written
             jax.tree.map(lambda x: x.delete(), self.state)
         self.read.set()
 
 
 class Checkpoints:
-    """Writes one run's checkpoints, and reads the newest.
+    """Writes one run's checkpoints and restores the newest.
 
-    A save that fails (a full disk) is told. A run of one process goes on, and `failed` tells what is missing at its
-    end; a process of several raises UserError, because the others wait for it.
+    After a failed save (a full disk), a single process logs it and continues; `failed` lists what is still missing.
+    With several processes it raises UserError, because the others wait for this one.
 
     Args:
       workdir: run directory, shared by all processes.
-      every: save every that many steps.
+      every: steps between saves.
       keep: number of running checkpoints kept; stage checkpoints are always kept.
-      keep_every: besides, keep the steps that it divides (0 = none).
-      copy_on_device: training goes on as soon as the devices hold a copy of the state, which goes when it has been
-        read. False, where they have no room for one, and at a stage's end, when what comes next needs the room:
-        training goes on when the state has been read.
-      stages: name -> last step; the running checkpoint of that step is kept until `stages/NAME/` is whole.
-      log: called with lines for the log.
+      keep_every: also keep its multiples (0 = none).
+      copy_on_device: save a copy of the state on the devices, so that training need not wait until it has been read.
+        Not done if memory is short, nor at a stage's end, when the next stage needs the memory.
+      stages: name -> last step; the running checkpoint of that step is kept until `stages/NAME/` is complete.
     """
 
     def __init__(
@@ -110,7 +106,7 @@ class Checkpoints:
         self._last_steps = dict(stages or {})
         self._failed: dict[Path, str] = {}
         self._last_good = "none yet"
-        # Of the newest save: until all is written (None: not yet), and how long the loop waited for it.
+        # Of the newest save: `seconds` until everything is written (None: not yet), and `blocked_seconds` of the loop.
         self.times: dict[str, float | None] = {}
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[dict[Path, str]] | None = None
@@ -128,29 +124,29 @@ class Checkpoints:
 
     @property
     def failed(self) -> str:
-        """What could not be written and is still missing, "" for nothing."""
+        """What could not be written and is still missing; "" if nothing."""
         return "; ".join(self._failed.values())
 
     def _remove_half_written(self) -> None:
         if not is_main():
             return
         for part in self._half_written():
-            self._log(f"{part}: half-written when an earlier start ended; removed")
+            self._log(f"{part}: left half-written by an earlier start; removed")
         for part in [*self._half_written(), *self._workdir.glob(f"checkpoints/*{_DELETED}")]:
             shutil.rmtree(part, ignore_errors=True)
 
     def _half_written(self) -> list[Path]:
-        """What Orbax has begun, or is about, to write."""
-        return sorted(self._workdir.glob(f"checkpoints/*{_HALF_WRITTEN}*")) + sorted(
-            self._workdir.glob(f"stages/*{_HALF_WRITTEN}*")
+        """Folders that Orbax is writing or has left unfinished."""
+        return sorted(
+            path for root in ("checkpoints", "stages") for path in self._workdir.glob(f"{root}/*{_HALF_WRITTEN}*")
         )
 
     def due(self, step: int) -> bool:
-        """Whether a running checkpoint is wanted after this step."""
+        """Whether to save a running checkpoint after this step."""
         return step % self._every == 0
 
     def last_good(self) -> str:
-        """The newest whole checkpoint, for messages; the newest known of where the file system does not answer."""
+        """The newest complete checkpoint, for messages; the last known one if the file system hangs."""
         found: list[int] = []
         look = threading.Thread(target=lambda: found.extend(running_steps(self._workdir)), daemon=True)
         look.start()
@@ -163,7 +159,7 @@ class Checkpoints:
     def restore_latest(
         self, abstract: State, config: ConfigDict, check: Callable[..., None] = same_network
     ) -> Restored | None:
-        """`restore.restore_newest` of this run: running checkpoints first, then the stages'."""
+        """`restore.restore_newest` of this run."""
         stages = [self._workdir / "stages" / name for name in reversed(self._last_steps)]
         restored = restore_newest(self._workdir, stages, abstract, config, self._log, check)
         if restored:
@@ -171,32 +167,30 @@ class Checkpoints:
         return restored
 
     def save(self, step: int, state: State, meta: dict[str, Any], *, ends: str = "") -> None:
-        """Saves in the background; the state may be donated once this returns. Waits for the save before.
+        """Saves in the background, after the previous save; the state may be donated once this returns.
 
         Args:
-          step: of the running checkpoint.
-          state: what is saved.
-          meta: what is said of it.
-          ends: name of the stage that ends with this step. `stages/NAME/` is written first, and whole before the
-            running one begins.
+          meta: JSON item to save with the state.
+          ends: name of the stage that ends with this step; `stages/NAME/` is completed before the running checkpoint.
 
         Raises:
-          UserError: the save before could not be written, where others wait for it. A state with values that are not
-            finite is not written: the next `check`, `wait` or `save` raises it.
+          UserError: the previous save failed in a run of several processes, or its state had non-finite values, which
+            are not written. `check` and `wait` raise it too.
         """
         begun = time.perf_counter()
         self.wait()
         own = not ends and self._can_copy(state)
         if own:
             state = self._copy(state)
-        # All that the devices do is started here: programs of all processes have to begin in one order.
+        # Device programs start here, not in the writer: all processes must start them in the same order.
         found = start_fingerprint(state)
         paths = [self._running(step)]
         if ends and not self._stage_is_there(self._workdir / "stages" / ends, step, found):
             paths.insert(0, self._workdir / "stages" / ends)
         self._failed = {p: why for p, why in self._failed.items() if p not in paths and p.parent.name == "stages"}
         self.times = {"seconds": None, "blocked_seconds": None}
-        meta = meta | {"dtypes": _dtypes(state)}
+        dtypes = {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+        meta = meta | {"dtypes": dtypes}
         save = _Save(paths, state, own, meta, found, self.times, begun, threading.Event())
         self._saving = self._writer.submit(self._write, save)
         if not own:
@@ -204,7 +198,7 @@ class Checkpoints:
         save.times["blocked_seconds"] = time.perf_counter() - begun
 
     def _can_copy(self, state: State) -> bool:
-        """Whether to save a copy; found out at the first save, when the devices know what training takes."""
+        """Whether to save a copy; decided at the first save, when the peak memory of training is known."""
         if self._copy_on_device and self._copy is None:
             self._copy_on_device = broadcast_from_main(_room_for(state))
             if not self._copy_on_device:
@@ -214,7 +208,7 @@ class Checkpoints:
         return self._copy_on_device
 
     def _stage_is_there(self, path: Path, step: int, found: Callable[[], Fingerprint]) -> bool:
-        """Whether it holds this state already, because the step came again after a restart."""
+        """Whether it already holds this state, because the step was repeated after a restart."""
         there = meta_or_none(path) or {}
         if not broadcast_from_main(bool(there)):
             return False
@@ -224,11 +218,11 @@ class Checkpoints:
         return False
 
     def end_stages(self, last_steps: Mapping[str, int]) -> None:
-        """Other last steps of the stages than those given at first, where the config has moved them."""
+        """Replaces the stages' last steps."""
         self._last_steps = dict(last_steps)
 
     def mend_stages(self, done: int) -> None:
-        """Makes `stages/NAME/` from the running checkpoint of the stage's last step where it could not be written."""
+        """Copies missing `stages/NAME/` from the running checkpoints of the stages' last steps, up to step `done`."""
         for name, step in self._last_steps.items():
             path = self._workdir / "stages" / name
             running = meta_or_none(self._running(step)) if step <= done and meta_or_none(path) is None else None
@@ -248,10 +242,10 @@ class Checkpoints:
             self._failed.pop(path, None)
 
     def _write(self, save: _Save) -> dict[Path, str]:
-        """Writes, in the background; what could not be written, and why."""
+        """Writes in the background; returns why each failed path could not be written."""
         failed = {}
         try:
-            found = save.found()
+            found = save.fingerprint()
             if found.not_finite:
                 raise UserError(
                     f"the state after step {save.meta['step']} holds NaN or infinity in {found.not_finite} and is not "
@@ -267,42 +261,42 @@ class Checkpoints:
                 try:
                     self._saver.save(path, args=args, force=True)
                     if path == save.paths[-1]:
-                        save.let_go()
+                        save.release()
                     self._saver.wait_until_finished()
                 except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
                     failed[path] = _why_not_written(error)
                     if jax.process_count() > 1:
-                        return failed  # the others wait for this process's part, and what they write is theirs
+                        return failed  # leave the parts that other processes are writing
                     with contextlib.suppress(OSError, ValueError):
-                        self._saver.wait_until_finished()  # which tells the same again
+                        self._saver.wait_until_finished()  # raises the same error
                 else:
                     if path == save.paths[-1]:
                         self._last_good = str(path)
                         save.times["seconds"] = time.perf_counter() - save.begun
         finally:
-            save.let_go()
+            save.release()
         self._prune()
         return failed
 
     def check(self) -> None:
-        """Finds out whether a save under way has failed; call often."""
+        """Reports a finished save, without waiting; call often."""
         if self._saving and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way; `failed` tells how it ended."""
+        """Waits for the current save and reports failures."""
         if self._saving is None:
             return
         try:
             failed = self._saving.result()
         finally:
-            if self._saving.done():  # not where Ctrl-C ends the waiting
+            if self._saving.done():  # not after Ctrl-C
                 self._saving = None
         for path, why in failed.items():
             self._report_failure(path, why)
 
     def close(self) -> None:
-        """Waits for the save under way and closes the writer."""
+        """Waits for the current save and closes the writer."""
         try:
             self.wait()
         finally:
@@ -312,39 +306,31 @@ class Checkpoints:
             sys.unraisablehook = self._unraisable
 
     def _report_failure(self, path: Path, why: str) -> None:
-        told = f"a checkpoint could not be written: {path}: {why}"
-        last = f"the last whole one is {self.last_good()}"
+        problem = f"a checkpoint could not be written: {path}: {why}"
+        last = f"the last complete one is {self.last_good()}"
         if jax.process_count() > 1:
-            raise UserError(f"process {jax.process_index()}: {told}; {last}; make room and start again")
-        self._failed[path] = told
-        self._log(f"{told}; {last}; training goes on")
+            raise UserError(f"process {jax.process_index()}: {problem}; {last}; make room and start again")
+        self._failed[path] = problem
+        self._log(f"{problem}; {last}; training goes on")
 
     def _prune(self) -> None:
-        """Removes the running checkpoints that the policy does not keep, and what is left of saves that failed."""
+        """Removes running checkpoints that are not to be kept, and the remains of failed saves."""
         if not is_main():
             return
-        for part in self._half_written():  # nothing is being written now, and it may be what fills the disk
+        for part in self._half_written():  # no save is in progress, and they may fill the disk
             shutil.rmtree(part, ignore_errors=True)
         missing = [name for name in self._last_steps if meta_or_none(self._workdir / "stages" / name) is None]
         wanted = {self._last_steps[name] for name in missing}
         for step in running_steps(self._workdir)[: -self._keep]:
             if step not in wanted and not (self._keep_every and step % self._keep_every == 0):
-                # Renamed first, so that what a kill leaves of it is never taken for a checkpoint.
+                # Renamed first: a partly deleted folder must never look like a checkpoint.
                 with contextlib.suppress(OSError):  # tried again after the next save
                     gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
                     self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
 
 
-def _dtypes(state: State) -> dict[str, str]:
-    """Array path -> dtype."""
-    return {path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
 def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The hook, but for what Orbax leaves when a write fails: each other write under way finds its event loop closed.
-
-    Hundreds of tracebacks would hide the line that tells the file and the reason.
-    """
+    """The hook without "Event loop is closed": Orbax raises hundreds of those after one failed write."""
 
     def filtered(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -354,13 +340,13 @@ def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _why_not_written(error: Exception) -> str:
-    """What a failed save says to a user; raises the error where it is no refusal of the file system.
+    """The reason for a failed save in one line; raises errors that do not come from the file system.
 
     Orbax raises OSError for those, tensorstore ValueError with the errno's text.
     """
     text = " ".join(str(error).split())
     if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-        return f"not all processes have written their part, see what the others say ({text[:300]})"
+        return f"not all processes have written their part; see their logs ({text[:300]})"
     disk = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error")
     if not isinstance(error, OSError) and not (isinstance(error, ValueError) and any(word in text for word in disk)):
         raise error
@@ -368,7 +354,7 @@ def _why_not_written(error: Exception) -> str:
 
 
 def _room_for(state: State) -> bool:
-    """Whether this process's devices can hold the state once more beside what training takes, as far as they tell."""
+    """Whether this process's devices have memory for a copy of the state; True if they report no limit."""
     here: dict[jax.Device, int] = {}
     for x in jax.tree.leaves(state):
         for shard in x.addressable_shards:
@@ -381,12 +367,12 @@ def _room_for(state: State) -> bool:
 
 
 def _memory_stats(device: jax.Device) -> dict[str, int]:
-    return device.memory_stats() or {}  # a CPU does not tell
+    return device.memory_stats() or {}  # None on CPU
 
 
 def _process_options() -> ocp.options.MultiprocessingOptions:
-    # Naming the processes makes Orbax wait at the coordinator's barriers, which end with an error when a process is
-    # gone. Its default is a collective of the devices, which waits for ever and gets between those of the training.
+    # With named processes Orbax uses the coordinator's barriers, which fail when a process dies. Its default, a device
+    # collective, waits forever and interleaves with those of training.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
     return ocp.options.MultiprocessingOptions(active_processes=everyone)
 

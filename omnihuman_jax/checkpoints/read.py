@@ -1,4 +1,4 @@
-"""Checkpoints on the disk, as anything may read them: where they are, what they say, their arrays."""
+"""Reads checkpoints from disk: finds them, and loads their metadata and arrays."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _META_KEYS = ("step", "stage", "config")
 
 
 def running_steps(workdir: Path) -> list[int]:
-    """Steps of the checkpoints that a run directory holds whole, in order."""
+    """Sorted steps of a run directory's complete checkpoints."""
     folder = Path(workdir) / "checkpoints"
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir())
 
@@ -38,16 +38,16 @@ def meta_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Restores the named parts of a state straight into the shardings of `abstract`, each process its own shards."""
+    """Restores the parts of a state that `abstract` names, into its shardings; each process reads its own shards."""
     args = ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
     )
-    # The handler by itself: Orbax's Checkpointer ends with a barrier, where a process that cannot read never arrives.
+    # Not Orbax's Checkpointer: it ends with a barrier that a process that cannot read never reaches.
     return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
 
 def check_conditions(config: Mapping[str, Any], path: str | Path) -> None:
-    """Raises UserError where a resolved config names other conditions than this program's table, or another order."""
+    """Raises UserError unless a config names this program's conditions in the same order."""
     there = tuple(config.get("conditions", conditions.names()))
     if there != conditions.names():
         raise UserError(
@@ -75,9 +75,9 @@ def _plain(value: Any) -> Any:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder meant by a workdir, `checkpoints/STEP`, `stages/NAME` or a folder of those.
+    """The checkpoint folder for a workdir, `checkpoints/STEP`, `stages/NAME` or a folder of those.
 
-    A workdir means its newest running checkpoint, or the last stage when there is none.
+    For a workdir, the newest running checkpoint, or else the last stage's.
 
     Raises:
       UserError: nothing there.
@@ -104,7 +104,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """The JSON item of a checkpoint folder.
 
     Raises:
-      UserError: it cannot be read, or is not what was written.
+      UserError: it is unreadable or damaged.
     """
     try:
         meta = json.loads((Path(path) / "meta" / "metadata").read_text())
@@ -112,7 +112,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
     missing = [key for key in _META_KEYS if not isinstance(meta, dict) or key not in meta]
     if missing or meta.get("sha256") not in (None, digest({k: v for k, v in meta.items() if k != "sha256"})):
-        why = f"no {missing[0]}" if missing else "another sha256 than was saved"
+        why = f"no {missing[0]}" if missing else "its sha256 does not match"
         raise UserError(f"{path}: damaged meta/metadata ({why}); use another one of the run")
     return meta
 
@@ -121,7 +121,7 @@ def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
     """The resolved config and the JSON item of a checkpoint folder.
 
     Raises:
-      UserError: it cannot be read, is of another training, as that of the VAE, or has other conditions.
+      UserError: it cannot be read, belongs to another training (such as the VAE's), or has other conditions.
     """
     meta = read_meta(path)
     if "model" not in meta["config"]:
@@ -133,15 +133,7 @@ def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
 def load_for_inference(
     path: str | Path, *, use_ema: bool = True, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """Loads only the parameters (or their EMA) of a checkpoint.
-
-    Args:
-      path: workdir, `checkpoints/STEP` or `stages/NAME`.
-      use_ema: the EMA instead of the raw parameters.
-      shardings: nested dict of shardings to load into; None = one device.
-
-    Returns:
-      (resolved config, nested dict of parameters, info with `step`, `stage` and `path`).
+    """`load.load_parameters` for training checkpoints only.
 
     Raises:
       UserError: nothing there, it cannot be read, or it holds values that are not finite.

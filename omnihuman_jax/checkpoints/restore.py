@@ -1,8 +1,4 @@
-"""Where a run goes on: its newest checkpoint that is whole.
-
-What cannot be read, or does not have its fingerprint, is set aside in `damaged/` by name, and the one before is used;
-where no running one is whole, the newest stage.
-"""
+"""Restores a run from its newest intact checkpoint; damaged ones are moved to `damaged/`."""
 
 import dataclasses
 import shutil
@@ -20,12 +16,12 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import agreed_problem, agreed_steps, broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
 
-RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a state that could not be read is tried again
+RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses between attempts to read a state
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A restored train state with the JSON item saved beside it and the folder it came from."""
+    """A restored train state, the JSON item saved with it, and its folder."""
 
     state: Any
     meta: dict[str, Any]
@@ -33,7 +29,7 @@ class Restored:
 
 
 def same_network(saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
-    """Raises UserError where the saved config is of a network of another shape, or of other conditions."""
+    """Raises UserError if the saved config has another network shape or other conditions."""
     if "model" not in saved:
         raise UserError(f"{path}: not a checkpoint of experiments.train; use another --workdir")
     check_conditions(saved, path)
@@ -48,18 +44,16 @@ def restore_newest(
     log: Callable[[str], None],
     check: Callable[[Mapping[str, Any], ConfigDict, Path], None] = same_network,
 ) -> Restored | None:
-    """The newest running checkpoint that is whole, or None when the run has none at all.
+    """The newest intact running checkpoint, or else stage checkpoint; None for a run without running checkpoints.
 
-    Where all running ones are damaged, the stages' are tried. All processes decide together: one that a single process
-    cannot read is used by none.
+    All processes decide together: they skip a checkpoint that any of them cannot read.
 
     Args:
       workdir: run directory.
       stages: folders of the stages' checkpoints, newest first.
       abstract: NamedTuple of shapes, dtypes and shardings of the state.
-      config: of the run that continues.
-      log: called with a line for every damaged checkpoint, which is moved to `damaged/`.
-      check: raises UserError where a saved config (plain) is of another model than the run's.
+      log: called with a line for every damaged checkpoint.
+      check: raises UserError if a saved config (plain) describes another model than `config`.
 
     Raises:
       UserError: the checkpoint holds a model of another shape, or there are checkpoints and none can be read.
@@ -76,9 +70,9 @@ def restore_newest(
             return restored
         if broadcast_from_main(path.is_dir()):
             broken.append((path, problem))
-    told = "; ".join(f"{path}: {problem}" for path, problem in broken)
+    problems = "; ".join(f"{path}: {problem}" for path, problem in broken)
     raise UserError(
-        f"{workdir}: no checkpoint can be read ({told}); repair one, or move the folder checkpoints/ "
+        f"{workdir}: no checkpoint can be read ({problems}); repair one, or move the folder checkpoints/ "
         f"away to train from the start"
     )
 
@@ -89,14 +83,17 @@ def _try(path: Path, abstract: Any, config: ConfigDict, check: Callable[..., Non
     try:
         meta = read_meta(path)
         if path.name.isdigit() and meta["step"] != int(path.name):
-            problem = f"damaged: it says that it holds step {meta['step']}"
+            problem = f"damaged: its metadata is of step {meta['step']}"
     except UserError as error:
         problem = str(error)
     if problem := agreed_problem(problem):
         return None, problem
     check(meta["config"], config, path)
     # Restored as it was saved and cast afterwards: a config may change the moments' dtypes.
-    saved = _with_dtypes(abstract, meta.get("dtypes", {}))
+    dtypes = meta.get("dtypes", {})
+    saved = jax.tree_util.tree_map_with_path(
+        lambda at, x: jax.ShapeDtypeStruct(x.shape, dtypes.get(path_name(at), x.dtype), sharding=x.sharding), abstract
+    )
     state, problem = _read_state(path, saved)
     if problem:
         differ = _optimizer_differences(meta["config"], config)
@@ -107,17 +104,14 @@ def _try(path: Path, abstract: Any, config: ConfigDict, check: Callable[..., Non
     if found.not_finite:
         return None, f"damaged: NaN or infinity in {found.not_finite}"
     if wrong := listed([name for name, total in found.sums.items() if saved.get(name, total) != total]):
-        return None, f"damaged: other values than were saved in {wrong}"
-    state = jax.tree.map(
-        lambda x, wanted: (
-            x
-            if x.dtype == wanted.dtype
-            else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
-        ),
-        state,
-        abstract,
-    )
-    return Restored(state, meta, path), ""
+        return None, f"damaged: the values of {wrong} do not match their checksums"
+    return Restored(jax.tree.map(_cast, state, abstract), meta, path), ""
+
+
+def _cast(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    if x.dtype == wanted.dtype:
+        return x
+    return jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
 
 
 def _set_aside(workdir: Path, broken: list[tuple[Path, str]], log: Callable[[str], None]) -> None:
@@ -130,29 +124,19 @@ def _set_aside(workdir: Path, broken: list[tuple[Path, str]], log: Callable[[str
             path.rename(target)
         log(f"checkpoint {path} is skipped and moved to damaged/: {problem}")
     if broken:
-        agreed_problem("")  # nobody goes on before they are moved
-
-
-def _with_dtypes(abstract: Any, dtypes: Mapping[str, str]) -> Any:
-    """The abstract arrays with the dtypes that a checkpoint names."""
-
-    def saved(path, x):
-        return jax.ShapeDtypeStruct(x.shape, dtypes.get(path_name(path), x.dtype), sharding=x.sharding)
-
-    return jax.tree_util.tree_map_with_path(saved, abstract)
+        agreed_problem("")  # all processes wait until they are moved
 
 
 def _read_state(path: Path, abstract: Any) -> tuple[Any, str]:
-    """This process's part of the arrays, or why they cannot be read. Nothing here waits for other processes."""
+    """This process's shards, or why they cannot be read; does not wait for other processes."""
     for pause in (*RETRY_SECONDS, None):
         try:
             return type(abstract)(**restore(path, abstract._asdict())), ""
-        # Whatever a damaged file makes Orbax, tensorstore or the decompressor raise, it is told and the run goes on
-        # from an older checkpoint, or ends.
+        # Damaged files make Orbax, tensorstore and the decompressor raise anything; an older checkpoint may be intact.
         except Exception as error:  # noqa: BLE001
             if pause is None:
                 return None, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-            time.sleep(pause)  # a file system that fails for a moment is no damage
+            time.sleep(pause)  # the file system may have failed only for a moment
     raise AssertionError
 
 

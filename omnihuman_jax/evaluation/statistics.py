@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-MIN_STD = 1e-3  # standard deviation below which a correlation would be one of rounding errors
+MIN_STD = 1e-3  # below this standard deviation, a correlation would only measure rounding errors
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
@@ -21,8 +21,8 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
-def summarise(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
-    """Summary of one value a clip; NaN values are left out and counted.
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    """Summary of one value per clip; NaN values are left out and counted.
 
     Returns:
       {"n", "left_out", "mean", "std" (sample standard deviation), "low", "high" (95 % percentile bootstrap interval of
@@ -35,7 +35,7 @@ def summarise(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) 
     if len(known):
         result["mean"] = float(known.mean())
     if len(known) > 1:
-        rows = np.random.default_rng(seed).integers(0, len(known), (resamples, len(known)))
+        rows = np.random.default_rng(0).integers(0, len(known), (2000, len(known)))
         low, high = np.percentile(known[rows].mean(1), (2.5, 97.5))
         result |= {"std": float(known.std(ddof=1)), "low": float(low), "high": float(high)}
     result["values"] = [v if np.isfinite(v) else None for v in values]

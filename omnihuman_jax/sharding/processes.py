@@ -1,4 +1,4 @@
-"""Several processes as one run: joining them, the rows each reads, and decisions that all take at the same step."""
+"""Multi-process runs: joining processes, the batch rows each reads, and decisions taken together at one step."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,34 +12,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omnihuman_jax.errors import UserError
 
-# Read by jax.distributed.initialize() itself where no cluster environment tells it.
+# jax.distributed.initialize() reads the same variables if it detects no cluster.
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _LONGEST_WAIT_SECONDS = 3600
 
 
 def join(coordinator: str, num_processes: int, process_id: int, *, automatic: bool = False) -> int:
-    """Joins this process to the others of a run; call before anything touches a JAX backend.
+    """Joins this process to a run; call before anything touches a JAX backend.
 
     Args:
-      coordinator: HOST:PORT of process 0; "" takes JAX_COORDINATOR_ADDRESS.
-      num_processes: processes of the run; 0 takes JAX_NUM_PROCESSES.
-      process_id: 0 … num_processes - 1; -1 takes JAX_PROCESS_ID.
-      automatic: ask the cluster (Cloud TPU, GKE, Slurm) instead.
+      coordinator: HOST:PORT of process 0; "" = JAX_COORDINATOR_ADDRESS.
+      num_processes: processes of the run; 0 = JAX_NUM_PROCESSES.
+      process_id: 0 … num_processes - 1; -1 = JAX_PROCESS_ID.
+      automatic: let JAX detect all three from the cluster (Cloud TPU, GKE, Slurm).
 
     Returns:
-      The number of processes; 1, without joining anything, when nothing says that there are others.
+      The number of processes; 1, without joining, if none of the three is set.
 
     Raises:
-      UserError: some of the three are known and some are not, or they do not fit.
+      UserError: only some of the three are set, or they do not fit.
     """
-    # A SIGTERM before the loop listens shall end the process, not wait in JAX's own notifier.
+    # Before the loop installs its handler, SIGTERM must end the process; JAX's preemption service would catch it.
     jax.config.update("jax_enable_preemption_service", False)
     if automatic:
         jax.distributed.initialize()
         return jax.process_count()
-    told = (coordinator, num_processes or "", "" if process_id < 0 else process_id)
-    values = [str(value) or os.environ.get(name, "") for value, name in zip(told, ENVIRONMENT, strict=True)]
+    arguments = (coordinator, num_processes or "", "" if process_id < 0 else process_id)
+    values = [str(value) or os.environ.get(name, "") for value, name in zip(arguments, ENVIRONMENT, strict=True)]
     if not any(values):
         return 1
     flags = ("--coordinator_address", "--num_processes", "--process_id")
@@ -81,7 +81,7 @@ def process_rows(sharding: NamedSharding, rows: int) -> slice:
 
 
 def agreed_problem(problem: str) -> str:
-    """What keeps this process, or else another one, from going on; "" when none is kept. All processes call it."""
+    """This process's problem, or else another's; "" if no process has one. All processes call it."""
     if jax.process_count() == 1:
         return problem
     fine = multihost_utils.process_allgather(np.array(not problem))
@@ -93,8 +93,9 @@ def broadcast_from_main(answer: bool) -> bool:
     return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
-def agreed_steps(steps: Sequence[int], most: int = 1024) -> list[int]:
-    """The first process's step numbers, the last `most` of them in order."""
+def agreed_steps(steps: Sequence[int]) -> list[int]:
+    """The first process's last 1024 step numbers, sorted. All processes call it."""
+    most = 1024
     steps = sorted(steps)[-most:]
     if jax.process_count() == 1:
         return steps
@@ -104,33 +105,33 @@ def agreed_steps(steps: Sequence[int], most: int = 1024) -> list[int]:
 
 
 def check_same_on_all(what: str, digest: str) -> None:
-    """Raises UserError unless all processes have the same hex digest of something that decides the training."""
+    """Raises UserError unless all processes have the same hex digest of `what`."""
     if jax.process_count() == 1:
         return
     words = np.frombuffer(bytes.fromhex(digest)[:32].ljust(32, b"\0"), np.uint32)
     everyones = multihost_utils.process_allgather(words)
     if (everyones != everyones[0]).any():
         other = int((everyones != everyones[0]).any(1).argmax())
-        raise UserError(f"{what}: process {other} has another one than process 0; give all processes the same")
+        raise UserError(f"{what}: process {other} differs from process 0; give all processes the same")
 
 
 def gather(tree: Any) -> Any:
-    """Whole arrays in the memory of every host, of arrays that lie on the devices of all. All processes call it."""
+    """Sharded arrays as whole arrays in the memory of every host. All processes call it."""
     return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have called it as often; ends with an error when one of them is gone."""
-    if jax.process_count() > 1:  # at the coordinator, not by a collective of the devices, which gives up or waits on
+    """A barrier of all processes; raises an error if one of them dies."""
+    if jax.process_count() > 1:  # not a device collective, which times out or hangs
         ocp.multihost.sync_global_processes(
             name, processes=set(range(jax.process_count())), timeout=_LONGEST_WAIT_SECONDS
         )
 
 
 def compile_together(function: Any, *args: Any) -> Callable[..., Any]:
-    """Compiles a jitted function for these arguments; returns when all processes have.
+    """Compiles a jitted function for these arguments and waits for all processes.
 
-    One that runs ahead, because it finds its program in the cache, would give up in its first collective (CPU: 30 s).
+    Otherwise a process with a cache hit would time out in its first collective (CPU: 30 s).
     """
     compiled = function.lower(*args).compile()
     wait_for_all("compiled")
@@ -138,9 +139,9 @@ def compile_together(function: Any, *args: Any) -> Callable[..., Any]:
 
 
 class StopConsensus:
-    """Lets all processes act on a flag of any of them at one and the same step, without stalling the devices.
+    """Lets all processes act on a flag of any of them at the same step, without stalling the devices.
 
-    `reached` at the top of every step; the result of the step before is returned, which every process reads alike.
+    Call `reached` at every step; it returns the previous step's result, which is the same in all processes.
     """
 
     def __init__(self, mesh: Mesh):
@@ -153,7 +154,7 @@ class StopConsensus:
         self._count = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def reached(self, flag: bool) -> bool:
-        """Whether any process had raised its flag by the step before (alone: whether this one has by now)."""
+        """Whether any process set its flag by the previous step; a single process returns its current flag."""
         if self._alone:
             return flag
         before, self._before = self._before, self._count(self._place(flag))

@@ -257,4 +257,4 @@ def test_the_environment_says_who_is_who_and_data_sets_that_differ_are_refused(a
     assert launch.wait(started, seconds=240) == [2, 2]
     for process in (0, 1):
         log = launch.log(alone / f"environment{process}")
-        assert "data set: process 1 has another one than process 0" in log
+        assert "data set: process 1 differs from process 0" in log
