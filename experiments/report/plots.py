@@ -59,12 +59,13 @@ def loss_curves(lines: Sequence[Mapping[str, Any]]) -> str:
             steps, losses = [line["step"] for line in part], [line["loss"] for line in part]
             left.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             left.plot(steps, smooth(losses, max(3, len(losses) // 8)), color=colour, linewidth=2, label=stage)
-        names = ("no_audio_no_pose", "audio", "pose")
-        for name, colour in zip(names, (LIMIT, RIGHT, WRONG)):
+        selecting = conditions.selecting()
+        without = "_".join(f"no_{name}" for name in selecting)
+        labels = {without: "none of " + ", ".join(selecting)} | {name: name for name in selecting}
+        for (name, label), colour in zip(labels.items(), (LIMIT, RIGHT, WRONG, *STAGE_COLOURS)):
             known = [(x["step"], x["loss_by_condition"][name]) for x in lines if name in x["loss_by_condition"]]
             if known:
                 steps, losses = zip(*known)
-                label = name.replace("_", " ").replace("no audio no pose", "neither audio nor pose")
                 right.plot(steps, smooth(losses, max(3, len(losses) // 8)), color=colour, linewidth=2, label=label)
         left.set_title("loss by stage", loc="left")
         right.set_title("loss of the samples that had …", loc="left")

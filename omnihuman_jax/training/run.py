@@ -180,8 +180,8 @@ class Run:
             self.checkpoints.mend_stages(done)
         if self.checkpoints.failed:
             raise UserError(
-                f"{self.checkpoints.failed}; the last whole one is {self.checkpoints.last_good()}; make room and start "
-                f"the same command again: it continues from there"
+                f"{self.checkpoints.failed}; the last complete one is {self.checkpoints.last_good()}; make room and "
+                f"start the same command again: it continues from there"
             )
 
     def close(self) -> None:

@@ -452,7 +452,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(whole):
 def test_a_stop_whose_save_fails_says_so(whole):
     with disk() as limit:
         fill = filling(limit, whole[0] / "full_at_stop", 5, then=lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(UserError, match="checkpoints/5.*the last whole one is .*checkpoints/4; make room"):
+        with pytest.raises(UserError, match="checkpoints/5.*the last complete one is .*checkpoints/4; make room"):
             train(whole, "full_at_stop", fill)
 
 
