@@ -131,7 +131,7 @@ class Checkpoints:
         if not is_main():
             return
         for part in self._half_written():
-            self._log(f"{part}: left half-written by an earlier start; removed")
+            self._log(f"{part}: half-written, left by an earlier start; removed")
         for part in [*self._half_written(), *self._workdir.glob(f"checkpoints/*{_DELETED}")]:
             shutil.rmtree(part, ignore_errors=True)
 
