@@ -347,7 +347,7 @@ def dot_flops(jaxpr) -> int:
     [
         ({"hiden_size": 3}, "did you mean 'hidden_size'"),
         ({"num_heads": 3}, "not divisible by model.num_heads"),
-        ({"attention": "flash"}, "must be one of xla, splash, flash"),
+        ({"attention": "dense"}, "must be one of xla, splash, flash"),
         ({"rope_axes": (3, 5, 8)}, "three even sizes"),
         ({"hidden_size": "big"}, "must be a value like"),
     ],
