@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -10,9 +10,6 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import broadcast_from_main
 from omnihuman_jax.training.run_config import config_digest
 from omnihuman_jax.training.stages import ends_stage, stage_at
-
-if TYPE_CHECKING:  # run.py imports this module
-    from omnihuman_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Hook:
 class Save(Hook):
     """Checkpoints: every `checkpoint.every` steps, at a stage's end and before a stop."""
 
-    def __init__(self, run: "Run"):
+    def __init__(self, run: Any):
         self._run = run
 
     def after_step(self, done: StepDone) -> None:
@@ -75,7 +72,7 @@ class Save(Hook):
 class Evaluation(Hook):
     """Evaluates the state after some steps; what a stop skips, the next start does."""
 
-    def __init__(self, run: "Run"):
+    def __init__(self, run: Any):
         self.run = run
 
     def due(self, step: int) -> bool:
