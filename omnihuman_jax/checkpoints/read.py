@@ -1,5 +1,6 @@
 """Reads checkpoints from disk: finds them, and loads their metadata and arrays."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints.fingerprint import fingerprint
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import make_network
 
 # Model keys that change how the network is computed, not what its parameters are.
@@ -58,6 +60,8 @@ def check_conditions(config: Mapping[str, Any], path: str | Path) -> None:
 
 def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
     """Raises UserError naming the model keys in which a checkpoint differs from the config."""
+    # A key that the checkpoint lacks was introduced after it, with a default that means what was before.
+    saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
     differ = [
         f"model.{key}={_plain(saved.get(key))} there, {_plain(wanted.get(key))} here"
         for key in sorted(saved.keys() | wanted.keys())
