@@ -11,24 +11,7 @@ import pytest
 from data_pipelines import keypoints as kp
 from data_pipelines.raw import fetch, manifest, media
 from data_pipelines.synthetic import appearance, clips, dataset, people, plan, render, speech
-from data_pipelines.synthetic import body as body_lib
 from omnihuman_jax.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def body():
-    try:
-        return body_lib.load()
-    except fetch.PackageUnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def engine():
-    try:
-        return speech.find_engine()
-    except fetch.PackageUnavailableError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -3,29 +3,12 @@
 import numpy as np
 import pytest
 
-from data_pipelines.raw import fetch, media
+from data_pipelines.raw import media
 from data_pipelines.synthetic import appearance, clips, clothes, mesh_cut, motion, people, skeleton, speech, visemes
-from data_pipelines.synthetic import body as body_lib
 from data_pipelines.synthetic.sentences import HELDOUT, TRAIN
 from omnihuman_jax.errors import UserError
 
 VOICE = speech.Voice("en-us+f2", 150, 50, 50)
-
-
-@pytest.fixture(scope="module")
-def body():
-    try:
-        return body_lib.load()
-    except fetch.PackageUnavailableError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def engine():
-    try:
-        return speech.find_engine()
-    except fetch.PackageUnavailableError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
