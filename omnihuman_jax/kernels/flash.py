@@ -33,9 +33,13 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), **_F32)
 
 
-def _masked(scores: jax.Array, q_ids: jax.Array, kv_ids: jax.Array) -> jax.Array:
-    """Scores (keys, queries) with those of pairs in different segments hidden; ids (1, queries) and (keys, 1)."""
-    return jnp.where((q_ids == kv_ids) & (q_ids > 0), scores, HIDDEN)
+def _scores(k, q, kv_ids, q_ids, masked: bool) -> jax.Array:
+    """Scores (keys, queries) of a block; if `masked`, those of pairs in different segments are hidden."""
+    scores = _dot(k[0, 0], q[0, 0], (1, 1))
+    if not masked:
+        return scores
+    queries, keys = q_ids[0], kv_ids[0][:, :1]
+    return jnp.where((queries == keys) & (queries > 0), scores, HIDDEN)
 
 
 def _each_kind(kind: jax.Array, compute) -> None:
@@ -54,9 +58,7 @@ def _forward_kernel(kinds, q, k, v, q_ids, kv_ids, bound, out, lse, top, total, 
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     def compute(masked: bool) -> None:
-        scores = _dot(k[0, 0], q[0, 0], (1, 1))
-        if masked:
-            scores = _masked(scores, q_ids[0], kv_ids[0][:, :1])
+        scores = _scores(k, q, kv_ids, q_ids, masked)
         if online:
             before = top[...]
             top[...] = jnp.maximum(before, scores.max(0, keepdims=True))
@@ -92,9 +94,7 @@ def _backward_kernel(kinds, q, k, v, do, q_ids, kv_ids, lse, delta, dq, dk, dv, 
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
 
     def compute(masked: bool) -> None:
-        scores = _dot(k[0, 0], q[0, 0], (1, 1))
-        if masked:
-            scores = _masked(scores, q_ids[0], kv_ids[0][:, :1])
+        scores = _scores(k, q, kv_ids, q_ids, masked)
         weights = jnp.exp2(scores - lse[0, 0])
         dv_acc[...] += _dot(weights.astype(do.dtype), do[0, 0], (1, 0))
         dscores = (weights * (_dot(v[0, 0], do[0, 0], (1, 1)) - delta[0, 0])).astype(q.dtype)

@@ -1,6 +1,5 @@
 """What happens around the steps in addition to training: saves, evaluations, profiles."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,45 +7,16 @@ import jax
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import broadcast_from_main
+from omnihuman_jax.training.run import Run
 from omnihuman_jax.training.run_config import config_digest
 from omnihuman_jax.training.stages import ends_stage, stage_at
-
-
-@dataclasses.dataclass(frozen=True)
-class StepDone:
-    """A step dispatched to the devices, with its metrics there.
-
-    Attributes:
-      state: the state after it; the next step takes its buffers.
-      stopping: whether the run stops after it: the time left before a kill is for saving.
-    """
-
-    step: int
-    state: Any
-    metrics: Any
-    stopping: bool
-
-
-class Hook:
-    """Called around every step, in all processes; does nothing by default."""
-
-    def before_step(self, step: int) -> None:
-        """Called before the batch of a step is read."""
-
-    def after_step(self, done: StepDone) -> None:
-        """Called when a step has been dispatched to the devices."""
-
-    def after_restore(self, step: int, state: Any) -> None:
-        """Called when a run continues after `step`: does what the stop skipped."""
-
-    def close(self) -> None:
-        """Called when the run ends."""
+from omnihuman_jax.training.task import Hook, StepDone
 
 
 class Save(Hook):
     """Checkpoints: every `checkpoint.every` steps, at a stage's end and before a stop."""
 
-    def __init__(self, run: Any):
+    def __init__(self, run: Run):
         self._run = run
 
     def after_step(self, done: StepDone) -> None:
@@ -72,7 +42,7 @@ class Save(Hook):
 class Evaluation(Hook):
     """Evaluates the state after some steps; what a stop skips, the next start does."""
 
-    def __init__(self, run: Any):
+    def __init__(self, run: Run):
         self.run = run
 
     def due(self, step: int) -> bool:

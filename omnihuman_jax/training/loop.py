@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from omnihuman_jax.sharding.processes import check_same_on_all, is_main
 from omnihuman_jax.training.faults import StopSignal
-from omnihuman_jax.training.hooks import Profile, Save, StepDone
+from omnihuman_jax.training.hooks import Profile, Save
 from omnihuman_jax.training.run import Run
 from omnihuman_jax.training.run_config import shared_digest, write_config
 from omnihuman_jax.training.stages import begins_stage
-from omnihuman_jax.training.task import State, Task
+from omnihuman_jax.training.task import State, StepDone, Task
 
 
 def train(

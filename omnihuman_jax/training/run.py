@@ -16,11 +16,10 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import StopConsensus, compile_together, is_main
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
 from omnihuman_jax.training.goodput import Goodput
-from omnihuman_jax.training.hooks import Hook
 from omnihuman_jax.training.log_files import MetricsWriter, last_step_in
 from omnihuman_jax.training.metrics import memory_bytes
 from omnihuman_jax.training.stages import ends_stage, last_steps, stage_at
-from omnihuman_jax.training.task import Task
+from omnihuman_jax.training.task import Hook, Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""What the training loop needs of what it trains; see `training.tasks`."""
+"""What the training loop needs of what it trains (see `training.tasks`), and what it calls around a step."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,10 +8,40 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from omnihuman_jax.training.hooks import Hook
 from omnihuman_jax.training.stages import Span
 
 State = Any  # NamedTuple of pytrees of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDone:
+    """A step dispatched to the devices, with its metrics there.
+
+    Attributes:
+      state: the state after it; the next step takes its buffers.
+      stopping: whether the run stops after it: the time left before a kill is for saving.
+    """
+
+    step: int
+    state: Any
+    metrics: Any
+    stopping: bool
+
+
+class Hook:
+    """Called around every step, in all processes; does nothing by default."""
+
+    def before_step(self, step: int) -> None:
+        """Called before the batch of a step is read."""
+
+    def after_step(self, done: StepDone) -> None:
+        """Called when a step has been dispatched to the devices."""
+
+    def after_restore(self, step: int, state: Any) -> None:
+        """Called when a run continues after `step`: does what the stop skipped."""
+
+    def close(self) -> None:
+        """Called when the run ends."""
 
 
 class Task(Protocol):

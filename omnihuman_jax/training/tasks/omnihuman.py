@@ -21,7 +21,7 @@ from omnihuman_jax.sharding.processes import gather, is_main, process_rows, wait
 from omnihuman_jax.training import metrics as metrics_lib
 from omnihuman_jax.training import stages as stages_lib
 from omnihuman_jax.training.held_out import HeldOutLoss
-from omnihuman_jax.training.hooks import Evaluation, Hook
+from omnihuman_jax.training.hooks import Evaluation
 from omnihuman_jax.training.log_files import last_step_in
 from omnihuman_jax.training.metrics import RatioCounter
 from omnihuman_jax.training.run import Run
@@ -29,6 +29,7 @@ from omnihuman_jax.training.run_config import config_digest
 from omnihuman_jax.training.stages import Stage, ends_stage, stage_at
 from omnihuman_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_from_params
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.task import Hook
 
 Batch = Mapping[str, np.ndarray]
 

@@ -17,10 +17,11 @@ from omnihuman_jax.models.vae.vae import VAEConfig, save_vae
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.sharding.processes import gather, is_main, process_rows, wait_for_all
-from omnihuman_jax.training.hooks import Evaluation, Hook
+from omnihuman_jax.training.hooks import Evaluation
 from omnihuman_jax.training.log_files import last_step_in
 from omnihuman_jax.training.run import Run
 from omnihuman_jax.training.stages import Span, stage_at
+from omnihuman_jax.training.task import Hook
 from omnihuman_jax.training.tasks import vae_step
 from omnihuman_jax.training.tasks.vae_step import VAEState
 from omnihuman_jax.weights import lpips
