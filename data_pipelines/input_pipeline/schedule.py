@@ -334,18 +334,3 @@ def _flag_block(key: int, block: int, rate: int) -> np.ndarray:
     rank = np.where(flags, np.arange(WINDOW), np.arange(WINDOW) - ones)
     size = np.where(flags, max(ones, 1), max(WINDOW - ones, 1))
     return flags[np.argsort((rank + uniform(key, block, np.arange(WINDOW))) / size, kind="stable")]
-
-
-def ratio_report(schedule: Schedule, first_step: int, last_step: int) -> dict[str, dict[str, float]]:
-    """Counts how often conditions occur in a span of steps of one stage.
-
-    Returns:
-      condition -> {"target", "scheduled", "active"} shares, and "samples" -> {"count": number of rows}.
-    """
-    selections = [schedule.select(step) for step in range(first_step, last_step + 1)]
-    scheduled = np.concatenate([selection.scheduled for selection in selections])
-    active = np.concatenate([selection.active for selection in selections])
-    target = schedule.stages[selections[0].stage].ratios
-    shares = zip(conditions.names(), scheduled.mean(axis=0).tolist(), active.mean(axis=0).tolist(), strict=True)
-    report = {name: {"target": float(target[name]), "scheduled": s, "active": a} for name, s, a in shares}
-    return report | {"samples": {"count": float(len(scheduled))}}

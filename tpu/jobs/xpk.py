@@ -2,7 +2,6 @@
 
 import shlex
 
-from tpu.jobs import storage
 from tpu.jobs.environment import training_environment
 from tpu.jobs.job import CONTAINER, Handle, Job
 
@@ -19,16 +18,6 @@ def place(job: Handle) -> list[str]:
     """Flags that say where the job is."""
     values = {"cluster": job.cluster, "project": job.project, "zone": job.zone, "namespace": job.namespace}
     return [f"--{name}={value}" for name, value in values.items() if value]
-
-
-def storage_command(job: Job) -> list[str]:
-    """Makes the bucket known to the cluster, once for all jobs."""
-    return [
-        *("xpk", "storage", "attach", job.bucket, *place(job)),
-        *("--type=gcsfuse", f"--bucket={job.bucket}", f"--mount-point={storage.MOUNT}"),
-        *("--readonly=false", "--auto-mount=false", "--size=1000"),
-        f"--mount-options={storage.MOUNT_OPTIONS}",
-    ]
 
 
 def create_command(job: Job) -> list[str]:

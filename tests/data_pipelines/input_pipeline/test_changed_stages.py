@@ -7,10 +7,11 @@ import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.input_pipeline.schedule import Schedule, ratio_report
+from data_pipelines.input_pipeline.schedule import Schedule
 from omnihuman_jax.conditions import names
 from omnihuman_jax.training.stages import changes, continued, from_json, to_json
 from tests.data_pipelines.fake_dataset import positions
+from tests.data_pipelines.input_pipeline.ratios import ratio_report
 from tests.training.stage_rows import FULL, in_sequence, stage_row
 
 SIZES = ((12, 12), (16, 10), (10, 14))

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from data_pipelines.input_pipeline import mixture
 from data_pipelines.input_pipeline.counter_random import hash64, permutation, uniform
-from data_pipelines.input_pipeline.schedule import Schedule, _Split, ratio_report
+from data_pipelines.input_pipeline.schedule import Schedule, _Split
 from omnihuman_jax.conditions import index, names
 from omnihuman_jax.errors import UserError
 from tests.data_pipelines.fake_dataset import positions
+from tests.data_pipelines.input_pipeline.ratios import ratio_report
 from tests.training.stage_rows import FULL, stage_row
 
 # Whole schedules are slow to shrink, and a failing example is small as it is.

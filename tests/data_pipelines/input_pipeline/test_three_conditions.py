@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.input_pipeline.schedule import Schedule, ratio_report
+from data_pipelines.input_pipeline.schedule import Schedule
 from omnihuman_jax import conditions
 from omnihuman_jax.conditions import Condition, Kind
 from omnihuman_jax.errors import UserError
+from tests.data_pipelines.input_pipeline.ratios import ratio_report
 from tests.training.stage_rows import stage_row
 
 GAZE = Condition("gaze", Kind.TRACK, "gaze", "gaze", row=(3,), selects=True)
