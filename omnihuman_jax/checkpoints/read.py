@@ -16,6 +16,7 @@ from omnihuman_jax.checkpoints.fingerprint import fingerprint
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import make_network
+from omnihuman_jax.sharding import rules
 
 # Model keys that change how the network is computed, not what its parameters are.
 _COMPUTE_KEYS = (
@@ -148,7 +149,7 @@ def load_for_inference(
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
-    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    abstract = rules.with_shardings(shapes, shardings)
     part = "ema" if use_ema else "params"
     params = restore(path, {part: abstract})[part]
     if bad := fingerprint(params).not_finite:

@@ -81,6 +81,11 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes as `jax.ShapeDtypeStruct` with shardings: what to restore into, or to compile for."""
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over data x fsdp; every other dimension whole."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -80,11 +80,7 @@ def abstract_state(config: ConfigDict, mesh: Mesh, network: Network | None = Non
     """The state as `jax.ShapeDtypeStruct` with shardings: what to restore into, or to compile for."""
     network = network or make_network(config)
     shapes = jax.eval_shape(lambda params: state_from_params(config, params), network.abstract_params)
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        rules.tree_shardings(shapes, mesh),
-    )
+    return rules.with_shardings(shapes, rules.tree_shardings(shapes, mesh))
 
 
 def init_state(config: ConfigDict, mesh: Mesh, network: Network) -> TrainState:

@@ -101,11 +101,7 @@ class VAETask:
     def abstract_state(self) -> VAEState:
         """Shapes, dtypes and shardings of the state."""
         shapes = jax.eval_shape(lambda: vae_step.create_state(self.config))
-        return jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            shapes,
-            rules.tree_shardings(shapes, self.mesh),
-        )
+        return rules.with_shardings(shapes, rules.tree_shardings(shapes, self.mesh))
 
     def init_state(self) -> VAEState:
         """A fresh state; the linear path, if there is one, starts at the principal components of training windows."""
