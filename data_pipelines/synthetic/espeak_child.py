@@ -1,7 +1,8 @@
 """Speaks one sentence with the espeak-ng library; a program that runs in a separate process.
 
-The library keeps state between sentences: a process per sentence makes the sound a pure function of the arguments, and
-keeps the GPL library out of this project's process. Imports only the standard library.
+The library keeps state between sentences and seeds its breath noise with the time of day: a process per sentence with a
+fixed seed makes the sound a pure function of the arguments. It also keeps the GPL library out of this project's process.
+Imports only the standard library.
 
 Argument: a JSON object with library, data, voice, rate, pitch, range, text. Output: a line of JSON (sample rate, and
 phonemes as [seconds, IPA symbol]), then 16-bit samples. Exit status 3: unknown voice.
@@ -16,6 +17,7 @@ SYNCHRONOUS = 2
 OPTIONS = 0x8000 | 1 | 2  # do not exit on errors; phoneme events; as IPA
 RATE, PITCH, RANGE = 1, 3, 4
 UTF8 = 1
+SEED = 1
 
 
 class _Id(ctypes.Union):
@@ -42,6 +44,9 @@ def main() -> int:
     if rate <= 0:
         print("the library cannot find its data", file=sys.stderr)
         return 1
+    if hasattr(library, "espeak_ng_SetRandSeed"):  # since 1.52
+        library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
+    ctypes.CDLL(None).srand(SEED)
     pieces, phonemes = [], []
 
     def receive(wave, count, events):
