@@ -87,14 +87,16 @@ def _fit(
 ) -> np.ndarray:
     """Scales x [n] >= 0 until the group sums of every constraint (groups [n], targets) equal its targets.
 
-    Meets the last constraint exactly and, if they contradict each other, the earlier ones approximately.
+    Meets the last constraint exactly and, if they contradict each other, the earlier ones approximately. Contradictions
+    shrink entries without end; a floor keeps them from 0, from which the last constraint could not raise them again.
     """
+    floor = np.where(x > 0, 1e-100, 0.0)
     for _ in range(iterations):
         error = 0.0
         for groups, targets in constraints:
             sums = _group_sum(x, groups, len(targets))
             error = max(error, float(np.abs(sums - targets).max()))
-            x = x * np.divide(targets, sums, out=np.zeros_like(sums), where=sums > 0)[groups]
+            x = np.maximum(x * np.divide(targets, sums, out=np.zeros_like(sums), where=sums > 0)[groups], floor)
         if error < tolerance:
             break
     return x

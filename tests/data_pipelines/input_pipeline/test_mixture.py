@@ -129,3 +129,25 @@ def test_source_weights_are_met_whenever_the_ratios_and_sizes_leave_a_way(caplog
         assert not outcomes[-1] or missed < 3e-3, (seed, missed)
         assert ("not its weight" in caplog.text) == (missed > 0.01), (seed, missed)
     assert sum(outcomes) > 20 and outcomes.count(False) > 5, "the cases should hold both kinds"
+
+
+def test_source_weights_that_contradict_the_sizes_leave_no_need_without_clips():
+    """Each round of the fit shrinks the sources that the sizes force upon it; they must not vanish."""
+    index = [
+        {"source": source, "shape": [9, *bucket], "audio": both, "pose": both}
+        for source, bucket, both in (
+            ("wanted", BUCKETS[0], True),
+            ("wanted", BUCKETS[1], False),
+            ("unwanted", BUCKETS[1], True),
+            ("unwanted", BUCKETS[2], True),
+        )
+    ]
+    mix = plan_mixture(
+        "stage1",
+        {"text": 1.0, "reference": 1.0, "audio": 0.5, "pose": 0.5},
+        make_cells(index, range(len(index))),
+        bucket_weights=dict(zip(BUCKETS, (1.0, 1.0, 3.0), strict=False)),
+        source_weights={"wanted": 9.0, "unwanted": 1.0},
+    )
+    for need_rates, cell_rates in zip(mix.need_rates, mix.cell_rates, strict=True):
+        assert all(bool(cells) == (rate > 0) for rate, cells in zip(need_rates, cell_rates, strict=True))
