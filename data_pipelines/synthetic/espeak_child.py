@@ -1,7 +1,7 @@
 """Speaks one sentence with the espeak-ng library; a program that runs in a separate process.
 
-The library keeps state between sentences and seeds its breath noise with the time of day: a process per sentence with a
-fixed seed makes the sound a pure function of the arguments. It also keeps the GPL library out of this project's process.
+The library keeps state between sentences and seeds its breath noise with the time of day. A process per sentence with a
+fixed seed makes the sound a pure function of the arguments, and keeps the GPL library out of this project's process.
 Imports only the standard library.
 
 Argument: a JSON object with library, data, voice, rate, pitch, range, text. Output: a line of JSON (sample rate, and
