@@ -26,12 +26,12 @@ from typing import Any, Self
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, regions
 from omnihuman_jax.conditions import Kind
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS, latent_frames, pixel_frames
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPLITS = ("train", "heldout")
 RECORDS_PER_FILE = 64
 
@@ -47,6 +47,7 @@ _OTHER_ARRAYS: ArrayFields = {
     "reference_frames": (1, "int32"),  # (R,) pixel frame of each reference
     "mouth": (1, "float32"),  # (F,) true mouth opening of rendered clips; else (0,)
     "attributes": (1, "float32"),  # (A,) true appearance numbers of rendered clips; else (0,)
+    "boxes": (3, "float32"),  # (F,4,4) or (0,4,4) boxes of `omnihuman_jax.regions`; also of clips without eligible pose
 }
 
 
@@ -140,6 +141,7 @@ def _check(record: Mapping[str, Any], meta: Meta) -> None:
     expected = {
         "latents": (latent_frames(frames), *size, meta.latent_channels),
         "mouth": (frames if len(record["mouth"]) else 0,),
+        "boxes": (frames if len(record["boxes"]) else 0, len(regions.BOXES), 4),
     }
     for condition in conditions.table():
         count = len(record[condition.record])
