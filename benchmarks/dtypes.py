@@ -28,6 +28,7 @@ from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 
 BF16 = "bfloat16"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, 
     """Trains all variants in turn; see the module docstring."""
     stages = curriculum(config)
     input_pipeline, mesh = InputPipeline.from_config(config, stages, dataset), mesh_lib.training_mesh(config)
-    rate = jnp.float32(stages[0].learning_rate)
+    rate = StepSettings.of(stages[0], stages[0].learning_rate)
     runs: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
         start = init_state(config, mesh, make_network(config))

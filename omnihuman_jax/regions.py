@@ -1,7 +1,7 @@
 """Regions of a picture in which a condition shows: the mouth and face follow speech, the limbs follow the pose.
 
-Records hold boxes for each pixel frame; a batch holds, for each region, the latent cells that it touches. They weight the
-loss (`diffusion.loss_weights`) and say where the gain of a condition is measured; the network never sees them.
+Records hold boxes for each pixel frame; a batch holds, for each region, the latent cells that it touches. They weight
+the loss (`diffusion.loss_weights`) and say where the gain of a condition is measured. The network never sees them.
 """
 
 import numpy as np

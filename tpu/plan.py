@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -29,11 +28,11 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops as flops_lib
 from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
-from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 from tpu import hlo
 from tpu.topologies import GIB, Topology, get_topology
 
@@ -145,9 +144,8 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
     }
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
         state, batch = abstract_state(config, mesh, network), batch_lib.abstract(config, mesh, bucket)
-        lowered = jit_train_step(config, network, mesh).lower(state, batch, rate)
+        lowered = jit_train_step(config, network, mesh).lower(state, batch, StepSettings.abstract(mesh))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -82,4 +82,7 @@ class InputPipeline:
         draw = np.array([1.0, 0.5])  # the middle of the clip, after motion frames if it is long enough
         cut = [cut_window(read_record(dataset, i), frames, 1.0, self._batches.model, draw, 0.0) for i in members]
         active = np.stack([conditions.eligibility(dataset.index[i]) for i in members])
-        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": active}
+        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {
+            "active": active,
+            "record": np.array(members, np.int32),
+        }

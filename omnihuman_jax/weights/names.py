@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.dit.entries import condition_modules
+from omnihuman_jax.models.dit.entries import module_conditions
 
 STACKED = ("dual", "single", "decoder")  # groups whose parameters carry a leading layer axis in memory
 LISTED = 12  # tensors that an error names per kind of mistake
@@ -187,7 +187,7 @@ def block_shape(path: tuple[Any, ...], shape: Shape) -> Shape:
 
 def is_condition(name: str) -> bool:
     """Whether one of our tensors belongs to what OmniHuman adds to a base: the conditions and the null text."""
-    return not condition_modules().isdisjoint(name.split("."))
+    return not module_conditions().keys().isdisjoint(name.split("."))
 
 
 def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> list[Entry]:
