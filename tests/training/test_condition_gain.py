@@ -9,6 +9,7 @@ from omnihuman_jax import batch as batch_lib
 from omnihuman_jax import regions
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.random_keys import CONDITION_GAIN, purpose_key
+from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training.condition_gain import NOISE_LEVELS, ConditionGain, partners, percent_gain, summary
 from tests.training.tiny import tiny_config
@@ -55,7 +56,9 @@ def test_the_gain_of_a_network_that_hears_perfectly(case):
     mouth[:, :, 2:, 1:3] = 1
     listener = Listener(network, np.asarray(eps) - batch["latents"] + 1.0, mouth)  # + 1: a loss of 1 everywhere
     with jax.set_mesh(mesh):
-        gains = ConditionGain(config, listener, mesh, [batch])(network.init(jax.random.key(0)))
+        params = network.init(jax.random.key(0))
+        params = jax.device_put(params, rules.tree_shardings(params, mesh))
+        gains = ConditionGain(config, listener, mesh, [batch])(params)
     assert set(gains) == {"text", "reference", "audio", "pose"} and set(gains["audio"]) == {"all", "mouth"}
     assert set(gains["audio"]["mouth"]) == {f"{level:g}" for level in NOISE_LEVELS}
 
