@@ -94,7 +94,7 @@ class _Piece:
 def _pieces(clip: RawClip, settings: Settings, encoders: features.Encoders) -> Iterator[_Piece]:
     notes = features.annotations(clip)
     for cut in cuts(clip, settings.sizes, settings.clip_frames):
-        arrays = {name: features.truth(name, cut, notes) for name in ("mouth", "attributes")}
+        arrays = {name: features.truth(name, clip, cut, notes) for name in ("mouth", "attributes")}
         arrays |= features.tracks(clip, cut, notes, encoders)
         yield _Piece(cut.first, cut.resized(), arrays, cut.untouched)
 

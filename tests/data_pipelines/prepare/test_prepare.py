@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from data_pipelines import boxes
+from data_pipelines import keypoints as kp
 from data_pipelines.encoders import speech
 from data_pipelines.prepare import features, pipeline
 from data_pipelines.prepare.cut import Box, centre_box, choose_size, cuts, parse_sizes
@@ -162,6 +164,81 @@ def test_manifest_crop_moves_keypoints_and_picks_the_size(tmp_path):
     assert (record["height"], record["width"]) == (48, 32)
     np.testing.assert_allclose(record["keypoints"][:, 0], [[0.5, 0.5, 1]] * 9, atol=0.02)
     assert not record["keypoints"][:, 1].any()  # left of the crop
+
+
+def person(frames=9, shift=0.0):
+    """Keypoints (F,K,3) of a face and a left hand in the middle of the picture."""
+    places = {
+        "nose": (0.5, 0.5), "left_eye": (0.55, 0.4), "right_eye": (0.45, 0.4), "brow_left": (0.55, 0.36),
+        "brow_right": (0.45, 0.36), "left_ear": (0.6, 0.45), "right_ear": (0.4, 0.45), "mouth_left": (0.54, 0.56),
+        "mouth_right": (0.46, 0.56), "mouth_top": (0.5, 0.55), "mouth_bottom": (0.5, 0.58), "chin": (0.5, 0.65),
+        "left_wrist": (0.8, 0.8), "left_index_tip": (0.85, 0.75),
+    }  # fmt: skip
+    found = np.zeros((frames, kp.NUM_KEYPOINTS, 3), np.float32)
+    for name, (x, y) in places.items():
+        found[:, kp.INDEX[name]] = (x + shift, y, 1)
+    return found
+
+
+def test_boxes_come_from_any_keypoints_there_are_and_also_without_pose(tmp_path, talker):
+    np.savez(tmp_path / "given.npz", keypoints=person())
+    np.savez(tmp_path / "truth.npz", truth_keypoints=person())
+    np.savez(tmp_path / "both.npz", keypoints=person(), truth_keypoints=person(shift=0.2))
+    talker = dataclasses.replace(talker, end=0.36)
+    clips = [
+        dataclasses.replace(talker, id="given", annotations=tmp_path / "given.npz"),
+        dataclasses.replace(talker, id="no pose", annotations=tmp_path / "given.npz", pose=False),
+        dataclasses.replace(talker, id="truth", annotations=tmp_path / "truth.npz", pose=False),
+        dataclasses.replace(talker, id="both", annotations=tmp_path / "both.npz"),
+        dataclasses.replace(talker, id="detected"),
+        dataclasses.replace(talker, id="nothing", pose=False),
+    ]
+    seen = []
+
+    def detect(frames):
+        seen.append(len(frames))
+        return person(shift=0.1)
+
+    run(clips, tmp_path / "out", detect)
+    data = Dataset.open(tmp_path / "out")
+    records = {record["id"]: record for record in map(data.read, range(len(data)))}
+    expected = boxes.from_keypoints(person(), 1.0)
+    assert expected[:, :3].any((1, 2)).all() and not expected[:, 3].any()
+    for name in ("given", "no pose", "truth", "both"):
+        np.testing.assert_allclose(records[f"real/{name}"]["boxes"], expected, atol=1e-6)
+    moved = boxes.from_keypoints(person(shift=0.1), 1.0)
+    np.testing.assert_allclose(records["real/detected"]["boxes"], moved, atol=1e-6)
+    assert records["real/nothing"]["boxes"].shape == (0, 4, 4)
+    assert [entry["pose"] for entry in data.index] == [True, False, False, True, True, False]
+    assert seen == [9]  # nothing is detected for boxes alone
+
+
+def test_boxes_are_relative_to_the_crop_and_clipped_to_it(tmp_path):
+    media.write_mp4(tmp_path / "a.mp4", np.zeros((9, 64, 96, 3), np.uint8))
+    np.savez(tmp_path / "a.npz", truth_keypoints=person())
+    clip = manifest.RawClip(
+        "a", tmp_path / "a.mp4", "x", annotations=tmp_path / "a.npz", crop=(24, 0, 48, 64), pose=False
+    )
+    run([clip], tmp_path / "out")
+    record = Dataset.open(tmp_path / "out").read(0)
+    assert (record["height"], record["width"]) == (48, 32)
+    whole = boxes.from_keypoints(person(), 96 / 64) * [96, 64, 96, 64]
+    box = centre_box(Box(24, 0, 48, 64), (48, 32))  # 43 x 64 pixels
+    inside = (whole - [box.left, 0, box.left, 0]) / [box.width, 64, box.width, 64]
+    np.testing.assert_allclose(record["boxes"][:, :2], inside[:, :2], atol=1e-5)
+    # The arm is around x = 77..82 of 96; the crop ends at 69, and the padding reaches into it or not at all.
+    assert inside[0, 2, 0] > 1 and not record["boxes"][:, 2].any()
+
+
+def test_a_clip_with_too_few_annotated_rows_is_named_and_the_others_are_used(tmp_path, talker):
+    np.savez(tmp_path / "short.npz", keypoints=person(frames=12), mouth=np.zeros(20))
+    np.savez(tmp_path / "mouth.npz", mouth=np.zeros(7))
+    clips = [talker] + [
+        dataclasses.replace(talker, id=name, annotations=tmp_path / f"{name}.npz") for name in ("short", "mouth")
+    ]
+    summary, _ = run(clips, tmp_path / "out")
+    assert len(Dataset.open(tmp_path / "out")) == 2
+    assert "keypoints has 12 rows" in summary.table() and "mouth has 7 rows" in summary.table()
 
 
 def test_bad_clips_are_named_and_the_others_are_used(tmp_path, talker):
