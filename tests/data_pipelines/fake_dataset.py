@@ -60,6 +60,7 @@ def fake_record(
         "boxes": fake_boxes(frames),
         "speaker": "",
         "sentence": "",
+        "view": "full",
         "frames": frames,
         "height": h * 8,
         "width": w * 8,
