@@ -11,7 +11,8 @@ from data_pipelines import boxes
 from data_pipelines.prepare.cut import Box, Cut, by_aspect
 
 MIN_SEEN = 0.9  # share of the frames in which the face must be known, and of those in which the crop must hold it
-EXTENT = 1.25  # side of the crop in extents of the face over the clip
+EXTENT = 1.25  # side of the crop in extents of the face over the clip,
+LEAST_EXTENT = 1.05  # and where the picture or `MAX_PART` leave less room
 MAX_ENLARGED = 1.6  # more would train on blur
 MAX_PART = 0.85  # of the whole cut's area; a larger one would show the same again
 OUTLIERS = 0.02  # share of frames at either end that does not count for the extent; a detector jumps now and then
@@ -21,7 +22,8 @@ def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut
     """The cut cropped to its face, at the first size that fits; None without one.
 
     Of sizes (height, width) with the aspect ratio nearest to the face's, the largest comes first. A size does not fit
-    if the crop would be enlarged by more than `MAX_ENLARGED`, cover more than `MAX_PART` of the cut, or lose the face.
+    if the crop would be enlarged by more than `MAX_ENLARGED`, have to cover more than `MAX_PART` of the cut, or lose
+    the face.
 
     Args:
       found: (F,4,4) boxes relative to the cut's box, or no rows.
@@ -39,18 +41,21 @@ def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut
     centre = np.array([(mouth[:, 0] + mouth[:, 2]).mean() / 2, mouth[:, 1].mean()])
     for size in by_aspect(*(high - low)[::-1], sizes):
         box = _box(picture, low, high, centre, size)
+        if box is None:
+            continue
         inside = (face[:, :2] >= [box.left - 1, box.top - 1]).all(1)
         inside &= (face[:, 2:] <= [box.left + box.width + 1, box.top + box.height + 1]).all(1)
         small = box.height * MAX_ENLARGED < size[0] or box.width * MAX_ENLARGED < size[1]
-        large = box.width * box.height > MAX_PART * picture.prod()
-        if not small and not large and inside.mean() >= MIN_SEEN:
+        if not small and inside.mean() >= MIN_SEEN:
             box = dataclasses.replace(box, left=cut.box.left + box.left, top=cut.box.top + box.top)
             return dataclasses.replace(cut, box=box, size=size)
     return None
 
 
-def _box(picture: np.ndarray, low: np.ndarray, high: np.ndarray, centre: np.ndarray, size: tuple[int, int]) -> Box:
-    """The box of a size's aspect ratio around `centre` that holds low..high, inside the picture.
+def _box(
+    picture: np.ndarray, low: np.ndarray, high: np.ndarray, centre: np.ndarray, size: tuple[int, int]
+) -> Box | None:
+    """The box of a size's aspect ratio around `centre` that holds low..high, inside the picture; None if it is too big.
 
     Args:
       picture: width, height in pixels.
@@ -58,9 +63,12 @@ def _box(picture: np.ndarray, low: np.ndarray, high: np.ndarray, centre: np.ndar
       centre: (x, y), pixels.
     """
     shape = np.array([size[1], size[0]])
-    scale = min((EXTENT * (high - low) / shape).max(), (picture / shape).min())
-    sides = np.minimum(np.maximum(np.rint(shape * scale), 1), picture)
-    corner = np.clip(centre - sides / 2, high - sides, np.maximum(low, high - sides))
+    face = ((high - low) / shape).max()
+    room = min((picture / shape).min(), np.sqrt(MAX_PART * picture.prod() / shape.prod()))
+    if room < LEAST_EXTENT * face:
+        return None
+    sides = np.maximum(np.floor(shape * min(EXTENT * face, room) + 1e-6), 1)
+    corner = np.clip(centre - sides / 2, high - sides, np.maximum(low, high - sides))  # a moved face stays inside
     corner = np.rint(np.clip(corner, 0, picture - sides))
     return Box(*(int(value) for value in (*corner, *sides)))
 

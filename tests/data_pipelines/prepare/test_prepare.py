@@ -328,7 +328,7 @@ def test_keypoints_boxes_latents_and_clip_of_a_face_crop_show_the_same_place(tmp
 
 
 def test_a_face_that_is_too_far_too_near_or_missing_has_no_crop(tmp_path):
-    far, near = scene(tmp_path, scale=0.15, name="far"), scene(tmp_path, scale=2.2, name="near", width=120)
+    far, near = scene(tmp_path, scale=0.15, name="far"), scene(tmp_path, scale=2.8, name="near", width=120)
     nobody = dataclasses.replace(scene(tmp_path, name="nobody"), annotations=None, pose=False)
     summary, data, _ = run_with_faces([far, near, nobody], tmp_path / "out")
     assert [entry["view"] for entry in data.index] == ["full"] * 6
