@@ -4,11 +4,14 @@ A data set is a directory:
 
     dataset.json                  sizes, encoders and an index with one entry per record
     records/*.array_record        serialised TFDS `FeaturesDict` records (no TensorFlow needed)
-    clips/ID.mp4                  the prepared clips at training size ("/" in an id becomes "__")
+    clips/ID.mp4                  the prepared clips at training size (`clip_filename`)
 
 Everything is at 25 frames per second. A record is a dict. An array that a clip lacks has zero rows, so "has audio" is
 `record["audio"].shape[0] > 0`. The writer takes the arrays from the table of conditions (`array_fields`) and stores
 their names and types in dataset.json, so that a data set describes itself.
+
+A record's `view` is "full", or "face" for a crop of a full record's clip to the face; its id is then that one's with
+"#face". The two share everything but the picture and the places in it.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ from omnihuman_jax.frames import FPS, latent_frames, pixel_frames
 
 SCHEMA_VERSION = 3
 SPLITS = ("train", "heldout")
+FULL, FACE = VIEWS = ("full", "face")
 RECORDS_PER_FILE = 64
 
-TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence")
+TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence", "view")
 NUMBER_FIELDS = ("frames", "height", "width")
 # Array name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
 # R references, K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
@@ -131,8 +135,19 @@ def condition_arrays(record: Mapping[str, Any], names: Iterable[str], reference:
 
 
 def clip_filename(record_id: str) -> str:
-    """The record's file name under clips/."""
-    return record_id.replace("/", "__") + ".mp4"
+    """The record's file name under clips/, which is also a part of a URL: "a/b#face" -> "a__b@face.mp4"."""
+    return record_id.replace("/", "__").replace("#", "@") + ".mp4"
+
+
+def view_id(record_id: str, view: str) -> str:
+    """The id of a view of the clip with this id."""
+    return record_id if view == FULL else f"{record_id}#{view}"
+
+
+def full_records(dataset: Dataset, split: str | None = None) -> list[int]:
+    """Indices of a split's records (None: of all) that show the whole picture: those are evaluated and shown."""
+    entries = enumerate(dataset.index)
+    return [i for i, entry in entries if entry["view"] == FULL and split in (None, entry["split"])]
 
 
 def _check(record: Mapping[str, Any], meta: Meta) -> None:
@@ -161,6 +176,8 @@ def _check(record: Mapping[str, Any], meta: Meta) -> None:
         raise ValueError(f"record {name} has {frames} frames; it needs 1+4n frames, a reference and text tokens")
     if record["split"] not in SPLITS:
         raise ValueError(f"record {name}: split is {record['split']!r}, expected one of {SPLITS}")
+    if record["view"] not in VIEWS:
+        raise ValueError(f"record {name}: view is {record['view']!r}, expected one of {VIEWS}")
 
 
 def check_sizes(dataset: Dataset, model: Any) -> None:
@@ -223,7 +240,7 @@ class DatasetWriter:
             shutil.copyfile(clip_path, self._partial / "clips" / clip_filename(record["id"]))
         self._index.append(
             {
-                **{key: record[key] for key in ("id", "source", "split")},
+                **{key: record[key] for key in ("id", "source", "split", "view")},
                 "file": name,
                 "row": row,
                 "shape": list(record["latents"].shape[:3]),

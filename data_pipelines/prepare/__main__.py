@@ -29,6 +29,9 @@ _VAE = flags.DEFINE_string("vae", None, "VAE weights (safetensors).")
 _SIZES = flags.DEFINE_string(
     "sizes", "96x96,128x80,80x112", "Training sizes, HEIGHTxWIDTH; each clip uses the nearest."
 )
+_FACE_CROPS = flags.DEFINE_string(
+    "face_crops", "", "Sizes of one more record per clip, cropped to the face, HEIGHTxWIDTH as 48x48; none if empty."
+)
 _CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames per clip at 25 fps; 1 + 4n.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Threads that decode and detect.")
 _TILE = flags.DEFINE_integer(
@@ -76,7 +79,8 @@ def _settings() -> pipeline.Settings:
     vae = pathlib.Path(_VAE.value)
     if not vae.is_file():
         raise UserError(f"--vae={vae}: no such file; train one with python -m experiments.train_vae")
-    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, sha256_of(vae), _TILE.value)
+    faces = tuple(parse_sizes(_FACE_CROPS.value, "face_crops")) if _FACE_CROPS.value else ()
+    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, sha256_of(vae), _TILE.value, faces)
 
 
 def main() -> None:
@@ -90,7 +94,7 @@ def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     dataset = pipeline.finished(output, digest)
     if dataset is not None:
-        print(f"{output} is up to date: {len(dataset)} clips")
+        print(f"{output} is up to date: {len(dataset)} records")
         return
     from omnihuman_jax.models.vae import streaming  # imports JAX, which is not needed before
     from omnihuman_jax.models.vae.vae import load_vae

@@ -62,27 +62,37 @@ class Cut:
         return self.source.shape[1:3] == self.size == (self.box.height, self.box.width)
 
 
-def parse_sizes(text: str) -> list[tuple[int, int]]:
+def parse_sizes(text: str, flag: str = "sizes") -> list[tuple[int, int]]:
     """ "96x96,128x80" -> [(96, 96), (128, 80)], height x width.
 
     Raises:
-      UserError: a malformed size, or one that is not divisible by 16.
+      UserError: a malformed size, or one that is not divisible by 16; it names the flag.
     """
     sizes = []
     for part in text.split(","):
         numbers = part.strip().lower().split("x")
         if len(numbers) != 2 or not all(number.isdigit() and int(number) for number in numbers):
-            raise UserError(f"--sizes: {part!r} is not HEIGHTxWIDTH; for example 96x96,128x80")
+            raise UserError(f"--{flag}: {part!r} is not HEIGHTxWIDTH; for example 96x96,128x80")
         height, width = map(int, numbers)
         if height % 16 or width % 16:
-            raise UserError(f"--sizes: {part.strip()} must be divisible by 16 (VAE 8 x patch 2) in both directions")
+            raise UserError(f"--{flag}: {part.strip()} must be divisible by 16 (VAE 8 x patch 2) in both directions")
         sizes.append((height, width))
     return sizes
 
 
+def _difference(size: tuple[int, int], height: float, width: float) -> float:
+    """How far the aspect ratios are apart, as |log|."""
+    return abs(math.log(size[0] / size[1]) - math.log(height / width))
+
+
 def choose_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The size with the aspect ratio nearest to height x width."""
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
+    return min(sizes, key=lambda size: _difference(size, height, width))
+
+
+def by_aspect(height: float, width: float, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """All sizes, those with the aspect ratio nearest to height x width first, of equal ones the larger first."""
+    return sorted(sizes, key=lambda size: (round(_difference(size, height, width), 6), -size[0] * size[1]))
 
 
 def centre_box(box: Box, size: tuple[int, int]) -> Box:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.keypoints import NUM_KEYPOINTS
-from data_pipelines.prepare import features
-from data_pipelines.prepare.cut import cuts
+from data_pipelines import boxes, schema
+from data_pipelines import keypoints as kp
+from data_pipelines.prepare import face_crop, features
+from data_pipelines.prepare.cut import Cut, cuts
 from data_pipelines.prepare.latents import encode_clips, reference_frames
 from data_pipelines.prepare.summary import Summary
 from data_pipelines.raw import media
@@ -37,12 +38,14 @@ class Settings:
       clip_frames: frames per clip, 1 + 4n.
       vae_sha256: digest of the VAE's file.
       vae_tile: side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
+      face_crops: sizes of the additional crops to the face; none if empty.
     """
 
     sizes: tuple[tuple[int, int], ...]
     clip_frames: int
     vae_sha256: str
     vae_tile: int = 0
+    face_crops: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass
@@ -83,8 +86,10 @@ def finished(output: pathlib.Path, digest: str) -> Dataset | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A cut without its source frames, which for a long clip would not fit into memory."""
+    """A view of a cut without its source frames, which for a long clip would not fit into memory."""
 
+    number: int
+    view: str
     first: int
     frames: np.ndarray
     arrays: dict[str, np.ndarray]
@@ -93,14 +98,26 @@ class _Piece:
 
 def _pieces(clip: RawClip, settings: Settings, encoders: features.Encoders) -> Iterator[_Piece]:
     notes = features.annotations(clip)
-    for cut in cuts(clip, settings.sizes, settings.clip_frames):
-        arrays = {name: features.truth(name, cut, notes) for name in ("mouth", "attributes")}
+    for number, cut in enumerate(cuts(clip, settings.sizes, settings.clip_frames)):
+        arrays = {name: features.truth(name, clip, cut, notes) for name in ("mouth", "attributes")}
         arrays |= features.tracks(clip, cut, notes, encoders)
-        yield _Piece(cut.first, cut.resized(), arrays, cut.untouched)
+        yield _Piece(number, schema.FULL, cut.first, cut.resized(), arrays, cut.untouched)
+        face = face_crop.choose(cut, arrays["boxes"], settings.face_crops)
+        if face is not None:
+            yield _Piece(number, schema.FACE, cut.first, face.resized(), _cropped(arrays, cut, face), False)
+
+
+def _cropped(arrays: dict[str, np.ndarray], whole: Cut, part: Cut) -> dict[str, np.ndarray]:
+    """The arrays of a part of a cut's picture; what is not a place in the picture is shared."""
+    place = face_crop.place(whole, part)
+    moved = {"keypoints": kp.crop(arrays["keypoints"], *place), "boxes": boxes.crop(arrays["boxes"], *place)}
+    return arrays | moved
 
 
 def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray) -> list[Prepared]:
-    """Prepares all cuts of a raw clip up to VAE encoding; empty if it is too short.
+    """Prepares all cuts of a raw clip and their face crops up to VAE encoding; empty if it is too short.
+
+    The clip is decoded once and its speech encoded once.
 
     Args:
       text: (L,Dt) token states of the caption.
@@ -117,13 +134,16 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
     audio = encoders.speech.encode(wave, total) if has_speech else np.zeros((0, encoders.speech.dim), np.float32)
     samples = media.AUDIO_RATE // media.FPS
     # A raw clip that already is a training clip is copied instead of encoded again.
-    unchanged = len(pieces) == 1 and pieces[0].untouched and clip.start == 0 and clip.end is None
+    several = pieces[-1].number > 0
+    unchanged = not several and pieces[0].untouched and clip.start == 0 and clip.end is None
     unchanged = unchanged and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
     prepared = []
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         end = piece.first + settings.clip_frames
+        whole = f"{clip.source}/{clip.id}" + (f"-{piece.number}" if several else "")
         record = {
-            "id": f"{clip.source}/{clip.id}" + (f"-{number}" if len(pieces) > 1 else ""),
+            "id": schema.view_id(whole, piece.view),
+            "view": piece.view,
             **{name: getattr(clip, name) for name in ("source", "split", "caption", "speaker", "sentence")},
             "reference_frames": reference_frames(settings.clip_frames),
             "audio": audio[piece.first : end],
@@ -134,7 +154,8 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
             "width": piece.frames.shape[2],
         }
         sound = None if wave is None else wave[piece.first * samples : end * samples]
-        prepared.append(Prepared(record, piece.frames, clip.path if unchanged else None, sound))
+        file = clip.path if unchanged and piece.view == schema.FULL else None
+        prepared.append(Prepared(record, piece.frames, file, sound))
     return prepared
 
 
@@ -195,7 +216,7 @@ def run(
 
     meta = Meta(
         latent_channels=latent_channels,
-        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": NUM_KEYPOINTS},
+        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": kp.NUM_KEYPOINTS},
         encoders={"text": encoders.text.name, "audio": encoders.speech.name},
         vae_sha256=settings.vae_sha256,
     )

@@ -165,7 +165,8 @@ def write_mp4(
 ) -> None:
     """Writes (F,H,W,3) uint8 frames, H and W even, and optional mono sound as H.264 (4:2:0) + AAC.
 
-    Trims the sound, or pads it with silence, to the length of the video. Writes atomically.
+    Trims the sound, or pads it with silence, to the length of the video. The same input gives the same bytes. Writes
+    atomically.
 
     Raises:
       UserError: the file cannot be written.
@@ -190,7 +191,9 @@ def write_mp4(
 
 
 def _write_streams(container, frames, fps, audio, audio_rate, crf) -> None:
-    video = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+    # Without cpu-independent the same frames give one of several files, depending on where they lie in memory.
+    options = {"crf": str(crf), "preset": "veryfast", "x264-params": "cpu-independent=1"}
+    video = container.add_stream("libx264", rate=fps, options=options)
     video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
     sound = None
     if audio is not None:
