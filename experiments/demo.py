@@ -31,6 +31,8 @@ _CLIPS = flags.DEFINE_integer("clips", 160, "Rendered clips to make.", lower_bou
 _SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
 _EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per metric in the report.")
 
+CROPS = "48x48"  # of faces, beside the full frames
+
 
 @dataclasses.dataclass
 class Journal:
@@ -94,7 +96,8 @@ def make_data(workdir: Path, vae: str, journal: Journal) -> None:
         return
     with journal.phase("preparing records"):
         inputs = ",".join(map(str, raw))
-        lines = command("data_pipelines.prepare", f"--input={inputs}", f"--output={workdir / 'data'}", f"--vae={vae}")
+        arguments = (f"--input={inputs}", f"--output={workdir / 'data'}", f"--vae={vae}", f"--face_crops={CROPS}")
+        lines = command("data_pipelines.prepare", *arguments)
         journal.missing += [line for line in lines if line.startswith(("clips without keypoints", "speech encoder"))]
 
 
