@@ -8,7 +8,8 @@ A raw directory holds videos and, optionally, a manifest.json:
        "speech": true,                            false: the sound is not speech of the person shown
        "pose": true,                              false: make no keypoints
        "annotations": "annotations/000012.npz",   exact keypoints (F,K,3), mouth (F,), attributes (A,), or null;
-                                                  row 0 is the frame at `start`
+                                                  row 0 is the frame at `start`; truth_keypoints (F,K,3) are for
+                                                  boxes and evaluation alone, if the clip is to train without pose
        "start": 0.0, "end": 5.8,                  seconds to use, null for all
        "crop": [left, top, width, height]}]}      pixels to use, null for all
 
