@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.batches import Batches, read_record
 from data_pipelines.input_pipeline.loader import make_loader
 from data_pipelines.input_pipeline.windows import cut_window
-from data_pipelines.schema import Dataset, full_records
+from data_pipelines.schema import Dataset
 from omnihuman_jax import conditions
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.training.stages import Stage
@@ -60,17 +60,16 @@ class InputPipeline:
         """A step's entry of data_log.jsonl; see `Batches.describe`."""
         return self._batches.describe(step)
 
-    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
+    def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
         """The global `rows` of `count` fixed batches of held-out clips, with all conditions that each clip has.
 
-        Crops to the face are left out, so that data with and without them are measured alike. A batch has one shape.
-        The most frequent shapes come first; clips repeat if there are too few.
+        A batch has one shape and one view, full frames or crops to the "face". The most frequent shapes come first;
+        clips repeat if there are too few.
         """
         dataset, (size, frames) = self._batches.dataset, self._held_out_size
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        for i in full_records(dataset, "heldout"):
-            entry = dataset.index[i]
-            if entry["shape"][0] >= frames:
+        for i, entry in enumerate(dataset.index):
+            if (entry["split"], entry["view"]) == ("heldout", view) and entry["shape"][0] >= frames:
                 by_shape.setdefault(tuple(entry["shape"][1:]), []).append(i)
         chosen = []
         groups = sorted(by_shape.values(), key=len, reverse=True)

@@ -8,8 +8,8 @@ from experiments.configs import base
 def teach_speech(config: ConfigDict) -> None:
     """What lets a small network learn speech in minutes: crops of the face, half of the loss on the mouth, more noise.
 
-    The mouth is about a hundredth of the loss of a full frame, and low noise and neighbours give it away. In the warm-up
-    row every sample is a crop with sound and a reference; the published ratios follow.
+    The mouth is about a hundredth of the loss of a full frame, and low noise and neighbours give it away. In the
+    warm-up row every sample is a crop with sound and a reference; the published ratios follow.
     """
     config.stages.stage2_warmup.update({"bucket_weights": "6x6=1", "motion_ratio": 0.5, "time_mean": 1.0})
     for name in ("stage2_warmup", "stage2", "stage3"):

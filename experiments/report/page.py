@@ -211,11 +211,12 @@ def obeyed(evaluation: Mapping[str, Any] | None) -> str:
 def data_section(data: Mapping[str, Any]) -> str:
     """The training data."""
     rows = [
-        [g["source"], g["split"], str(g["clips"]), *map(str, g["with"].values()), f"{g['seconds']:.0f}", g["sizes"]]
+        [g["source"], g["split"], str(g["clips"]), *map(str, g["with"].values())]
+        + [str(g["crops"]), f"{g['seconds']:.0f}", g["sizes"]]
         for g in data["groups"]
     ]
     having = [f"with {name}" for name in data["groups"][0]["with"]]
-    head = ("source", "split", "clips", *having, "seconds", "sizes (height x width)")
+    head = ("source", "split", "clips", *having, "also cropped to the face", "seconds", "sizes (height x width)")
     encoders = "; ".join(f"{name} by <b>{escape(encoder)}</b>" for name, encoder in data["encoders"].items())
     missing = "; ".join(data["missing"]) or "none"
     return (

@@ -41,14 +41,16 @@ def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict
     for entry in dataset.index:
         groups.setdefault((entry["source"], entry["split"]), []).append(entry)
     rows = []
-    for (source, split), entries in sorted(groups.items()):
-        sizes = sorted({(8 * e["shape"][1], 8 * e["shape"][2]) for e in entries})
+    for (source, split), records in sorted(groups.items()):
+        sizes = sorted({(8 * e["shape"][1], 8 * e["shape"][2]) for e in records})
+        entries = [e for e in records if e["view"] == "full"]
         rows.append(
             {
                 "source": source,
                 "split": split,
                 "clips": len(entries),
                 "with": {name: sum(e.get(name, False) for e in entries) for name in conditions.selecting()},
+                "crops": len(records) - len(entries),
                 "seconds": sum(e["frames"] for e in entries) / FPS,
                 "sizes": ", ".join(f"{h}x{w}" for h, w in sizes),
             }

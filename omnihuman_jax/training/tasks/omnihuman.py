@@ -51,8 +51,8 @@ class InputPipeline(Protocol):
     def fingerprint(self) -> str:
         """Hex digest of what the data set says of itself and of every record."""
 
-    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
-        """These global rows of `count` batches that training does not see."""
+    def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
+        """These global rows of `count` batches that training does not see: of full frames or of "face" crops."""
 
 
 class SampleVideo(Protocol):
@@ -215,7 +215,8 @@ class OmniHumanTask:
         if evaluation.gain_every:
 
             def gain() -> ConditionGain:
-                return ConditionGain(*parts, self._held_out)
+                crops = self.input_pipeline.held_out(evaluation.batches, self._rows, "face")
+                return ConditionGain(*parts, [*self._held_out, *crops])
 
             hooks.append(HeldOut(run, "condition_gain", evaluation.gain_every, gain, condition_gain.summary))
         return hooks
