@@ -67,9 +67,9 @@ def test_chunks_give_what_the_whole_clip_gives(name, chunkings):
         frames = [0, *(1 + t * (ends - 1))]
         parts = list(streaming.encode_stream(vae, [video[:, a:b] for a, b in itertools.pairwise(frames)]))
         assert [part.shape[1] for part in parts] == list(sizes)
-        assert relative(np.concatenate(parts, 1), encoded) < 2e-6
+        assert relative(np.concatenate(parts, 1), encoded) < 5e-6
         parts = list(streaming.decode_stream(vae, [z[:, a:b] for a, b in itertools.pairwise([0, *ends])]))
-        assert relative(np.concatenate(parts, 1), decoded) < 2e-6
+        assert relative(np.concatenate(parts, 1), decoded) < 5e-6
 
 
 @pytest.mark.slow
@@ -78,8 +78,8 @@ def test_a_clip_is_cut_padded_and_joined_without_a_trace():
     encode, decode = compiled(vae)
     video, z = noise((1, 25, 8, 8, 3)), 2 * noise((1, 7, 2, 2, 3))
     for latents in (3, None):  # 3 do not divide 7 latent frames; None takes the clip whole
-        assert relative(streaming.encode_clip(vae, video, latents=latents), encode(video)) < 2e-6
-        assert relative(streaming.decode_clip(vae, z, latents=latents), decode(z)) < 2e-6
+        assert relative(streaming.encode_clip(vae, video, latents=latents), encode(video)) < 5e-6
+        assert relative(streaming.decode_clip(vae, z, latents=latents), decode(z)) < 5e-6
 
 
 def test_a_long_clip_compiles_for_two_chunks_and_no_more():
@@ -135,7 +135,7 @@ def test_tiles_equal_the_whole_frame_away_from_seams_and_differ_little_at_them()
 def test_tiles_stream_as_whole_frames_do():
     vae, z, tiling = build("wan2.1"), noise((1, 3, 24, 16, 3)), streaming.Tiling(48, 24)
     tiled = streaming.decode_clip(vae, z, tiling=tiling)
-    assert relative(streaming.decode_clip(vae, z, latents=1, tiling=tiling), tiled) < 2e-6
+    assert relative(streaming.decode_clip(vae, z, latents=1, tiling=tiling), tiled) < 5e-6
 
 
 def test_tiles_of_a_trained_vae_differ_little():
