@@ -172,7 +172,9 @@ def detect_pose(options: Options, inputs: Inputs, frames: int | None, height: in
       UserError: no person is found in the video.
     """
     print(f"pose: detecting keypoints in {options.pose}")
-    points = pose_encoder.detect(options.pose, frames)
+    video = media.read_video(options.pose, end=None if frames is None else frames / FPS)
+    with pose_encoder.PoseDetector() as detector:
+        points = detector.detect(video)
     if not len(points):
         raise UserError(f"--pose={options.pose}: most of its frames show no person; give a video of one person")
     return images.cover_points(points, inputs.pose_size, height, width)
