@@ -167,11 +167,6 @@ def our_shapes(abstract: Any) -> dict[str, Shape]:
     return shapes
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Dotted name of a leaf of the parameter tree: `dual.img_q.kernel`."""
-    return ".".join(str(key.key) for key in path)
-
-
 def leaf_names(path: tuple[Any, ...], shape: Shape) -> list[str]:
     """Dotted names of the tensors in a leaf of the parameter tree: one, or one per layer."""
     group, *rest = (str(key.key) for key in path)
