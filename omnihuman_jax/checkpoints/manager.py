@@ -6,7 +6,6 @@ dtype of every array.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import math
 import shutil
 import sys
@@ -14,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,28 +41,17 @@ _SAVE_SECONDS = 6 * 3600  # then Orbax aborts a save
 _SHARED_WRITE_BYTES = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Save:
-    """A save in progress.
+class _Save(NamedTuple):
+    """A save in progress."""
 
-    Attributes:
-      paths: checkpoint folders to write, in order, with the same content.
-      own: whether the state is a copy, to be deleted after reading.
-      meta: the JSON item without the fingerprint.
-      fingerprint: waits for the fingerprint and returns it.
-      times: `Checkpoints.times` of this save.
-      begun: `time.perf_counter()` at its start.
-      read: set when the state is no longer needed.
-    """
-
-    paths: list[Path]
+    paths: list[Path]  # checkpoint folders to write, in order, with the same content
     state: State
-    own: bool
-    meta: dict[str, Any]
-    fingerprint: Callable[[], Fingerprint]
-    times: dict[str, float | None]
-    begun: float
-    read: threading.Event
+    own: bool  # whether the state is a copy, to be deleted after reading
+    meta: dict[str, Any]  # the JSON item without the fingerprint
+    fingerprint: Callable[[], Fingerprint]  # waits for it
+    times: dict[str, float | None]  # `Checkpoints.times` of this save
+    begun: float  # `time.perf_counter()` at its start
+    read: threading.Event  # set when the state is no longer needed
 
     def release(self) -> None:
         """Call when the state has been read, or will not be."""
@@ -253,10 +241,8 @@ class Checkpoints:
                     f"from it"
                 )
             meta = save.meta | {"fingerprint": found.sums}
-            args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(save.state._asdict()),
-                meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)}),
-            )
+            state, whole = ocp.args.PyTreeSave(save.state._asdict()), meta | {"sha256": digest(meta)}
+            args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(whole))
             for path in save.paths:
                 try:
                     self._saver.save(path, args=args, force=True)
@@ -293,7 +279,12 @@ class Checkpoints:
             if self._saving.done():  # not after Ctrl-C
                 self._saving = None
         for path, why in failed.items():
-            self._report_failure(path, why)
+            problem = f"a checkpoint could not be written: {path}: {why}"
+            last = f"the last complete one is {self.last_good()}"
+            if jax.process_count() > 1:
+                raise UserError(f"process {jax.process_index()}: {problem}; {last}; make room and start again")
+            self._failed[path] = problem
+            self._log(f"{problem}; {last}; training goes on")
 
     def close(self) -> None:
         """Waits for the current save and closes the writer."""
@@ -304,14 +295,6 @@ class Checkpoints:
             self._saver.close()
             self._deleter.shutdown()
             sys.unraisablehook = self._unraisable
-
-    def _report_failure(self, path: Path, why: str) -> None:
-        problem = f"a checkpoint could not be written: {path}: {why}"
-        last = f"the last complete one is {self.last_good()}"
-        if jax.process_count() > 1:
-            raise UserError(f"process {jax.process_index()}: {problem}; {last}; make room and start again")
-        self._failed[path] = problem
-        self._log(f"{problem}; {last}; training goes on")
 
     def _prune(self) -> None:
         """Removes running checkpoints that are not to be kept, and the remains of failed saves."""
