@@ -10,7 +10,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,19 +30,12 @@ from omnihuman_jax.frames import FPS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings that affect a data set's content.
+    """Settings that affect a data set's content."""
 
-    Attributes:
-      sizes: training sizes (height, width) in pixels, each divisible by 16.
-      clip_frames: frames per clip, 1 + 4n.
-      vae_sha256: digest of the VAE's file.
-      vae_tile: side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    clip_frames: int
+    sizes: tuple[tuple[int, int], ...]  # training sizes (height, width) in pixels, each divisible by 16
+    clip_frames: int  # 1 + 4n
     vae_sha256: str
-    vae_tile: int = 0
+    vae_tile: int = 0  # side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
 
 
 @dataclasses.dataclass
@@ -70,8 +63,7 @@ def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: featur
 def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     """The data set at `output` if it was made from the same inputs; None if `output` is missing or empty.
 
-    Raises:
-      UserError: `output` holds something else.
+    Raises UserError if `output` holds something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -81,8 +73,7 @@ def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     return dataset
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A cut without its source frames, which for a long clip would not fit into memory."""
 
     first: int
@@ -102,11 +93,7 @@ def _pieces(clip: RawClip, settings: Settings, encoders: features.Encoders) -> I
 def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray) -> list[Prepared]:
     """Prepares all cuts of a raw clip up to VAE encoding; empty if it is too short.
 
-    Args:
-      text: (L,Dt) token states of the caption.
-
-    Raises:
-      UserError: one of the clip's files cannot be read.
+    `text` (L,Dt) are token states of the caption. Raises UserError if one of the clip's files cannot be read.
     """
     pieces = list(_pieces(clip, settings, encoders))
     if not pieces:
@@ -167,13 +154,11 @@ def run(
 
     Args:
       encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C).
-      latent_channels: C.
       extra: more entries of dataset.json.
       workers: threads that decode and detect while the VAE encodes.
       batch: clips per VAE batch.
 
-    Raises:
-      UserError: no clip could be used, or the output cannot be written.
+    Raises UserError if no clip could be used, or the output cannot be written.
     """
     summary = Summary()
     texts = {caption: encoders.text.encode(caption) for caption in sorted({clip.caption for clip in clips})}
