@@ -101,14 +101,7 @@ class Checkpoints:
         self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._remove_half_written()
         self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
-        options = _process_options()
-        self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(multiprocessing_options=options), **_item_handlers(options)
-            ),
-            multiprocessing_options=options,
-            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
-        )
+        self._saver = _make_saver()
 
     @property
     def failed(self) -> str:
@@ -353,17 +346,17 @@ def _memory_stats(device: jax.Device) -> dict[str, int]:
     return device.memory_stats() or {}  # None on CPU
 
 
-def _process_options() -> ocp.options.MultiprocessingOptions:
+def _make_saver() -> ocp.AsyncCheckpointer:
     # With named processes Orbax uses the coordinator's barriers, which fail when a process dies. Its default, a device
     # collective, waits forever and interleaves with those of training.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    return ocp.options.MultiprocessingOptions(active_processes=everyone)
-
-
-def _item_handlers(options: ocp.options.MultiprocessingOptions) -> dict[str, ocp.CheckpointHandler]:
+    options = ocp.options.MultiprocessingOptions(active_processes=everyone)
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
-        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=options),
-    }
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    )
+    limits = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=options, async_options=limits)
