@@ -125,9 +125,7 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
     return prepared
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
-) -> Iterator[tuple[Any, Future]]:
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
     """Yields (item, future) in order, with at most `ahead` submitted items to bound memory."""
     pending: deque[tuple[Any, Future]] = deque()
     for item in items:
@@ -167,7 +165,7 @@ def run(
         return prepare_clip(clip, settings, encoders, texts[clip.caption])
 
     def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, Prepared]]:
-        progress = tqdm(_in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
+        progress = tqdm(in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
         for clip, future in progress:
             try:
                 prepared = future.result()
