@@ -50,19 +50,6 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSON file for the results.")
 
 
-def variant_of(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """The config with a variant's changes."""
-    config = ConfigDict(config.to_dict())
-    for key, value in changes.items():
-        (config.model if key == "param_dtype" else config.optimizer)[key] = value
-    return config
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of parameters and optimizer state over all devices, without the EMA, which is always float32."""
-    return sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
-
-
 def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
     """Trains all variants in turn; see the module docstring."""
     stages = curriculum(config)
@@ -72,13 +59,17 @@ def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, 
     with jax.set_mesh(mesh):
         start = init_state(config, mesh, make_network(config))
         for name, changes in VARIANTS.items():
-            changed = variant_of(config, changes)
+            changed = ConfigDict(config.to_dict())
+            for key, value in changes.items():
+                (changed.model if key == "param_dtype" else changed.optimizer)[key] = value
             network = make_network(changed)
             state = init_state(changed, mesh, network)
             params = jax.tree.map(lambda p, like: jnp.array(p, like.dtype), start.params, state.params)
             state = state._replace(params=params, ema=jax.tree.map(jnp.array, start.ema))
             step = jit_train_step(changed, network, mesh)
-            runs[name] = {"state": state, "step": step, "bytes": state_bytes(state), "losses": [], "seconds": []}
+            # Over all devices, without the EMA, which is always float32.
+            size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+            runs[name] = {"state": state, "step": step, "bytes": size, "losses": [], "seconds": []}
         batches = input_pipeline.iterate(1, slice(0, config.global_batch_size))
         first = next(batches)
         same = (batch for batch in batches if batch["latents"].shape == first["latents"].shape)

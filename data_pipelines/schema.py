@@ -95,11 +95,7 @@ def _features(arrays: tuple[tuple[str, tuple[int, str]], ...]):
 
 
 def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
-    """Serialises one record and casts its arrays to the schema's types.
-
-    Raises:
-      ValueError: a field is missing, unknown or of the wrong rank.
-    """
+    """Serialises one record with its arrays cast to the schema's types; ValueError for wrong fields or ranks."""
     expected = {*TEXT_FIELDS, *NUMBER_FIELDS, *arrays}
     if set(record) != expected:
         raise ValueError(f"record fields differ from the schema: {sorted(set(record) ^ expected)}")
@@ -124,12 +120,7 @@ def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:
 
 
 def condition_arrays(record: Mapping[str, Any], names: Iterable[str], reference: int = 0) -> dict[str, np.ndarray]:
-    """A record's arrays by condition name, as inputs for generation (`omnihuman_jax.inference.inputs`).
-
-    Args:
-      names: conditions that the record has.
-      reference: index of the reference image to use.
-    """
+    """The record's arrays of conditions that it has, by condition, as inputs for generation; one of its references."""
     arrays = {name: record[conditions.get(name).record] for name in names}
     return {name: x[reference] if conditions.get(name).kind is Kind.IMAGE else x for name, x in arrays.items()}
 
@@ -219,11 +210,7 @@ class DatasetWriter:
         return self
 
     def add(self, record: Mapping[str, Any], clip_path: str | pathlib.Path | None = None) -> None:
-        """Appends one record and copies its clip.
-
-        Raises:
-          ValueError: the record does not match the schema or `Meta`, or its id is already used.
-        """
+        """Appends one record and copies its clip; ValueError if it does not fit schema and `Meta`, or reuses an id."""
         if record["id"] in self._ids:
             raise ValueError(f"record id {record['id']!r} is used twice")
         self._ids.add(record["id"])
@@ -276,11 +263,7 @@ class Dataset:
 
     @classmethod
     def open(cls, directory: str | pathlib.Path) -> Dataset:
-        """Opens a data set directory.
-
-        Raises:
-          UserError: it is missing, not a data set, empty, damaged or of another schema version.
-        """
+        """Opens a data set directory; UserError if it is missing, empty, damaged or of another schema version."""
         directory = pathlib.Path(directory).absolute()
         make = "create one with `python -m data_pipelines.prepare`"
         if not directory.is_dir():
@@ -317,8 +300,7 @@ class Dataset:
         """Record i (an index into `.index`)."""
         entry = self.index[i]
         with self._lock:
-            reader = self._readers.get(entry["file"])
-            if reader is None:
+            if (reader := self._readers.get(entry["file"])) is None:
                 reader = ArrayRecordReader(str(self.directory / entry["file"]), "readahead_buffer_size:0")
                 self._readers[entry["file"]] = reader
         try:

@@ -47,7 +47,7 @@ def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut
         inside &= (face[:, 2:] <= [box.left + box.width + 1, box.top + box.height + 1]).all(1)
         small = box.height * MAX_ENLARGED < size[0] or box.width * MAX_ENLARGED < size[1]
         if not small and inside.mean() >= MIN_SEEN:
-            box = dataclasses.replace(box, left=cut.box.left + box.left, top=cut.box.top + box.top)
+            box = box._replace(left=cut.box.left + box.left, top=cut.box.top + box.top)
             return dataclasses.replace(cut, box=box, size=size)
     return None
 

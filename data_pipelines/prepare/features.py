@@ -27,13 +27,7 @@ SILENCE = 3e-4  # root mean square below which sound counts as silence (-70 dB o
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The encoders of one run.
-
-    Attributes:
-      text: captions -> token states.
-      speech: sound -> features.
-      detect: frames (F,H,W,3) uint8 -> keypoints (F,K,3) or (0,K,3); None without a detector.
-    """
+    """The encoders of one run; `detect` makes keypoints (F,K,3) or (0,K,3) from frames (F,H,W,3) uint8."""
 
     text: TextEncoder | StatesFile
     speech: SpeechEncoder
@@ -59,8 +53,7 @@ def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
 def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
     """The arrays of the clip's annotation file: ground truth of rendered clips and conditions; empty without a file.
 
-    Raises:
-      UserError: the file cannot be read, or the rows of a condition have the wrong shape.
+    Raises UserError if the file cannot be read, or the rows of a condition have the wrong shape.
     """
     if clip.annotations is None:
         return {}

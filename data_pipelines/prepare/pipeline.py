@@ -10,7 +10,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,21 +31,13 @@ from omnihuman_jax.frames import FPS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings that affect a data set's content.
+    """Settings that affect a data set's content."""
 
-    Attributes:
-      sizes: training sizes (height, width) in pixels, each divisible by 16.
-      clip_frames: frames per clip, 1 + 4n.
-      vae_sha256: digest of the VAE's file.
-      vae_tile: side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
-      face_crops: sizes of the additional crops to the face; none if empty.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    clip_frames: int
+    sizes: tuple[tuple[int, int], ...]  # training sizes (height, width) in pixels, each divisible by 16
+    clip_frames: int  # 1 + 4n
     vae_sha256: str
-    vae_tile: int = 0
-    face_crops: tuple[tuple[int, int], ...] = ()
+    vae_tile: int = 0  # side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
+    face_crops: tuple[tuple[int, int], ...] = ()  # sizes of the additional crops to the face
 
 
 @dataclasses.dataclass
@@ -73,8 +65,7 @@ def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: featur
 def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     """The data set at `output` if it was made from the same inputs; None if `output` is missing or empty.
 
-    Raises:
-      UserError: `output` holds something else.
+    Raises UserError if `output` holds something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -84,8 +75,7 @@ def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     return dataset
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A view of a cut without its source frames, which for a long clip would not fit into memory."""
 
     number: int
@@ -119,11 +109,7 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
 
     The clip is decoded once and its speech encoded once.
 
-    Args:
-      text: (L,Dt) token states of the caption.
-
-    Raises:
-      UserError: one of the clip's files cannot be read.
+    `text` (L,Dt) are token states of the caption. Raises UserError if one of the clip's files cannot be read.
     """
     pieces = list(_pieces(clip, settings, encoders))
     if not pieces:
@@ -159,9 +145,7 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
     return prepared
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
-) -> Iterator[tuple[Any, Future]]:
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
     """Yields (item, future) in order, with at most `ahead` submitted items to bound memory."""
     pending: deque[tuple[Any, Future]] = deque()
     for item in items:
@@ -188,13 +172,11 @@ def run(
 
     Args:
       encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C).
-      latent_channels: C.
       extra: more entries of dataset.json.
       workers: threads that decode and detect while the VAE encodes.
       batch: clips per VAE batch.
 
-    Raises:
-      UserError: no clip could be used, or the output cannot be written.
+    Raises UserError if no clip could be used, or the output cannot be written.
     """
     summary = Summary()
     texts = {caption: encoders.text.encode(caption) for caption in sorted({clip.caption for clip in clips})}
@@ -203,7 +185,7 @@ def run(
         return prepare_clip(clip, settings, encoders, texts[clip.caption])
 
     def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, Prepared]]:
-        progress = tqdm(_in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
+        progress = tqdm(in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
         for clip, future in progress:
             try:
                 prepared = future.result()

@@ -65,8 +65,7 @@ def write_manifest(directory: pathlib.Path, source: str, clips: Sequence[Mapping
 def read(directory: str | pathlib.Path) -> list[RawClip]:
     """The clips of a raw directory, in a fixed order.
 
-    Raises:
-      UserError: the directory is missing or has no video, or its manifest is damaged or names missing files.
+    Raises UserError if it is missing or has no video, or its manifest is damaged or names missing files.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -81,9 +80,10 @@ def read(directory: str | pathlib.Path) -> list[RawClip]:
 
 
 def _from_files(directory: pathlib.Path) -> list[RawClip]:
-    paths = [path for path in sorted(directory.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
     clips = []
-    for path in paths:
+    for path in sorted(directory.rglob("*")):
+        if path.suffix.lower() not in VIDEO_SUFFIXES or not path.is_file():
+            continue
         sidecar = path.with_suffix(".txt")
         caption = sidecar.read_text().strip() if sidecar.is_file() else ""
         name = path.relative_to(directory).with_suffix("").as_posix()
