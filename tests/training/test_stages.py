@@ -388,7 +388,7 @@ def test_what_is_wrong_in_them_is_named(key, text, message):
 
 def test_a_warm_up_row_may_invert_the_ratios():
     config = config_with(stage2_warmup=5, stage2=5)
-    assert [stage.ratios["audio"] for stage in curriculum(config)] == [1.0, 0.5]
+    assert [stage.ratios["audio"] for stage in curriculum(config)] == [0.9, 0.5]
     config.stages.stage2_warmup.inverted_ratios = False
     with pytest.raises(UserError, match="principle 2"):
         curriculum(config)
