@@ -28,6 +28,7 @@ from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 
 BF16 = "bfloat16"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,35 +50,26 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSON file for the results.")
 
 
-def variant_of(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """The config with a variant's changes."""
-    config = ConfigDict(config.to_dict())
-    for key, value in changes.items():
-        (config.model if key == "param_dtype" else config.optimizer)[key] = value
-    return config
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of parameters and optimizer state over all devices, without the EMA, which is always float32."""
-    return sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
-
-
 def compare(config: ConfigDict, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
     """Trains all variants in turn; see the module docstring."""
     stages = curriculum(config)
     input_pipeline, mesh = InputPipeline.from_config(config, stages, dataset), mesh_lib.training_mesh(config)
-    rate = jnp.float32(stages[0].learning_rate)
+    rate = StepSettings.of(stages[0], stages[0].learning_rate)
     runs: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
         start = init_state(config, mesh, make_network(config))
         for name, changes in VARIANTS.items():
-            changed = variant_of(config, changes)
+            changed = ConfigDict(config.to_dict())
+            for key, value in changes.items():
+                (changed.model if key == "param_dtype" else changed.optimizer)[key] = value
             network = make_network(changed)
             state = init_state(changed, mesh, network)
             params = jax.tree.map(lambda p, like: jnp.array(p, like.dtype), start.params, state.params)
             state = state._replace(params=params, ema=jax.tree.map(jnp.array, start.ema))
             step = jit_train_step(changed, network, mesh)
-            runs[name] = {"state": state, "step": step, "bytes": state_bytes(state), "losses": [], "seconds": []}
+            # Over all devices, without the EMA, which is always float32.
+            size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+            runs[name] = {"state": state, "step": step, "bytes": size, "losses": [], "seconds": []}
         batches = input_pipeline.iterate(1, slice(0, config.global_batch_size))
         first = next(batches)
         same = (batch for batch in batches if batch["latents"].shape == first["latents"].shape)

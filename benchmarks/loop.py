@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -37,6 +36,7 @@ from omnihuman_jax.sharding.processes import compile_together, is_main, process_
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 
 WARM = 5  # first steps of a run, not counted because they compile
 
@@ -65,10 +65,10 @@ def bare_step_seconds(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
             order.append(bucket := bucket_name(batch))
             if bucket not in placed:
                 placed[bucket], times[bucket] = batch_lib.place(config, mesh, batch), []
-                compiled[bucket] = compile_together(step, state, placed[bucket], jnp.float32(1e-4))
+                compiled[bucket] = compile_together(step, state, placed[bucket], StepSettings.usual(1e-4))
         for bucket in order:
             begin = time.perf_counter()
-            state, metrics = compiled[bucket](state, placed[bucket], jnp.float32(1e-4))
+            state, metrics = compiled[bucket](state, placed[bucket], StepSettings.usual(1e-4))
             jax.block_until_ready(metrics)
             times[bucket].append(time.perf_counter() - begin)
     # The first step of a bucket is slower and not counted, as in the loop.

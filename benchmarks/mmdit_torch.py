@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import tempfile
-import time
+import timeit
 from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
@@ -174,9 +174,7 @@ def compare(sizes: Sizes, dtype: str, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timeit.timeit(step, number=1))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return side_by_side.comparison(dtype, sizes, medians, first)
 

@@ -22,11 +22,7 @@ def define_flags(sizes: type, *, repeats: int, timed: str) -> None:
 
 
 def read_sizes(sizes: type[SizesT]) -> SizesT:
-    """Reads the sizes from the flags.
-
-    Raises:
-      UserError: the directory of --output does not exist.
-    """
+    """Reads the sizes from the flags; UserError if the directory of --output does not exist."""
     output = flags.FLAGS.output
     if output and not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output={output}: its directory does not exist; create it first")

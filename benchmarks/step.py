@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -24,6 +23,7 @@ from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training.state import init_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 
 
 def define_flags() -> None:
@@ -56,7 +56,7 @@ def time_steps(config: ConfigDict, bucket: tuple[int, int, int], steps: int) -> 
     tokens = config.global_batch_size * math.prod(bucket) // math.prod(config.model.patch_size)
     with jax.set_mesh(mesh):
         batch = jax.device_put(random_batch(config, bucket), rules.batch_sharding(mesh))
-        state, rate = init_state(config, mesh, network), jnp.float32(1e-4)
+        state, rate = init_state(config, mesh, network), StepSettings.usual(1e-4)
         start = time.perf_counter()
         step = jit_train_step(config, network, mesh).lower(state, batch, rate).compile()
         compile_seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ import multiprocessing
 import re
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,7 @@ def measure(side: str, task: str, sizes: Sizes, folder: str, dtype: str, repeats
     loaded = _memory("VmRSS")
     result = run()  # compiles
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(run, number=1, repeat=repeats)
     return {"seconds": seconds, "peak_bytes": _memory("VmHWM") - loaded, "result": result}
 
 
@@ -146,14 +142,10 @@ def compare(task: str, sizes: Sizes, folder: str, dtype: str, repeats: int) -> d
         for side, runs in sides.items():
             runs.append(_in_new_process(measure, side, task, sizes, folder, dtype, repeats))
     seconds = {side: statistics.median(s for run in runs for s in run["seconds"]) for side, runs in sides.items()}
-    peak = {side: max(run["peak_bytes"] for run in runs) for side, runs in sides.items()}
     results = {side: runs[0]["result"] for side, runs in sides.items()}
-    return side_by_side.comparison(dtype, sizes, seconds, results) | {
-        "task": task,
-        "ours_peak_bytes": peak["ours"],
-        "theirs_peak_bytes": peak["theirs"],
-        "memory_ratio": peak["theirs"] / peak["ours"],
-    }
+    ours, theirs = (max(run["peak_bytes"] for run in sides[side]) for side in ("ours", "theirs"))
+    memory = {"ours_peak_bytes": ours, "theirs_peak_bytes": theirs, "memory_ratio": theirs / ours}
+    return side_by_side.comparison(dtype, sizes, seconds, results) | {"task": task, **memory}
 
 
 def _in_new_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -33,14 +33,10 @@ def hide_outside(keypoints: np.ndarray) -> np.ndarray:
 
 
 def crop(keypoints: np.ndarray, left: float, top: float, width: float, height: float) -> np.ndarray:
-    """Keypoints (..., K, 3) relative to a crop; left, top, width and height are fractions of the full frame.
-
-    Raises:
-      ValueError: width or height is not positive.
-    """
+    """Keypoints (..., K, 3) relative to a crop; left, top, width and height are fractions of the full frame."""
     if width <= 0 or height <= 0:
         raise ValueError(f"a crop needs a positive size, got {width} x {height}")
-    moved = np.array(keypoints, np.float32, copy=True)
+    moved = np.array(keypoints, np.float32)
     moved[..., 0] = (moved[..., 0] - left) / width
     moved[..., 1] = (moved[..., 1] - top) / height
     return hide_outside(moved)

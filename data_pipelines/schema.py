@@ -4,11 +4,14 @@ A data set is a directory:
 
     dataset.json                  sizes, encoders and an index with one entry per record
     records/*.array_record        serialised TFDS `FeaturesDict` records (no TensorFlow needed)
-    clips/ID.mp4                  the prepared clips at training size ("/" in an id becomes "__")
+    clips/ID.mp4                  the prepared clips at training size (`clip_filename`)
 
 Everything is at 25 frames per second. A record is a dict. An array that a clip lacks has zero rows, so "has audio" is
 `record["audio"].shape[0] > 0`. The writer takes the arrays from the table of conditions (`array_fields`) and stores
 their names and types in dataset.json, so that a data set describes itself.
+
+A record's `view` is "full", or "face" for a crop of a full record's clip to the face; its id is then that one's with
+"#face". The two share everything but the picture and the places in it.
 """
 
 from __future__ import annotations
@@ -26,16 +29,17 @@ from typing import Any, Self
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, regions
 from omnihuman_jax.conditions import Kind
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS, latent_frames, pixel_frames
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPLITS = ("train", "heldout")
+FULL, FACE = VIEWS = ("full", "face")
 RECORDS_PER_FILE = 64
 
-TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence")
+TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence", "view")
 NUMBER_FIELDS = ("frames", "height", "width")
 # Array name -> (rank, dtype). Letters: T latent frames, F pixel frames, H W latent rows and columns, C channels,
 # R references, K keypoints, L text tokens, A appearance attributes, Da Dt feature widths.
@@ -47,6 +51,7 @@ _OTHER_ARRAYS: ArrayFields = {
     "reference_frames": (1, "int32"),  # (R,) pixel frame of each reference
     "mouth": (1, "float32"),  # (F,) true mouth opening of rendered clips; else (0,)
     "attributes": (1, "float32"),  # (A,) true appearance numbers of rendered clips; else (0,)
+    "boxes": (3, "float32"),  # (F,4,4) or (0,4,4) boxes of `omnihuman_jax.regions`; also of clips without eligible pose
 }
 
 
@@ -90,11 +95,7 @@ def _features(arrays: tuple[tuple[str, tuple[int, str]], ...]):
 
 
 def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
-    """Serialises one record and casts its arrays to the schema's types.
-
-    Raises:
-      ValueError: a field is missing, unknown or of the wrong rank.
-    """
+    """Serialises one record with its arrays cast to the schema's types; ValueError for wrong fields or ranks."""
     expected = {*TEXT_FIELDS, *NUMBER_FIELDS, *arrays}
     if set(record) != expected:
         raise ValueError(f"record fields differ from the schema: {sorted(set(record) ^ expected)}")
@@ -119,19 +120,25 @@ def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:
 
 
 def condition_arrays(record: Mapping[str, Any], names: Iterable[str], reference: int = 0) -> dict[str, np.ndarray]:
-    """A record's arrays by condition name, as inputs for generation (`omnihuman_jax.inference.inputs`).
-
-    Args:
-      names: conditions that the record has.
-      reference: index of the reference image to use.
-    """
+    """The record's arrays of conditions that it has, by condition, as inputs for generation; one of its references."""
     arrays = {name: record[conditions.get(name).record] for name in names}
     return {name: x[reference] if conditions.get(name).kind is Kind.IMAGE else x for name, x in arrays.items()}
 
 
 def clip_filename(record_id: str) -> str:
-    """The record's file name under clips/."""
-    return record_id.replace("/", "__") + ".mp4"
+    """The record's file name under clips/, which is also a part of a URL: "a/b#face" -> "a__b@face.mp4"."""
+    return record_id.replace("/", "__").replace("#", "@") + ".mp4"
+
+
+def view_id(record_id: str, view: str) -> str:
+    """The id of a view of the clip with this id."""
+    return record_id if view == FULL else f"{record_id}#{view}"
+
+
+def full_records(dataset: Dataset, split: str | None = None) -> list[int]:
+    """Indices of a split's records (None: of all) that show the whole picture: those are evaluated and shown."""
+    entries = enumerate(dataset.index)
+    return [i for i, entry in entries if entry["view"] == FULL and split in (None, entry["split"])]
 
 
 def _check(record: Mapping[str, Any], meta: Meta) -> None:
@@ -140,6 +147,7 @@ def _check(record: Mapping[str, Any], meta: Meta) -> None:
     expected = {
         "latents": (latent_frames(frames), *size, meta.latent_channels),
         "mouth": (frames if len(record["mouth"]) else 0,),
+        "boxes": (frames if len(record["boxes"]) else 0, len(regions.BOXES), 4),
     }
     for condition in conditions.table():
         count = len(record[condition.record])
@@ -159,6 +167,8 @@ def _check(record: Mapping[str, Any], meta: Meta) -> None:
         raise ValueError(f"record {name} has {frames} frames; it needs 1+4n frames, a reference and text tokens")
     if record["split"] not in SPLITS:
         raise ValueError(f"record {name}: split is {record['split']!r}, expected one of {SPLITS}")
+    if record["view"] not in VIEWS:
+        raise ValueError(f"record {name}: view is {record['view']!r}, expected one of {VIEWS}")
 
 
 def check_sizes(dataset: Dataset, model: Any) -> None:
@@ -200,11 +210,7 @@ class DatasetWriter:
         return self
 
     def add(self, record: Mapping[str, Any], clip_path: str | pathlib.Path | None = None) -> None:
-        """Appends one record and copies its clip.
-
-        Raises:
-          ValueError: the record does not match the schema or `Meta`, or its id is already used.
-        """
+        """Appends one record and copies its clip; ValueError if it does not fit schema and `Meta`, or reuses an id."""
         if record["id"] in self._ids:
             raise ValueError(f"record id {record['id']!r} is used twice")
         self._ids.add(record["id"])
@@ -221,7 +227,7 @@ class DatasetWriter:
             shutil.copyfile(clip_path, self._partial / "clips" / clip_filename(record["id"]))
         self._index.append(
             {
-                **{key: record[key] for key in ("id", "source", "split")},
+                **{key: record[key] for key in ("id", "source", "split", "view")},
                 "file": name,
                 "row": row,
                 "shape": list(record["latents"].shape[:3]),
@@ -257,11 +263,7 @@ class Dataset:
 
     @classmethod
     def open(cls, directory: str | pathlib.Path) -> Dataset:
-        """Opens a data set directory.
-
-        Raises:
-          UserError: it is missing, not a data set, empty, damaged or of another schema version.
-        """
+        """Opens a data set directory; UserError if it is missing, empty, damaged or of another schema version."""
         directory = pathlib.Path(directory).absolute()
         make = "create one with `python -m data_pipelines.prepare`"
         if not directory.is_dir():
@@ -298,8 +300,7 @@ class Dataset:
         """Record i (an index into `.index`)."""
         entry = self.index[i]
         with self._lock:
-            reader = self._readers.get(entry["file"])
-            if reader is None:
+            if (reader := self._readers.get(entry["file"])) is None:
                 reader = ArrayRecordReader(str(self.directory / entry["file"]), "readahead_buffer_size:0")
                 self._readers[entry["file"]] = reader
         try:

@@ -21,7 +21,7 @@ from absl import flags
 from PIL import Image
 
 from data_pipelines.raw import media
-from data_pipelines.schema import Dataset
+from data_pipelines.schema import FACE, Dataset
 from experiments.common import cli
 from omnihuman_jax.errors import UserError
 
@@ -30,6 +30,8 @@ _CONFIG = flags.DEFINE_string("config", "experiments/configs/demo.py", "Preset t
 _CLIPS = flags.DEFINE_integer("clips", 160, "Rendered clips to make.", lower_bound=8)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
 _EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per metric in the report.")
+
+CROPS = "48x48"  # of faces, beside the full frames
 
 
 @dataclasses.dataclass
@@ -94,7 +96,8 @@ def make_data(workdir: Path, vae: str, journal: Journal) -> None:
         return
     with journal.phase("preparing records"):
         inputs = ",".join(map(str, raw))
-        lines = command("data_pipelines.prepare", f"--input={inputs}", f"--output={workdir / 'data'}", f"--vae={vae}")
+        arguments = (f"--input={inputs}", f"--output={workdir / 'data'}", f"--vae={vae}", f"--face_crops={CROPS}")
+        lines = command("data_pipelines.prepare", *arguments)
         journal.missing += [line for line in lines if line.startswith(("clips without keypoints", "speech encoder"))]
 
 
@@ -188,10 +191,13 @@ def main(_: list[str]) -> None:
     begin = time.monotonic()
     make_data(workdir, config.vae.checkpoint, journal)
     with journal.phase("training"):
-        data = workdir / "data"
+        data = Dataset.open(workdir / "data")
         # If the speech encoder could not be fetched, log-mel features of another width replace its own.
-        width = f"--config.model.audio_dim={Dataset.open(data).meta.sizes['audio_dim']}"
-        places = (f"--workdir={workdir}", f"--config.data.dir={data}")
+        width = f"--config.model.audio_dim={data.meta.sizes['audio_dim']}"
+        places = [f"--workdir={workdir}", f"--config.data.dir={data.directory}"]
+        if not any(entry["view"] == FACE and entry["audio"] and entry["split"] == "train" for entry in data.index):
+            print("going on without the warm-up of speech: there are no crops of speaking faces", flush=True)
+            places.append("--config.stages.stage2_warmup.steps=0")
         command("experiments.train", f"--config={_CONFIG.value}", *places, width)
     with journal.phase("generating"):
         jobs = generate_videos(workdir)

@@ -19,17 +19,9 @@ from omnihuman_jax.weights.formats import check_format
 def export_checkpoint(
     checkpoint: str, output: str, formats: Sequence[str] = ("safetensors",), *, ema: bool = True, naming: str = ""
 ) -> None:
-    """Writes an exported directory and lists its files.
+    """Writes an exported directory and lists its files; the flags describe the arguments.
 
-    Args:
-      checkpoint: workdir, checkpoints/STEP or stages/NAME.
-      output: directory to make.
-      formats: names in `export.FORMATS`.
-      ema: export the EMA of the parameters instead of the raw ones.
-      naming: of the base part, in `weights.formats.FORMATS`; "" = our own.
-
-    Raises:
-      UserError: an argument is missing or wrong; nothing is written.
+    Raises UserError if an argument is missing or wrong; nothing is written then.
     """
     cli.check_given(checkpoint=checkpoint, output=output)
     for name in formats or [""]:

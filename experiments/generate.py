@@ -67,21 +67,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The content of the input files.
+    """The content of the input files. `tracks`: condition -> rows (F, ...) of .npz files, from --pose and --tracks."""
 
-    Attributes:
-      image: uint8 (h, w, 3).
-      wave: mono sound (N,) at 16 kHz for the speech encoder, or None.
-      sound: the same at `OUTPUT_RATE` for the output.
-      tracks: condition name -> rows (F, ...) from .npz files: keypoints for "pose", and those of --tracks.
-      pose_size: (height, width) of the pose video, or None.
-    """
-
-    image: np.ndarray
-    wave: np.ndarray | None = None
-    sound: np.ndarray | None = None
+    image: np.ndarray  # uint8 (h, w, 3)
+    wave: np.ndarray | None = None  # mono sound (N,) at 16 kHz for the speech encoder
+    sound: np.ndarray | None = None  # the same at `OUTPUT_RATE` for the output
     tracks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    pose_size: tuple[int, int] | None = None
+    pose_size: tuple[int, int] | None = None  # (height, width) of the pose video
 
 
 def read_image(path: str) -> np.ndarray:
@@ -99,8 +91,7 @@ def read_image(path: str) -> np.ndarray:
 def read_track(flag: str, name: str, path: str) -> np.ndarray:
     """The track of a condition from an .npz file, float32 (F, ...): the array named like its array in a record.
 
-    Raises:
-      UserError: the condition is no track, or the file has no such array or one of another shape.
+    Raises UserError if the condition is no track, or the file has no such array or one of another shape.
     """
     condition = conditions.get(name)
     if condition.kind is not conditions.Kind.TRACK:
@@ -168,11 +159,12 @@ def encoder_name(options: Options, config: ConfigDict, condition: str) -> str:
 def detect_pose(options: Options, inputs: Inputs, frames: int | None, height: int, width: int) -> np.ndarray:
     """Keypoints (F, K, 3) of at most `frames` frames of the pose video, cropped to the output like the reference.
 
-    Raises:
-      UserError: no person is found in the video.
+    Raises UserError if no person is found in the video.
     """
     print(f"pose: detecting keypoints in {options.pose}")
-    points = pose_encoder.detect(options.pose, frames)
+    video = media.read_video(options.pose, end=None if frames is None else frames / FPS)
+    with pose_encoder.PoseDetector() as detector:
+        points = detector.detect(video)
     if not len(points):
         raise UserError(f"--pose={options.pose}: most of its frames show no person; give a video of one person")
     return images.cover_points(points, inputs.pose_size, height, width)
@@ -204,21 +196,14 @@ class Progress:
     """A progress bar over the steps of all segments, and the time per step."""
 
     def __init__(self, total: int):
-        self.seconds, self.clock = [], time.perf_counter()
+        self.times = [time.perf_counter()]
         self.bar = tqdm(total=total, unit="step", desc="compiling", dynamic_ncols=True)
 
     def __call__(self, segment: int, count: int, step: int, steps: int) -> None:
         """Call after every step."""
-        now = time.perf_counter()
-        self.seconds.append(now - self.clock)
-        self.clock = now
+        self.times.append(time.perf_counter())
         self.bar.set_description_str(f"segment {segment}/{count}", refresh=False)
         self.bar.update(1)
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Median, which ignores the compilation in the first step."""
-        return float(np.median(self.seconds))
 
 
 def untrained(config: ConfigDict, stage: str, active: np.ndarray) -> list[str]:
@@ -233,8 +218,7 @@ def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, sett
     kind = "EMA" if info["ema"] else "raw"
     print(f"checkpoint: {info['path']}, step {info['step']} ({info['stage']}), {kind} parameters")
     print(f"conditions: {', '.join(conditions.active_names(request.active))}")
-    missing = untrained(config, info["stage"], request.active)
-    if missing:
+    if missing := untrained(config, info["stage"], request.active):
         print(f"note: {info['stage']} of this run has not trained {', '.join(missing)}; the clip will not follow it")
     count = len(segments.plan(request.frames, settings.window))
     print(
@@ -245,14 +229,9 @@ def describe(config: ConfigDict, info: Mapping[str, Any], request: Request, sett
 
 
 def run(options: Options, *, setup: bool = True) -> Path:
-    """Generates a clip and returns the mp4; checks everything before loading and compiling the model.
+    """Generates a clip and returns the mp4. If an option or an input file is wrong, raises UserError before compiling.
 
-    Args:
-      options: what to generate.
-      setup: set up devices and the compilation cache; False in a process that has used JAX.
-
-    Raises:
-      UserError: an option or an input file is wrong; nothing is written.
+    `setup`: set up devices and the compilation cache; False in a process that has used JAX.
     """
     check_options(options)
     inputs = read_inputs(options)
@@ -268,8 +247,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
         mode=options.guidance_mode,
         text_scale=options.text_guidance_scale,
     )
-    made_with = config.get("dataset", {}).get("vae_sha256")
-    if made_with:
+    if made_with := config.get("dataset", {}).get("vae_sha256"):
         cli.check_vae(config.vae.checkpoint, made_with)
     network, vae = make_network(config), load_vae(config.vae.to_dict())
     tiling = Tiling.of_side(options.vae_tile, vae.config.spatial_stride)
@@ -287,7 +265,8 @@ def run(options: Options, *, setup: bool = True) -> Path:
     finally:
         progress.bar.close()
     media.write_mp4(options.output, to_pixels(frames), audio=inputs.sound, audio_rate=OUTPUT_RATE)
-    print(f"{progress.seconds_per_step:.3f} s per step; wrote {options.output}")
+    seconds = np.median(np.diff(progress.times))  # the median ignores the compilation in the first step
+    print(f"{seconds:.3f} s per step; wrote {options.output}")
     return Path(options.output)
 
 

@@ -21,7 +21,7 @@ from omnihuman_jax.training import config_ranges
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.formats import FORMATS
 from omnihuman_jax.weights.load import Cast, Source
-from omnihuman_jax.weights.names import is_condition, path_name
+from omnihuman_jax.weights.names import is_condition
 from omnihuman_jax.weights.read import open_files
 
 _TENCENT = (
@@ -39,16 +39,9 @@ NOTICES = {
 def import_base(config: ConfigDict, source: str, naming: str, output: str) -> None:
     """Writes an exported directory with the weights of a base and fresh condition modules, which have no effect yet.
 
-    Tensors are copied from file to file: memory holds one output file (5 GB) at a time and the condition modules.
-
-    Args:
-      config: resolved config of a preset of this base.
-      source: safetensors file, shard, index, or directory with them. A prefix of all tensor names is removed.
-      naming: one of `weights.formats.FORMATS`.
-      output: directory to make.
-
-    Raises:
-      UserError: an argument or the checkpoint is wrong; nothing is written.
+    Tensors are copied from file to file: memory holds one output file (5 GB) at a time and the condition modules. A
+    prefix of all tensor names is removed. Raises UserError if an argument or the checkpoint is wrong; nothing is
+    written then.
     """
     cli.check_given(input=source, format=naming, output=output)
     formats.check_format(naming)
@@ -73,14 +66,11 @@ def fresh_conditions(network: Network, seed: int) -> dict[str, Any]:
     """Freshly initialised condition modules, as a nested dict; the base's parameters are never allocated."""
 
     @jax.jit
-    def init(key: jax.Array) -> list[jax.Array]:
-        leaves = jax.tree_util.tree_flatten_with_path(network.init(key))[0]
-        return [leaf for path, leaf in leaves if is_condition(path_name(path))]
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        parameters = traverse_util.flatten_dict(network.init(key), sep=".")
+        return {name: leaf for name, leaf in parameters.items() if is_condition(name)}
 
-    paths = jax.tree_util.tree_flatten_with_path(network.abstract_params)[0]
-    names = [path_name(path) for path, _ in paths if is_condition(path_name(path))]
-    leaves = init(purpose_key(seed, INIT))
-    return traverse_util.unflatten_dict(dict(zip(names, leaves, strict=True)), sep=".")
+    return traverse_util.unflatten_dict(init(purpose_key(seed, INIT)), sep=".")
 
 
 def define_flags() -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.raw import media
-from data_pipelines.schema import Dataset, check_sizes, condition_arrays
+from data_pipelines.schema import Dataset, check_sizes, condition_arrays, full_records
 from experiments.common import cli
 from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints.load import load_config
@@ -42,9 +42,10 @@ class SampleVideos:
     def __init__(self, config: ConfigDict, dataset: Dataset, vae: VAE, workdir: Path):
         self._config, self._dataset, self._vae = config, dataset, vae
         self._folder = workdir / "samples"
-        held = [i for i, entry in enumerate(dataset.index) if entry["split"] == "heldout" and entry["audio"]]
-        shape = dataset.index[(held or [0])[0]]["shape"]
-        same = [i for i in held or range(len(dataset)) if dataset.index[i]["shape"] == shape]
+        held = [i for i in full_records(dataset, "heldout") if dataset.index[i]["audio"]]
+        shown = held or full_records(dataset)
+        shape = dataset.index[shown[0]]["shape"]
+        same = [i for i in shown if dataset.index[i]["shape"] == shape]
         self._records = [read_record(dataset, i) for i in same[: config.sample.count]]
 
     def path(self, step: int, stage: Stage) -> Path:

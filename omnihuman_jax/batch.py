@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, regions
 from omnihuman_jax.sharding import rules
 
 Bucket = tuple[int, int, int]  # latent frames T, rows H, columns W
@@ -21,6 +21,7 @@ def fields(model: Any, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]
         "latents": ((bucket[0], *frame), np.float32),
         "motion": ((model.motion_frames, *frame), np.float32),
         "has_motion": ((), np.bool_),
+        "regions": ((*bucket, len(regions.NAMES)), np.bool_),
     }
     for condition in conditions.table():
         found |= condition.batch_fields(model, bucket)

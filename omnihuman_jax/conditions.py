@@ -39,6 +39,7 @@ class Condition:
       context: key of the model's config: pixel frames beyond each end of the window (TRACK); "" = none.
       selects: only records that have it can train it; otherwise every record can (principle 1).
       guided: classifier-free guidance drops it (paper section 3.3: audio and text).
+      region: where in the picture it shows, see `omnihuman_jax.regions`; "" = everywhere.
       parameters: its parameters in the network, apart from those of its encoder (`models.dit.entries`).
     """
 
@@ -52,6 +53,7 @@ class Condition:
     context: str = ""
     selects: bool = False
     guided: bool = False
+    region: str = ""
     parameters: tuple[str, ...] = ()
 
     @property
@@ -93,8 +95,9 @@ _TABLE: list[Condition] = [
               parameters=("null_text",)),
     Condition("reference", Kind.IMAGE, "reference", "references"),
     Condition("audio", Kind.TRACK, "audio", "audio", row=("audio_dim",), context="audio_context", selects=True,
-              guided=True),
-    Condition("pose", Kind.TRACK, "keypoints", "keypoints", np.float32, ("num_keypoints", 3), selects=True),
+              guided=True, region="mouth"),
+    Condition("pose", Kind.TRACK, "keypoints", "keypoints", np.float32, ("num_keypoints", 3), selects=True,
+              region="limbs"),
 ]  # fmt: skip
 
 # Per-stage ratios (share of samples that keep the condition) of the two published recipes; see docs/architecture.md.

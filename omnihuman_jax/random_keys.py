@@ -4,6 +4,7 @@ import jax
 
 # A number is never used again for another purpose.
 INIT, NOISE, HELD_OUT, ROUNDING, MOMENT_ROUNDING, SAMPLING, VAE_INIT, CRITIC_INIT, POSTERIOR = range(9)
+LOSS_WEIGHTS, CONDITION_GAIN = range(9, 11)
 
 
 def purpose_key(seed: int, purpose: int) -> jax.Array:

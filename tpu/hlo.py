@@ -5,9 +5,10 @@ program's text has `estimated_cycles` for every operation that XLA schedules its
 none, so they are counted but not timed.
 """
 
-import dataclasses
 import math
+import operator
 import re
+from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -17,8 +18,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of a computation."""
 
     name: str
@@ -42,29 +42,16 @@ class Instruction:
 Computation = dict[str, Instruction]
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Cost of one run of a program on one device, with loops multiplied out.
+class Estimate(NamedTuple):
+    """Cost of one run of a program on one device, with loops multiplied out."""
 
-    Attributes:
-      cycles: estimated by the TPU compiler, without Pallas kernels and collectives.
-      kernels: number of Pallas calls.
-      collectives: number of collectives.
-      unknown_loops: loops with an unknown number of trips; their bodies are counted once.
-    """
-
-    cycles: float = 0.0
-    kernels: float = 0.0
+    cycles: float = 0.0  # estimated by the TPU compiler, without Pallas kernels and collectives
+    kernels: float = 0.0  # Pallas calls
     collectives: float = 0.0
-    unknown_loops: int = 0
+    unknown_loops: int = 0  # with an unknown number of trips; their bodies are counted once
 
     def __add__(self, other: "Estimate") -> "Estimate":
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Estimate(*(a + b for a, b in pairs))
-
-    def times(self, trips: int) -> "Estimate":
-        """The cost of `trips` runs."""
-        return Estimate(self.cycles * trips, self.kernels * trips, self.collectives * trips, self.unknown_loops)
+        return Estimate(*map(operator.add, self, other))
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
@@ -134,7 +121,9 @@ def estimate(text: str) -> Estimate:
         if item.opcode == "while":
             trips = trip_count(item, inside, computations)
             body = total(item.attribute("body")) + total(item.attribute("condition"))
-            return body.times(trips) if trips is not None else body + Estimate(unknown_loops=1)
+            if trips is None:
+                return body + Estimate(unknown_loops=1)
+            return Estimate(*(trips * count for count in body[:3]), body.unknown_loops)
         if item.opcode == "call":
             return total(item.attribute("to_apply"))
         if item.opcode == "conditional":
@@ -151,8 +140,7 @@ def estimate(text: str) -> Estimate:
 
 def trip_count(loop: Instruction, inside: Computation, computations: dict[str, Computation]) -> int | None:
     """Trips of a counted loop, from its initial value, step and bound; None if they are unknown."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition, body = computations[loop.attribute("condition")], computations[loop.attribute("body")]
     compare = next((item for item in condition.values() if item.root and item.opcode == "compare"), None)
@@ -161,8 +149,10 @@ def trip_count(loop: Instruction, inside: Computation, computations: dict[str, C
     direction = re.search(r"direction=(\w+)", compare.attributes)[1]
     counter, bound = (_resolve(name, condition) for name in compare.operands)
     index, limit = _tuple_index(counter), _constant(bound)
-    start, step = _initial(loop, inside, index), _step(body, index)
-    if None in (index, limit, start, step) or step == 0:
+    if index is None or limit is None:
+        return None
+    start, step = _constant(_element(inside.get(loop.operands[0]), index, inside)), _step(body, index)
+    if start is None or not step:
         return None
     last = {"LT": limit - 1, "LE": limit, "GT": limit + 1, "GE": limit, "NE": limit - step}.get(direction)
     return None if last is None else max(0, math.floor((last - start) / step) + 1)
@@ -188,20 +178,14 @@ def _tuple_index(item: Instruction | None) -> int | None:
     return int(re.search(r"index=(\d+)", item.attributes)[1])
 
 
-def _initial(loop: Instruction, inside: Computation, index: int | None) -> int | None:
-    """Initial value of the counter."""
-    state = inside.get(loop.operands[0])
-    if index is None or state is None or state.opcode != "tuple":
-        return None
-    return _constant(_resolve(state.operands[index], inside))
+def _element(item: Instruction | None, index: int, computation: Computation) -> Instruction | None:
+    """What a tuple holds at an index."""
+    return _resolve(item.operands[index], computation) if item is not None and item.opcode == "tuple" else None
 
 
-def _step(body: Computation, index: int | None) -> int | None:
+def _step(body: Computation, index: int) -> int | None:
     """Increment of the counter per trip."""
-    root = next((item for item in body.values() if item.root), None)
-    if index is None or root is None or root.opcode != "tuple":
-        return None
-    added, total = _resolve(root.operands[index], body), 0
+    added, total = _element(next((item for item in body.values() if item.root), None), index, body), 0
     while added is not None and added.opcode == "add":
         operands = [_resolve(name, body) for name in added.operands]
         constants = [value for value in map(_constant, operands) if value is not None]

@@ -21,7 +21,7 @@ from experiments.common import cli
 from omnihuman_jax import command
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.mesh import resolve_shape
-from tpu.jobs import clients, configs, plans, queued_resource, storage, sweep
+from tpu.jobs import clients, configs, plans, storage, sweep
 from tpu.jobs.job import Handle, Job, check_job
 from tpu.jobs.tpu_types import get_tpu_type
 
@@ -78,11 +78,7 @@ def main(_: list[str]) -> int:
 
 
 def launch(f: flags.FlagValues) -> int:
-    """Does what parsed flags say; returns the exit status.
-
-    Raises:
-      UserError: one of them is wrong.
-    """
+    """Does what parsed flags say; returns the exit status. Raises UserError if one of them is wrong."""
     rows = sweep.read_grid(Path(f.sweep)) if f.sweep else []
     name = f.name or (Path(f["config"].config_filename).stem.replace("_", "-") if f.config else "")
     if not name:
@@ -90,18 +86,17 @@ def launch(f: flags.FlagValues) -> int:
     names = [sweep.row_name(name, i) for i in range(len(rows))] or [name]
     if f.action == "collect":
         return _collect(f, name, rows)
-    wanted = _start(f, names, rows) if f.action == "start" else _follow(f, names)
-    if wanted is None:
-        return 1
+    if f.action == "start":
+        wanted = _start(f, names, rows)
+        if wanted is None:
+            return 1
+    else:
+        place = {key: getattr(f, key) for key in ("namespace", "project", "zone", "cluster")}
+        wanted = [one for name in names for one in clients.commands(Handle(name=name, **place), f.format, f.action)]
     if f.dry_run:
         print("".join(one.describe() for one in wanted), end="")
         return 0
     return clients.run(wanted)
-
-
-def _follow(f: flags.FlagValues, names: list[str]) -> list[clients.Command]:
-    place = {key: getattr(f, key) for key in ("namespace", "project", "zone", "cluster")}
-    return [one for name in names for one in clients.commands(Handle(name=name, **place), f.format, f.action)]
 
 
 def _start(f: flags.FlagValues, names: list[str], rows: list[sweep.Row]) -> list[clients.Command] | None:
@@ -140,12 +135,8 @@ def _make_jobs(f: flags.FlagValues, names: list[str], rows: list[sweep.Row]) -> 
             config = configs.resolve(preset, [f"{flag}={value}" for flag, value in flags_of.items()])
             storage.check_data_dir(config.data.dir, bucket)
             mounted = [f"{flag}={storage.to_mounted(flag, value, bucket)}" for flag, value in flags_of.items()]
-            job = Job(
-                **common,
-                name=name,
-                overrides=(*others, *mounted),
-                workdir=f"{workdir}/{name}" if row else workdir,
-            )
+            place = f"{workdir}/{name}" if row else workdir
+            job = Job(**common, name=name, overrides=(*others, *mounted), workdir=place)
             _check(job, f.format)
             resolve_shape(config.mesh, tpu.devices * job.num_slices)
         except UserError as error:
@@ -157,8 +148,8 @@ def _make_jobs(f: flags.FlagValues, names: list[str], rows: list[sweep.Row]) -> 
 
 def _check(job: Job, form: str) -> None:
     check_job(job, clients.longest_suffix(job, form))
-    if form == "queued-resource":
-        queued_resource.check(job)
+    if form == "queued-resource" and not job.tpu.series.runtime_version:
+        raise UserError(f"--tpu_type={job.tpu.cloud_name}: to be had through GKE only; use --format=jobset or xpk")
     if form == "xpk" and not job.cluster:
         raise UserError("--cluster is missing; xpk needs the name of the GKE cluster")
 

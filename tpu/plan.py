@@ -17,28 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.common import cli
+from experiments.common import cli, files
 from omnihuman_jax import batch as batch_lib
 from omnihuman_jax.checkpoints.manager import COPY_SIZE
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit import flops as flops_lib
 from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
-from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 from tpu import hlo
 from tpu.topologies import GIB, Topology, get_topology
 
 MFU_ASSUMPTIONS = (0.3, 0.4, 0.5)
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Bucket = tuple[int, int, int]
 
@@ -49,19 +47,14 @@ class StepPlan:
 
     Attributes:
       bucket: latent (T, H, W) of the noisy window.
-      fits: whether it compiles within the HBM.
       hbm_needed: arguments + temporaries + outputs - donated; None if the compiler does not report it.
-      hbm_available: HBM that the compiler may use.
       memory: the parts of hbm_needed; the program; and the copy of the state, the maximum that
         checkpoint.copy_on_device needs in addition during a save (without room for it, training waits instead).
       model_flops: forward and backward pass of the global batch, counted analytically, without recomputation.
-      flops_per_chip: model_flops divided by the number of chips.
       seconds_at_mfu: step time at an assumed share of the chip's peak.
-      compile_seconds: compilation time on this machine.
       error: the compiler's message if it does not fit.
       compiler_seconds: estimated by the TPU compiler, without Pallas kernels and collectives; never measured.
-      pallas_calls: Pallas calls per step.
-      collectives: collectives per step.
+      pallas_calls, collectives: per step.
       unknown_loops: loops of unknown length, which compiler_seconds counts once.
     """
 
@@ -84,8 +77,7 @@ class StepPlan:
 def stage_buckets(config: ConfigDict) -> dict[str, list[Bucket]]:
     """Stage name -> latent (T, H, W) of its steps: `plan.buckets`, with the stage's own T if it has one.
 
-    Raises:
-      UserError: no buckets, or one that is not divisible by the patch size.
+    Raises UserError if there are no buckets, or one is not divisible by the patch size.
     """
     buckets = [tuple(int(size) for size in bucket) for bucket in config.plan.buckets]
     if not buckets:
@@ -105,8 +97,7 @@ def stage_buckets(config: ConfigDict) -> dict[str, list[Bucket]]:
 def plan(config: ConfigDict, topology: Topology, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Compiles each distinct step of a resolved config for `topology`; returns the report as plain JSON types.
 
-    Raises:
-      UserError: the mesh or the batch is not divisible over the devices, or stages or buckets are wrong.
+    Raises UserError if mesh or batch do not divide over the devices, or stages or buckets are wrong.
     """
     table = stage_buckets(config)
     mesh = mesh_lib.training_mesh(config, topology.devices, num_slices=topology.num_slices)
@@ -138,16 +129,15 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh, bucket: Bucke
     per_chip = flops / topology.chips
     fixed = {
         "bucket": bucket,
-        "hbm_available": topology.hbm_bytes * devices_per_chip,
+        "hbm_available": int(topology.generation.hbm_gib * GIB) * devices_per_chip,
         "model_flops": flops,
         "flops_per_chip": per_chip,
         "seconds_at_mfu": {f"{mfu:.0%}": per_chip / topology.generation.peak_flops / mfu for mfu in MFU_ASSUMPTIONS},
     }
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
         state, batch = abstract_state(config, mesh, network), batch_lib.abstract(config, mesh, bucket)
-        lowered = jit_train_step(config, network, mesh).lower(state, batch, rate)
+        lowered = jit_train_step(config, network, mesh).lower(state, batch, StepSettings.abstract(mesh))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -185,7 +175,7 @@ def _too_large(fixed: dict[str, Any], message: str, devices_per_chip: int, secon
     needed = None
     if named:
         number, unit = (part for part in named.groups() if part)
-        needed = int(float(number) * _UNITS[unit]) * devices_per_chip
+        needed = int(float(number) * 1024 ** (1 + "KMGT".index(unit))) * devices_per_chip
     return StepPlan(**fixed, fits=False, hbm_needed=needed, memory={}, error=words[:400], compile_seconds=seconds)
 
 
@@ -278,9 +268,7 @@ def main(_: list[str]) -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     report = plan(flags.FLAGS.config, get_topology(flags.FLAGS.topology, flags.FLAGS.num_slices))
     if output:
-        temporary = output.with_suffix(output.suffix + ".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        temporary.replace(output)
+        files.write_whole(output, json.dumps(report, indent=2) + "\n")
     return 0 if report["fits"] else 1
 
 

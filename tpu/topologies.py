@@ -52,15 +52,9 @@ GENERATIONS: dict[str, Generation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One or more equal slices, with compile-only devices.
+    """One or more equal slices, connected by the data-centre network, with the compile-only devices of all of them."""
 
-    Attributes:
-      name: of one slice, as "v5p:4x4x4".
-      num_slices: slices connected by the data-centre network.
-      devices: of all slices.
-    """
-
-    name: str
+    name: str  # of one slice, as "v5p:4x4x4"
     generation: Generation
     num_slices: int
     devices: tuple[jax.Device, ...]
@@ -70,18 +64,9 @@ class Topology:
         """Number of chips in all slices."""
         return len(self.devices) // self.generation.devices_per_chip
 
-    @property
-    def hbm_bytes(self) -> int:
-        """HBM of one device that the compiler may use, bytes."""
-        return int(self.generation.hbm_gib * GIB)
-
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-    """The topology called `name`, such as "v5e:4x4" or "v5p:4x4x4".
-
-    Raises:
-      UserError: an unknown generation, a layout that libtpu refuses, or fewer than one slice.
-    """
+    """The topology called `name`, such as "v5e:4x4" or "v5p:4x4x4"; UserError if libtpu has none like it."""
     kind, _, layout = name.partition(":")
     if kind not in GENERATIONS:
         raise UserError(f"--topology={name}: unknown TPU generation{nearest(kind, GENERATIONS)}; {_examples()}")

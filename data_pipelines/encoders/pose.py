@@ -20,11 +20,7 @@ MIN_FOUND = 0.5  # a clip has no keypoints if the person is found in a smaller s
 
 
 def interpreter() -> pathlib.Path:
-    """Python of the detector's environment: $OMNIHUMAN_PREPARE_PYTHON or .venv-prepare in the repository.
-
-    Raises:
-      UserError: it does not exist.
-    """
+    """Python of the detector's environment, $OMNIHUMAN_PREPARE_PYTHON or .venv-prepare; UserError if it is missing."""
     default = pathlib.Path(__file__).resolve().parents[2] / ".venv-prepare/bin/python"
     path = pathlib.Path(os.environ.get("OMNIHUMAN_PREPARE_PYTHON") or default)
     if not path.is_file():
@@ -33,11 +29,7 @@ def interpreter() -> pathlib.Path:
 
 
 class PoseDetector:
-    """Context manager around one detector process, which handles many clips.
-
-    Raises (on entry):
-      UserError: the environment is missing or MediaPipe does not start in it.
-    """
+    """Context manager around one detector process for many clips; UserError on entry if it does not start."""
 
     def __enter__(self) -> PoseDetector:
         python = interpreter()
@@ -76,11 +68,8 @@ class PoseDetector:
     def detect(self, frames: np.ndarray) -> np.ndarray:
         """(F,H,W,3) uint8 RGB, not mirrored -> (F,K,3) float32 in the order of `KEYPOINTS`.
 
-        x and y are fractions of width and height; points not found or outside the frame are zero.
-        Returns (0,K,3) if the person is found in fewer than half of the frames.
-
-        Raises:
-          UserError: the detector process exited.
+        x and y are fractions of width and height; points not found or outside the frame are zero. Returns (0,K,3) if
+        the person is found in fewer than half of the frames. Raises UserError if the detector process exited.
         """
         frames = np.ascontiguousarray(frames, np.uint8)
         head = dict(zip(("frames", "height", "width"), frames.shape[:3], strict=True)) | {"names": KEYPOINTS}

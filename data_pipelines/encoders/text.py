@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 from safetensors.numpy import load_file
-from scipy.special import erf
+from scipy.special import erf, softmax
 from tokenizers import Tokenizer
 
 from data_pipelines.encoders.text_states import PREFIX, StatesFile
@@ -57,9 +57,8 @@ class TextEncoder:
                 self._linear(x, f"{attention}self.{name}").reshape(count, HEADS, -1).swapaxes(0, 1)
                 for name in ("query", "key", "value")
             )
-            scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5
-            scores = np.exp(scores - scores.max(-1, keepdims=True))
-            mixed = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(count, -1)
+            shares = softmax(q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5, -1)
+            mixed = (shares @ v).swapaxes(0, 1).reshape(count, -1)
             x = self._norm(x + self._linear(mixed, attention + "output.dense"), attention + "output.LayerNorm")
             hidden = self._linear(x, layer + "intermediate.dense")
             hidden = hidden * 0.5 * (1 + erf(hidden / 2**0.5))

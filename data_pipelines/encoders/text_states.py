@@ -20,12 +20,7 @@ PREFIX = "states:"
 
 
 class StatesFile:
-    """Text encoder that looks captions up in a file.
-
-    Attributes:
-      name: "states:FILE", the encoder's name in dataset.json.
-      dim: width Dt of a token state.
-    """
+    """Text encoder that looks captions up in a file; `name` and `dim` as in `text.TextEncoder`."""
 
     def __init__(self, path: str | Path):
         """Raises UserError if the file is missing or malformed."""
@@ -46,11 +41,7 @@ class StatesFile:
         self.dim = widths.pop()
 
     def encode(self, caption: str) -> np.ndarray:
-        """Caption -> (L, Dt) float32 states of its tokens.
-
-        Raises:
-          UserError: the caption is not in the file, or its states are not finite.
-        """
+        """Caption -> (L, Dt) float32 states of its tokens; UserError if it has none, or they are not finite."""
         if caption not in self._number:
             raise UserError(f"{self.name} has no states of {caption!r}; encode it with the same model and add it")
         with safetensors.safe_open(self.path, framework="numpy") as file:

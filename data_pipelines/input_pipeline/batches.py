@@ -96,7 +96,7 @@ class _RecordCache:
                 self._records.move_to_end(i)
                 return self._records[i]
         whole = read_record(self._dataset, i)  # outside the lock, so that other threads can read
-        needed = ("latents", "reference_frames", *(condition.record for condition in conditions.table()))
+        needed = ("latents", "reference_frames", "boxes", *(condition.record for condition in conditions.table()))
         record = {name: whole[name] for name in needed if name in whole}
         with self._lock:
             if i not in self._records:

@@ -60,15 +60,16 @@ class InputPipeline:
         """A step's entry of data_log.jsonl; see `Batches.describe`."""
         return self._batches.describe(step)
 
-    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
+    def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
         """The global `rows` of `count` fixed batches of held-out clips, with all conditions that each clip has.
 
-        A batch has one shape. The most frequent shapes come first; clips repeat if there are too few.
+        A batch has one shape and one view, full frames or crops to the "face". The most frequent shapes come first;
+        clips repeat if there are too few.
         """
         dataset, (size, frames) = self._batches.dataset, self._held_out_size
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, entry in enumerate(dataset.index):
-            if entry["split"] == "heldout" and entry["shape"][0] >= frames:
+            if (entry["split"], entry["view"]) == ("heldout", view) and entry["shape"][0] >= frames:
                 by_shape.setdefault(tuple(entry["shape"][1:]), []).append(i)
         chosen = []
         groups = sorted(by_shape.values(), key=len, reverse=True)
@@ -82,4 +83,7 @@ class InputPipeline:
         draw = np.array([1.0, 0.5])  # the middle of the clip, after motion frames if it is long enough
         cut = [cut_window(read_record(dataset, i), frames, 1.0, self._batches.model, draw, 0.0) for i in members]
         active = np.stack([conditions.eligibility(dataset.index[i]) for i in members])
-        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {"active": active}
+        return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {
+            "active": active,
+            "record": np.array(members, np.int32),
+        }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, regions
 from omnihuman_jax.batch import pad_tokens
 from omnihuman_jax.conditions import Condition, Kind
 from omnihuman_jax.frames import STRIDE, frames_around, pixel_frames, window_frames
@@ -52,7 +52,8 @@ def cut_window(
       reference_draw: in [0,1).
 
     Returns:
-      latents (T,H,W,C), motion (M,H,W,C), has_motion (), and the fields of every condition; float32 and bool.
+      latents (T,H,W,C), motion (M,H,W,C), has_motion (), regions (T,H,W,R), and the fields of every condition; float32
+      and bool.
     """
     latents, references, motion = record["latents"], record["references"], model.motion_frames
     num_frames = pixel_frames(len(latents))
@@ -71,10 +72,16 @@ def cut_window(
         "latents": window.astype(np.float32),
         "motion": before.astype(np.float32),
         "has_motion": np.bool_(has_motion),
+        "regions": _regions(record["boxes"], rows(0), latents.shape[1:3]),
     }
     for condition in conditions.table():
         cut |= _cut_condition(condition, record, model, choice, rows)
     return cut
+
+
+def _regions(boxes: np.ndarray, rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`regions.cells` of the window's rows of a clip's boxes; empty regions if the clip has none."""
+    return regions.cells(boxes[rows] if len(boxes) else np.zeros((len(rows), *boxes.shape[1:])), *size)
 
 
 def _cut_condition(

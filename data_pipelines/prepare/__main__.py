@@ -15,8 +15,7 @@ from absl import flags
 from data_pipelines.encoders import pose, speech, text
 from data_pipelines.prepare import features, pipeline
 from data_pipelines.prepare.cut import parse_sizes
-from data_pipelines.raw import manifest
-from data_pipelines.raw.fetch import sha256_of
+from data_pipelines.raw import fetch, manifest
 from omnihuman_jax.command import run_main
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import latent_frames, pixel_frames
@@ -28,6 +27,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "Data set directory to write.")
 _VAE = flags.DEFINE_string("vae", None, "VAE weights (safetensors).")
 _SIZES = flags.DEFINE_string(
     "sizes", "96x96,128x80,80x112", "Training sizes, HEIGHTxWIDTH; each clip uses the nearest."
+)
+_FACE_CROPS = flags.DEFINE_string(
+    "face_crops", "", "Sizes of one more record per clip, cropped to the face, HEIGHTxWIDTH as 48x48; none if empty."
 )
 _CLIP_FRAMES = flags.DEFINE_integer("clip_frames", 49, "Frames per clip at 25 fps; 1 + 4n.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Threads that decode and detect.")
@@ -48,7 +50,9 @@ _POSE = flags.DEFINE_enum(
     "pose", "auto", ["auto", "required", "none"],
     "Detect the keypoints of clips without annotations: if the detector is installed, always, or never.",
 )  # fmt: skip
-_CACHE = flags.DEFINE_string("cache", None, "Cache of fetched packages; default $OMNIHUMAN_CACHE or cache/.")
+_CACHE = flags.DEFINE_string(
+    "cache", None, "Cache of fetched packages and compiled programs; default $OMNIHUMAN_CACHE or cache/."
+)
 
 
 def _use_detector(clips: list[manifest.RawClip]) -> bool:
@@ -76,7 +80,10 @@ def _settings() -> pipeline.Settings:
     vae = pathlib.Path(_VAE.value)
     if not vae.is_file():
         raise UserError(f"--vae={vae}: no such file; train one with python -m experiments.train_vae")
-    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, sha256_of(vae), _TILE.value)
+    faces = tuple(parse_sizes(_FACE_CROPS.value, "face_crops")) if _FACE_CROPS.value else ()
+    return pipeline.Settings(
+        tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, fetch.sha256_of(vae), _TILE.value, faces
+    )
 
 
 def main() -> None:
@@ -90,11 +97,15 @@ def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     dataset = pipeline.finished(output, digest)
     if dataset is not None:
-        print(f"{output} is up to date: {len(dataset)} clips")
+        print(f"{output} is up to date: {len(dataset)} records")
         return
-    from omnihuman_jax.models.vae import streaming  # imports JAX, which is not needed before
+    import jax  # not needed before, and slow to import
+
+    from omnihuman_jax.models.vae import streaming
     from omnihuman_jax.models.vae.vae import load_vae
 
+    if not jax.config.jax_compilation_cache_dir:  # each frame size compiles for 20 s on a CPU
+        jax.config.update("jax_compilation_cache_dir", str(fetch.cache_dir(_CACHE.value) / "jax"))
     vae = load_vae(_VAE.value)
     tiling = streaming.Tiling.of_side(_TILE.value, vae.config.spatial_stride)
     encode = functools.partial(streaming.encode_clip, vae, tiling=tiling)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -17,8 +18,7 @@ from omnihuman_jax.errors import UserError
 MAX_OVERLAP = 0.25  # the last frames become one more clip if it shares at most this part with the previous one
 
 
-@dataclasses.dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A rectangle of a picture in pixels."""
 
     left: int
@@ -29,19 +29,12 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A training clip cut from a raw clip.
+    """A training clip cut from a raw clip."""
 
-    Attributes:
-      first: index of its first frame in the raw clip at 25 fps.
-      source: (F,H,W,3) uint8 frames at the file's size.
-      box: the part of `source` to use.
-      size: training size (height, width).
-    """
-
-    first: int
-    source: np.ndarray
-    box: Box
-    size: tuple[int, int]
+    first: int  # index of its first frame in the raw clip at 25 fps
+    source: np.ndarray  # (F,H,W,3) uint8 frames at the file's size
+    box: Box  # the part of `source` to use
+    size: tuple[int, int]  # training size (height, width)
 
     def cropped(self) -> np.ndarray:
         """(F,h,w,3) frames inside the box, as a view."""
@@ -62,27 +55,33 @@ class Cut:
         return self.source.shape[1:3] == self.size == (self.box.height, self.box.width)
 
 
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """ "96x96,128x80" -> [(96, 96), (128, 80)], height x width.
-
-    Raises:
-      UserError: a malformed size, or one that is not divisible by 16.
-    """
+def parse_sizes(text: str, flag: str = "sizes") -> list[tuple[int, int]]:
+    """ "96x96,128x80" -> [(96, 96), (128, 80)], height x width; UserError naming the flag unless divisible by 16."""
     sizes = []
     for part in text.split(","):
         numbers = part.strip().lower().split("x")
         if len(numbers) != 2 or not all(number.isdigit() and int(number) for number in numbers):
-            raise UserError(f"--sizes: {part!r} is not HEIGHTxWIDTH; for example 96x96,128x80")
+            raise UserError(f"--{flag}: {part!r} is not HEIGHTxWIDTH; for example 96x96,128x80")
         height, width = map(int, numbers)
         if height % 16 or width % 16:
-            raise UserError(f"--sizes: {part.strip()} must be divisible by 16 (VAE 8 x patch 2) in both directions")
+            raise UserError(f"--{flag}: {part.strip()} must be divisible by 16 (VAE 8 x patch 2) in both directions")
         sizes.append((height, width))
     return sizes
 
 
+def _difference(size: tuple[int, int], height: float, width: float) -> float:
+    """How far the aspect ratios are apart, as |log|."""
+    return abs(math.log(size[0] / size[1]) - math.log(height / width))
+
+
 def choose_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The size with the aspect ratio nearest to height x width."""
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
+    return min(sizes, key=lambda size: _difference(size, height, width))
+
+
+def by_aspect(height: float, width: float, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """All sizes, those with the aspect ratio nearest to height x width first, of equal ones the larger first."""
+    return sorted(sizes, key=lambda size: (round(_difference(size, height, width), 6), -size[0] * size[1]))
 
 
 def centre_box(box: Box, size: tuple[int, int]) -> Box:
@@ -105,10 +104,8 @@ def cuts(clip: RawClip, sizes: Sequence[tuple[int, int]], clip_frames: int) -> I
     """Yields consecutive cuts of `clip_frames` frames.
 
     If enough frames are left at the end, one more cut overlaps its predecessor. A clip that is too short yields
-    nothing. Only the frames of one cut are in memory.
-
-    Raises:
-      UserError: the video cannot be read, or the crop exceeds the picture.
+    nothing. Only the frames of one cut are in memory. Raises UserError if the video cannot be read, or the crop exceeds
+    the picture.
     """
     recent: deque[np.ndarray] = deque(maxlen=clip_frames)
     count = done = 0

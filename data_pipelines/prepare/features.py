@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from data_pipelines import boxes
 from data_pipelines import keypoints as kp
 from data_pipelines.encoders.speech import SpeechEncoder
 from data_pipelines.encoders.text import TextEncoder
@@ -19,18 +20,14 @@ from data_pipelines.raw.manifest import RawClip
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 
+# Of rendered clips; the keypoints also of those that are to train without pose.
+_TRUTH = ("mouth", "attributes", "truth_keypoints")
 SILENCE = 3e-4  # root mean square below which sound counts as silence (-70 dB of full scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The encoders of one run.
-
-    Attributes:
-      text: captions -> token states.
-      speech: sound -> features.
-      detect: frames (F,H,W,3) uint8 -> keypoints (F,K,3) or (0,K,3); None without a detector.
-    """
+    """The encoders of one run; `detect` makes keypoints (F,K,3) or (0,K,3) from frames (F,H,W,3) uint8."""
 
     text: TextEncoder | StatesFile
     speech: SpeechEncoder
@@ -56,17 +53,16 @@ def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
 def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
     """The arrays of the clip's annotation file: ground truth of rendered clips and conditions; empty without a file.
 
-    Raises:
-      UserError: the file cannot be read, or the rows of a condition have the wrong shape.
+    Raises UserError if the file cannot be read, or the rows of a condition have the wrong shape.
     """
     if clip.annotations is None:
         return {}
     try:
         with np.load(clip.annotations, allow_pickle=False) as file:
-            notes = {name: file[name] for name in ("mouth", "attributes", *_annotated()) if name in file}
+            notes = {name: file[name] for name in (*_TRUTH, *_annotated()) if name in file}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {clip.annotations} ({error}); make the raw clips again") from error
-    for name, row in _annotated().items():
+    for name, row in ({"truth_keypoints": (kp.NUM_KEYPOINTS, 3)} | _annotated()).items():
         if name in notes and notes[name].shape[1:] != row:
             raise UserError(
                 f"{clip.annotations}: {name} has shape {notes[name].shape}, not (F, {', '.join(map(str, row))})"
@@ -82,30 +78,63 @@ def _annotated() -> dict[str, tuple[int, ...]]:
 
 
 def tracks(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], encoders: Encoders) -> dict[str, np.ndarray]:
-    """Record field -> rows of the cut, (F, *row) or (0, *row), of the conditions in `_annotated`."""
+    """Record field -> rows of the cut, (F, *row) or (0, *row), of the conditions in `_annotated`, and the boxes.
+
+    Raises:
+      UserError: an annotation has too few rows, or the detector fails.
+    """
     found = {}
     for name, row in _annotated().items():
-        rows = notes[name][cut.first : cut.first + len(cut.source)] if name in notes else ()
-        found[name] = np.asarray(rows, np.float32).reshape(-1, *row)
-    return found | {"keypoints": keypoints(clip, cut, found["keypoints"], encoders)}
+        found[name] = np.asarray(_rows(clip, cut, notes, name), np.float32).reshape(-1, *row)
+    annotated = found["keypoints"]
+    found["keypoints"] = np.zeros((0, kp.NUM_KEYPOINTS, 3), np.float32)
+    if clip.pose and len(annotated):
+        found["keypoints"] = kp.crop(annotated, *fractions(cut))
+    elif clip.pose and encoders.detect is not None:
+        with encoders.lock:  # one detector serves all threads
+            found["keypoints"] = encoders.detect(np.ascontiguousarray(cut.cropped()))
+    known = annotated if len(annotated) else _rows(clip, cut, notes, "truth_keypoints")
+    return found | {"boxes": _boxes(cut, known, found["keypoints"])}
 
 
-def keypoints(clip: RawClip, cut: Cut, annotated: np.ndarray, encoders: Encoders) -> np.ndarray:
-    """Keypoints (F,K,3) relative to the cut's box, annotated or detected; (0,K,3) if there are none."""
-    none = np.zeros((0, kp.NUM_KEYPOINTS, 3), np.float32)
-    if not clip.pose:
-        return none
+def _boxes(cut: Cut, annotated: np.ndarray, detected: np.ndarray) -> np.ndarray:
+    """Boxes (F,4,4) relative to the cut's box; (0,4,4) without keypoints.
+
+    Args:
+      annotated: (F,K,3) relative to the source picture, also of a clip that trains without pose, or no rows.
+      detected: (F,K,3) relative to the cut's box, or no rows; used without annotated ones.
+    """
     if len(annotated):
-        _, height, width, _ = cut.source.shape
-        box = cut.box
-        return kp.crop(annotated, box.left / width, box.top / height, box.width / width, box.height / height)
-    if encoders.detect is None:
-        return none
-    with encoders.lock:  # one detector serves all threads
-        return encoders.detect(np.ascontiguousarray(cut.cropped()))
+        height, width = cut.source.shape[1:3]
+        # Boxes of the whole picture are clipped to the cut's; a point outside of it would be lost first.
+        return boxes.crop(boxes.from_keypoints(annotated, width / height), *fractions(cut))
+    return boxes.from_keypoints(detected, cut.box.width / cut.box.height)
 
 
-def truth(name: str, cut: Cut, notes: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The annotated "mouth" (F,) of the cut or "attributes" (A,) of its clip; (0,) without annotation."""
-    values = np.asarray(notes.get(name, np.zeros(0)), np.float32)
-    return values[cut.first : cut.first + len(cut.source)] if name == "mouth" else values
+def fractions(cut: Cut) -> tuple[float, float, float, float]:
+    """Left, top, width and height of the cut's box as fractions of its source picture."""
+    _, height, width, _ = cut.source.shape
+    return cut.box.left / width, cut.box.top / height, cut.box.width / width, cut.box.height / height
+
+
+def _rows(clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The cut's rows (F, ...) of an annotation; (0,) without it."""
+    if name not in notes:
+        return np.zeros(0, np.float32)
+    rows = notes[name][cut.first : cut.first + len(cut.source)]
+    if len(notes[name]) and len(rows) != len(cut.source):
+        raise UserError(
+            f"{clip.annotations}: {name} has {len(notes[name])} rows, but {clip.path} has at least "
+            f"{cut.first + len(cut.source)} frames; make the raw clips again"
+        )
+    return rows
+
+
+def truth(name: str, clip: RawClip, cut: Cut, notes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The annotated "mouth" (F,) of the cut or "attributes" (A,) of its clip; (0,) without annotation.
+
+    Raises:
+      UserError: "mouth" has too few rows.
+    """
+    values = _rows(clip, cut, notes, name) if name == "mouth" else notes.get(name, np.zeros(0))
+    return np.asarray(values, np.float32)

@@ -28,7 +28,6 @@ def encode_clips(
       items: pairs of frames (F,H,W,3) uint8 and an associated item.
       encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C). Partial batches are padded,
         so it compiles once per shape.
-      batch: batch size.
 
     Yields:
       (item, latents (T,h,w,C) float16, references (R,h,w,C) float16).

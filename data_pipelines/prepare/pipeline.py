@@ -10,14 +10,15 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.keypoints import NUM_KEYPOINTS
-from data_pipelines.prepare import features
-from data_pipelines.prepare.cut import cuts
+from data_pipelines import boxes, schema
+from data_pipelines import keypoints as kp
+from data_pipelines.prepare import face_crop, features
+from data_pipelines.prepare.cut import Cut, cuts
 from data_pipelines.prepare.latents import encode_clips, reference_frames
 from data_pipelines.prepare.summary import Summary
 from data_pipelines.raw import media
@@ -30,19 +31,13 @@ from omnihuman_jax.frames import FPS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings that affect a data set's content.
+    """Settings that affect a data set's content."""
 
-    Attributes:
-      sizes: training sizes (height, width) in pixels, each divisible by 16.
-      clip_frames: frames per clip, 1 + 4n.
-      vae_sha256: digest of the VAE's file.
-      vae_tile: side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    clip_frames: int
+    sizes: tuple[tuple[int, int], ...]  # training sizes (height, width) in pixels, each divisible by 16
+    clip_frames: int  # 1 + 4n
     vae_sha256: str
-    vae_tile: int = 0
+    vae_tile: int = 0  # side of the VAE's tiles in pixels; 0 encodes whole frames. Tiling changes latents slightly.
+    face_crops: tuple[tuple[int, int], ...] = ()  # sizes of the additional crops to the face
 
 
 @dataclasses.dataclass
@@ -70,8 +65,7 @@ def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: featur
 def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     """The data set at `output` if it was made from the same inputs; None if `output` is missing or empty.
 
-    Raises:
-      UserError: `output` holds something else.
+    Raises UserError if `output` holds something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -81,10 +75,11 @@ def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     return dataset
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """A cut without its source frames, which for a long clip would not fit into memory."""
+class _Piece(NamedTuple):
+    """A view of a cut without its source frames, which for a long clip would not fit into memory."""
 
+    number: int
+    view: str
     first: int
     frames: np.ndarray
     arrays: dict[str, np.ndarray]
@@ -93,20 +88,28 @@ class _Piece:
 
 def _pieces(clip: RawClip, settings: Settings, encoders: features.Encoders) -> Iterator[_Piece]:
     notes = features.annotations(clip)
-    for cut in cuts(clip, settings.sizes, settings.clip_frames):
-        arrays = {name: features.truth(name, cut, notes) for name in ("mouth", "attributes")}
+    for number, cut in enumerate(cuts(clip, settings.sizes, settings.clip_frames)):
+        arrays = {name: features.truth(name, clip, cut, notes) for name in ("mouth", "attributes")}
         arrays |= features.tracks(clip, cut, notes, encoders)
-        yield _Piece(cut.first, cut.resized(), arrays, cut.untouched)
+        yield _Piece(number, schema.FULL, cut.first, cut.resized(), arrays, cut.untouched)
+        face = face_crop.choose(cut, arrays["boxes"], settings.face_crops)
+        if face is not None:
+            yield _Piece(number, schema.FACE, cut.first, face.resized(), _cropped(arrays, cut, face), False)
+
+
+def _cropped(arrays: dict[str, np.ndarray], whole: Cut, part: Cut) -> dict[str, np.ndarray]:
+    """The arrays of a part of a cut's picture; what is not a place in the picture is shared."""
+    place = face_crop.place(whole, part)
+    moved = {"keypoints": kp.crop(arrays["keypoints"], *place), "boxes": boxes.crop(arrays["boxes"], *place)}
+    return arrays | moved
 
 
 def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray) -> list[Prepared]:
-    """Prepares all cuts of a raw clip up to VAE encoding; empty if it is too short.
+    """Prepares all cuts of a raw clip and their face crops up to VAE encoding; empty if it is too short.
 
-    Args:
-      text: (L,Dt) token states of the caption.
+    The clip is decoded once and its speech encoded once.
 
-    Raises:
-      UserError: one of the clip's files cannot be read.
+    `text` (L,Dt) are token states of the caption. Raises UserError if one of the clip's files cannot be read.
     """
     pieces = list(_pieces(clip, settings, encoders))
     if not pieces:
@@ -117,13 +120,16 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
     audio = encoders.speech.encode(wave, total) if has_speech else np.zeros((0, encoders.speech.dim), np.float32)
     samples = media.AUDIO_RATE // media.FPS
     # A raw clip that already is a training clip is copied instead of encoded again.
-    unchanged = len(pieces) == 1 and pieces[0].untouched and clip.start == 0 and clip.end is None
+    several = pieces[-1].number > 0
+    unchanged = not several and pieces[0].untouched and clip.start == 0 and clip.end is None
     unchanged = unchanged and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
     prepared = []
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         end = piece.first + settings.clip_frames
+        whole = f"{clip.source}/{clip.id}" + (f"-{piece.number}" if several else "")
         record = {
-            "id": f"{clip.source}/{clip.id}" + (f"-{number}" if len(pieces) > 1 else ""),
+            "id": schema.view_id(whole, piece.view),
+            "view": piece.view,
             **{name: getattr(clip, name) for name in ("source", "split", "caption", "speaker", "sentence")},
             "reference_frames": reference_frames(settings.clip_frames),
             "audio": audio[piece.first : end],
@@ -134,13 +140,12 @@ def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders,
             "width": piece.frames.shape[2],
         }
         sound = None if wave is None else wave[piece.first * samples : end * samples]
-        prepared.append(Prepared(record, piece.frames, clip.path if unchanged else None, sound))
+        file = clip.path if unchanged and piece.view == schema.FULL else None
+        prepared.append(Prepared(record, piece.frames, file, sound))
     return prepared
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
-) -> Iterator[tuple[Any, Future]]:
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
     """Yields (item, future) in order, with at most `ahead` submitted items to bound memory."""
     pending: deque[tuple[Any, Future]] = deque()
     for item in items:
@@ -167,13 +172,11 @@ def run(
 
     Args:
       encode: the VAE's encoder, (B,F,H,W,3) in [-1,1] -> normalised latents (B,T,h,w,C).
-      latent_channels: C.
       extra: more entries of dataset.json.
       workers: threads that decode and detect while the VAE encodes.
       batch: clips per VAE batch.
 
-    Raises:
-      UserError: no clip could be used, or the output cannot be written.
+    Raises UserError if no clip could be used, or the output cannot be written.
     """
     summary = Summary()
     texts = {caption: encoders.text.encode(caption) for caption in sorted({clip.caption for clip in clips})}
@@ -182,7 +185,7 @@ def run(
         return prepare_clip(clip, settings, encoders, texts[clip.caption])
 
     def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, Prepared]]:
-        progress = tqdm(_in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
+        progress = tqdm(in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
         for clip, future in progress:
             try:
                 prepared = future.result()
@@ -195,7 +198,7 @@ def run(
 
     meta = Meta(
         latent_channels=latent_channels,
-        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": NUM_KEYPOINTS},
+        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": kp.NUM_KEYPOINTS},
         encoders={"text": encoders.text.name, "audio": encoders.speech.name},
         vae_sha256=settings.vae_sha256,
     )

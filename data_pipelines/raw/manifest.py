@@ -8,7 +8,8 @@ A raw directory holds videos and, optionally, a manifest.json:
        "speech": true,                            false: the sound is not speech of the person shown
        "pose": true,                              false: make no keypoints
        "annotations": "annotations/000012.npz",   exact keypoints (F,K,3), mouth (F,), attributes (A,), or null;
-                                                  row 0 is the frame at `start`
+                                                  row 0 is the frame at `start`; truth_keypoints (F,K,3) are for
+                                                  boxes and evaluation alone, if the clip is to train without pose
        "start": 0.0, "end": 5.8,                  seconds to use, null for all
        "crop": [left, top, width, height]}]}      pixels to use, null for all
 
@@ -64,8 +65,7 @@ def write_manifest(directory: pathlib.Path, source: str, clips: Sequence[Mapping
 def read(directory: str | pathlib.Path) -> list[RawClip]:
     """The clips of a raw directory, in a fixed order.
 
-    Raises:
-      UserError: the directory is missing or has no video, or its manifest is damaged or names missing files.
+    Raises UserError if it is missing or has no video, or its manifest is damaged or names missing files.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -80,9 +80,10 @@ def read(directory: str | pathlib.Path) -> list[RawClip]:
 
 
 def _from_files(directory: pathlib.Path) -> list[RawClip]:
-    paths = [path for path in sorted(directory.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
     clips = []
-    for path in paths:
+    for path in sorted(directory.rglob("*")):
+        if path.suffix.lower() not in VIDEO_SUFFIXES or not path.is_file():
+            continue
         sidecar = path.with_suffix(".txt")
         caption = sidecar.read_text().strip() if sidecar.is_file() else ""
         name = path.relative_to(directory).with_suffix("").as_posix()

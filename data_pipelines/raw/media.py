@@ -82,10 +82,8 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 def iter_video(path: str | pathlib.Path, *, start: float = 0.0, end: float | None = None) -> Iterator[np.ndarray]:
     """Yields (H,W,3) uint8 RGB frames for the times start, start + 1/25, ... before `end` (seconds).
 
-    Each is the source frame nearest in time, so any constant or variable source rate becomes exactly 25 fps.
-
-    Raises:
-      UserError: the file cannot be read, has no video stream, or no frame from `start` on.
+    Each is the source frame nearest in time, so any constant or variable source rate becomes exactly 25 fps. Raises
+    UserError if the file cannot be read, has no video stream, or no frame from `start` on.
     """
     with _open(path) as container:
         if not container.streams.video:
@@ -123,10 +121,8 @@ def read_audio(
 ) -> np.ndarray:
     """Mono sound (N,) float32 in [-1,1] at `rate` Hz from `start` to `end` (seconds; None: the end of the sound).
 
-    With `end` the result has exactly round((end-start)*rate) samples, padded with silence.
-
-    Raises:
-      UserError: the file cannot be read, has no audio stream, or its sound has zero length.
+    With `end` the result has exactly round((end-start)*rate) samples, padded with silence. Raises UserError if the file
+    cannot be read, has no audio stream, or its sound has zero length.
     """
     with _open(path) as container:
         if not container.streams.audio:
@@ -165,11 +161,8 @@ def write_mp4(
 ) -> None:
     """Writes (F,H,W,3) uint8 frames, H and W even, and optional mono sound as H.264 (4:2:0) + AAC.
 
-    Trims the sound, or pads it with silence, to the length of the video. Writes atomically.
-
-    Raises:
-      UserError: the file cannot be written.
-      ValueError: frames of another shape, or an odd size.
+    Trims the sound, or pads it with silence, to the length of the video. The same input gives the same bytes. Writes
+    atomically. Raises ValueError for other shapes, UserError if the file cannot be written.
     """
     path = pathlib.Path(path)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
@@ -190,7 +183,9 @@ def write_mp4(
 
 
 def _write_streams(container, frames, fps, audio, audio_rate, crf) -> None:
-    video = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+    # Without cpu-independent the same frames give one of several files, depending on where they lie in memory.
+    options = {"crf": str(crf), "preset": "veryfast", "x264-params": "cpu-independent=1"}
+    video = container.add_stream("libx264", rate=fps, options=options)
     video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
     sound = None
     if audio is not None:

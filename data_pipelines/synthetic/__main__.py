@@ -5,6 +5,10 @@ data_pipelines/synthetic/dataset.py describes the output.
 
 import os
 
+# Must precede NumPy, also in the worker processes, which inherit it: the products are too small for threads, and the
+# threads of several workers would wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from absl import flags
 
 from data_pipelines.synthetic import dataset

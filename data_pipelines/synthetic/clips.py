@@ -58,15 +58,15 @@ def make(body: Body, engine: speech.Engine | None, clip: ClipPlan, seed: int, fr
       UserError: the speech synthesis fails.
     """
     rng = plan.generator(seed, "clip", clip.index)
-    rng.random(8)  # skip numbers, since the plan draws from the same stream
+    rng.random(16)  # skip numbers, since the plan draws from the same stream
     speaker = plan.generator(seed, clip.split, clip.speaker)
     look = appearance.draw(speaker)
     person = people.build(body, look, speaker)
     spoken = speech.speak(engine, clip.sentence, look.voice) if clip.speaks else None
-    first = _first_frame(rng, spoken, frames)
+    first = _first_frame(rng, spoken, frames, clip.pause)
     times = (first + np.arange(frames) + 0.5) / FPS
     style = str(rng.choice(motion.STYLES, p=STYLE_SHARES[clip.framing]))
-    moved = motion.move(rng, person, spoken, times, style, rng.uniform(-0.4, 0.4))
+    moved = motion.move(rng, person, spoken, times, style, rng.uniform(-0.4, 0.4), clip.sway)
     camera, light = _camera(rng, person, clip), _light(rng)
     background, words = backgrounds.draw(rng, render.SUPERSAMPLE * clip.height, render.SUPERSAMPLE * clip.width)
     person = render.reduce(person, _ever_seen(person, moved, camera))
@@ -86,9 +86,15 @@ def make(body: Body, engine: speech.Engine | None, clip: ClipPlan, seed: int, fr
     )
 
 
-def _first_frame(rng: np.random.Generator, spoken: speech.Speech | None, frames: int) -> int:
-    """First frame of the clip within the sentence; cutting at frame boundaries keeps sound and picture in sync."""
+def _first_frame(rng: np.random.Generator, spoken: speech.Speech | None, frames: int, pause: str) -> int:
+    """First frame of the clip within the sentence; cutting at frame boundaries keeps sound and picture in sync.
+
+    With a pause, 30 to 60 % of the clip lie before or after the sentence.
+    """
     total = 0 if spoken is None else int(spoken.seconds * FPS)
+    if pause:
+        silent = int(frames * rng.uniform(0.3, 0.6))
+        return -silent if pause == "begin" else total - (frames - silent)
     return int(rng.integers(-5, max(total - frames + 4, -4)))
 
 

@@ -26,7 +26,7 @@ from data_pipelines.synthetic import appearance, body, clips, plan, speech
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import latent_frames, pixel_frames
 
-VERSION = 1
+VERSION = 3
 NOTE = "synthetic, rendered people; bodies from MakeHuman data (CC0), speech by espeak-ng"
 
 

@@ -145,7 +145,13 @@ def _fingers(rng: np.random.Generator, person: Person, side: str, sign: float) -
 
 
 def move(
-    rng: np.random.Generator, person: Person, speech: Speech | None, times: np.ndarray, style: str, turn: float
+    rng: np.random.Generator,
+    person: Person,
+    speech: Speech | None,
+    times: np.ndarray,
+    style: str,
+    turn: float,
+    sway: float = 1.0,
 ) -> Motion:
     """The motion of one clip.
 
@@ -153,11 +159,12 @@ def move(
       speech: the sentence, or None if the person does not speak.
       times: (F,) time of each frame's middle in the sentence, seconds.
       turn: rotation of the body about the vertical axis, radians.
+      sway: factor on the motion of head and torso, but not on their mean position, nor on arms and face.
     """
     loud = energy(speech, times)
-    noise = [smooth_noise(rng, times) for _ in range(9)]
+    noise = [sway * smooth_noise(rng, times) for _ in range(9)]
     liveliness = rng.uniform(0.5, 1.3) * (1.0 if speech is not None or style == "still" else 1.4)
-    pitch = 0.05 * liveliness * noise[0] + 0.10 * liveliness * (loud - 0.4) + rng.uniform(-0.05, 0.08)
+    pitch = 0.05 * liveliness * noise[0] + 0.10 * liveliness * sway * (loud - 0.4) + rng.uniform(-0.05, 0.08)
     yaw = 0.11 * liveliness * noise[1] - 0.6 * turn + rng.uniform(-0.12, 0.12)
     roll = 0.06 * liveliness * noise[2] + rng.uniform(-0.06, 0.06)
     lean = skeleton.euler(0.015 * noise[3], 0.03 * noise[4], 0.02 * noise[5])

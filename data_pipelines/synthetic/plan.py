@@ -15,12 +15,17 @@ from omnihuman_jax.errors import UserError
 
 SIZES = ((96, 96), (128, 80), (80, 112))  # height, width in pixels
 FRAMINGS = ("close-up", "head and shoulders", "half body", "full body")
-# Tall pictures show whole bodies more often, wide ones never: the face would be four pixels high.
+# The first two show a mouth that can be read. Tall pictures show whole bodies more often, wide ones never: the face
+# would be four pixels high.
 FRAMING_SHARES = {
-    (96, 96): (0.27, 0.37, 0.23, 0.13),
-    (128, 80): (0.27, 0.35, 0.20, 0.18),
-    (80, 112): (0.27, 0.40, 0.33, 0.0),
+    (96, 96): (0.32, 0.40, 0.18, 0.10),
+    (128, 80): (0.32, 0.38, 0.16, 0.14),
+    (80, 112): (0.32, 0.42, 0.26, 0.0),
 }
+CALM_SHARE = 0.4
+CALM = 0.25  # factor on the motion of a calm person's head and body
+PAUSE_SHARE = 0.1  # of the speaking clips
+PAUSES = ("begin", "end")
 # Conditions of the n-th training clip, repeated: b both, a no audio, p no pose, n neither. 7 of 20 lack something.
 PATTERN = "bapnbbbbabbpbbnabbbb"
 CLIPS_PER_SPEAKER = {"train": 3, "heldout": 2}
@@ -29,7 +34,14 @@ STREAMS = {"clip": 1, "train": 2, "heldout": 3}  # first number of each random g
 
 @dataclasses.dataclass(frozen=True)
 class ClipPlan:
-    """A clip to render. speaks: the mouth follows `sentence`; has_audio: the file contains the sound."""
+    """A clip to render.
+
+    Attributes:
+      speaks: the mouth follows `sentence`.
+      has_audio: the file contains the sound.
+      sway: factor on the motion of head and body.
+      pause: where a good part of the clip is silence before or after the sentence: "begin", "end", or "" for nowhere.
+    """
 
     index: int
     split: str
@@ -42,6 +54,8 @@ class ClipPlan:
     height: int
     width: int
     framing: str
+    sway: float
+    pause: str
 
     @property
     def id(self) -> str:
@@ -86,11 +100,13 @@ def plan(seed: int, index: int, size: tuple[int, int] | None = None, can_speak: 
     mixture = SIZES[(ordinal if heldout else index + ordinal) % 3] if size is None else size
     shares = FRAMING_SHARES.get(mixture, FRAMING_SHARES[(96, 96)])
     framing = FRAMINGS[int(rng.choice(4, p=shares))]
+    sway = CALM if rng.random() < CALM_SHARE else 1.0
+    pause = PAUSES[int(2 * rng.random())] if rng.random() < PAUSE_SHARE else ""
     return ClipPlan(
         index=index,
         split=split,
         speaker=ordinal // CLIPS_PER_SPEAKER[split],
-        sentence_id=f"{split}-{number:02d}" if speaks else "",
+        sentence_id=f"{split}-{number:04d}" if speaks else "",
         sentence=sentences[number] if speaks else "",
         speaks=speaks,
         has_audio=speaks and has in "bp",
@@ -98,6 +114,8 @@ def plan(seed: int, index: int, size: tuple[int, int] | None = None, can_speak: 
         height=mixture[0],
         width=mixture[1],
         framing=framing,
+        sway=sway,
+        pause=pause if speaks else "",
     )
 
 

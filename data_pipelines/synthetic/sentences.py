@@ -1,56 +1,146 @@
-"""What the rendered people say. Written for this project; the held-out ones are never spoken in training clips."""
+"""What the rendered people say: sentences from a small grammar, written for this project.
 
-TRAIN = (
-    "Please bring the blue umbrella before the meeting starts this morning.",
-    "My father opened a small bakery near the old harbour last summer.",
-    "We walked over the bridge and watched the boats move slowly home.",
-    "Could you show me how the new machine makes warm apple juice?",
-    "Every good story begins with a question that nobody wants to answer.",
-    "The weather was far too hot for a long walk up the mountain.",
-    "She bought five yellow flowers and put them above the fireplace.",
-    "Open the window, because the smoke from the pan fills the room.",
-    "Our team won the final match, and everybody was shouting for joy.",
-    "I would rather wait for the bus than walk home in the rain.",
-    "The doctor told him to move more and to worry a little less.",
-    "Remember to feed the cat, water the plants, and lock the door.",
-    "Two brown horses jumped over the fence and ran for the forest.",
-    "You may borrow my bicycle if you promise to bring it back by four.",
-    "A loud voice from above warned us about the falling branch.",
-    "The museum shows paintings of farmers, fishermen and famous queens.",
-    "Why do we always forget the names of people we have just met?",
-    "He poured the coffee, moved the chair, and began to speak about money.",
-    "Most of the old houses along the river have beautiful wooden roofs.",
-    "Tomorrow we fly to the north, where the nights are very short.",
-    "The children built a tower of boxes and were proud of their work.",
-    "Nobody believed me when I said that the bird could count to five.",
-    "Put the heavy books on the bottom shelf and the maps on top.",
-    "I am happy to help you, but first we have to find the power switch.",
-    "All of my brothers play music, although none of them can read notes.",
-    "From the roof of this tower you can see more than forty villages.",
-    "The teacher wrote a few simple words on the wall with white chalk.",
-    "What a wonderful evening, with good food and even better company!",
-    "They found a map of the cave under the floor of the farm house.",
-    "Cook the beans for an hour, then add pepper, onions and tomatoes.",
-    "My phone fell into the water, but somehow it still works perfectly.",
-    "If the moon is bright enough, we will go on without any lamp.",
-    "The bus driver smiled and waved to every passenger who got off.",
-    "A wise man once told me that patience is the mother of most virtues.",
-    "Robots may learn to move like us, but we have to show them how.",
-    "I bought a map, a warm coat, and a pair of very strong shoes.",
-    "The first snow of the year covers the fields with a soft white blanket.",
-    "Follow the small road for about a mile, then turn left at the farm.",
-    "We are moving the piano upstairs, so please mind the open box.",
-    "Her voice became softer and softer until we could hear only the wind.",
-    "Both of my uncles work on a fishing boat far away from home.",
-    "The film was long, but the music made up for every slow moment.",
+Held-out clips use patterns and content words of their own: they share only function words with training clips. Words
+rich in p, b, m, f, v, w and wide vowels are preferred, because they show on the lips. The sentences need not be true.
+
+`{A}` in a pattern (a "frame") stands for an entry of the list A. The n-th sentence depends on n alone, so that longer
+lists begin with shorter ones.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+# Lists by name, one entry per comma. Verbs: V past, B plain; people: P; things: T one with its article, M many;
+# adjectives: A; places: L; times: W; doings without object: D past; reasons: R; feelings: E.
+Words = dict[str, tuple[str, ...]]
+
+
+def _lists(**texts: str) -> Words:
+    return {name: tuple(part.strip() for part in text.split(",")) for name, text in texts.items()}
+
+
+TRAIN_WORDS = _lists(
+    P="""my father, my brother, my best friend, the baker, the bus driver, the painter, the plumber, the film maker,
+    the fisherman, the woman from Panama, the widow, the waiter, the mayor, the miller, the wise old wizard, Pam,
+    Bobby, Barbara, Molly, Vivian, Wilma, Walter, Fabio, Bob and Mary, the famous poet, the village blacksmith,
+    the new manager, the man above us, the bishop, the boatman, our whole family, a brave policeman""",
+    V="""bought, borrowed, brought back, moved, watched, wanted, found, followed, pushed, pulled, passed, polished,
+    mopped up, wiped off, wrapped up, weighed, whispered about, boasted about, promised, photographed, fixed,
+    gave away, forgot, dropped, packed, painted, put away, swapped, opened, measured, remembered""",
+    B="""bring, buy, borrow, move, watch, find, follow, push, pull, pass, polish, wipe, wrap, weigh, fix, open, paint,
+    pack, pick up, put back, keep, warm up, mend, measure, believe in, worry about, pay for, wait for, look for""",
+    A="""blue, brown, bright, broken, big, beautiful, bumpy, pink, purple, plain, perfect, proud, private, muddy,
+    massive, mild, modern, moody, mammoth, warm, wide, wet, wooden, woolly, white, wild, wonderful, fat, famous, foamy,
+    funny, very old, velvet, vivid, round, loud, soft, smooth, spotless, ample, empty, open, heavy, cheap""",
+    M="""apples, bananas, pumpkins, mushrooms, peppers, plums, pebbles, bubbles, buttons, blankets, boots, baskets,
+    bottles, bowls, boxes, balloons, bicycles, papers, pillows, pipes, pans, puppies, puppets, poems, films, maps,
+    mops, mirrors, magnets, motors, violins, vases, vans, wolves, wagons, waffles, wallets, windows, wheels, whistles,
+    walnuts, feathers, forks, flutes, flowers, farm horses, photographs, phone bills, shawls, sheep, tomatoes,
+    trumpets, lamps, lemons, cups, cows, rabbits, ribbons, robots, doves, gloves, stoves, knives""",
+    T="""a bag of flour, a bowl of soup, a pot of beef and beans, a cup of mocha, a map of Moscow, a box of bolts,
+    a pair of boots, a pound of butter, a bumblebee, a baby panda, a purple umbrella, a wooden boomerang,
+    a vanilla pudding, a plate of pasta, a piece of plywood, a warm waffle, a poppy, a microphone, a volume of poems,
+    a family album, a magpie, a pumpkin pie, the broom, the ping pong ball, the old piano, the power switch,
+    the whole bottle, the front wheel, the farm van, the film poster, the violin bow, the mailbox, the waterfall""",
+    L="""above the bakery, behind the barn, below the bridge, by the pool, beyond the wall, near the farm,
+    from the roof, from Rome to Warsaw, in the middle of the room, in my room, on the balcony, on the boat,
+    on the farm wall, on top of the piano, over the river, past the post office, in the palm house,
+    under the apple tree, under the warm blanket, up on the mountain, in front of the museum, at the bus stop,
+    inside the van, along the wharf, between two poplars, beside the swamp, at the farmers' market""",
+    W="""before breakfast, in February, in the middle of March, all of April, all by myself, every evening,
+    five times a week, for about an hour, for the whole of May, from morning to evening, at five past four,
+    on Wednesday, on the following Monday, last November, most mornings, once more, over and over, at the moment,
+    when we were small, while the music played, whenever it poured, before the bell rang, after the film""",
+    D="""wobbled away, waved at us, walked home, went for a swim, fell over, forgot the words, woke up, wept a little,
+    made a promise, moved to Peru, mumbled a poem, began to hum, began to weep, bumped into a wall, blew a bubble,
+    blushed, bowed, burped aloud, popped up, played the flute, paused, left by boat, laughed, lived alone,
+    stumbled, stopped for a moment, swam with dolphins, spoke up, shouted with joy, vanished, voted, yawned""",
+    R="""because the weather was warm, because nobody believed me, because Mom was away, although the wind blew,
+    although the moon was up, and that was the whole problem, and everybody was happy, and nobody knew why,
+    but that was fine with me, so we all sped up, if you promise to behave, if we have the power,
+    even though the phone was off, and above all for fun, before somebody else would, which amazed me""",
+    E="""happy, hopeful, fearful, proud, moved, bored, brave, bold, puzzled, baffled, full, famished, wide awake,
+    bewildered, amused, ashamed, warm, worn out, pleased, powerful, awful, marvelous""",
+    N="""two, four, five, seven, eleven, twelve, forty, forty five, a dozen, a few, a bunch of, many, most of the,
+    both of the, some more, a whole pile of, a vast number of""",
 )
-HELDOUT = (
-    "Above the village, a white balloon was moving toward the warm evening sun.",
-    "Mother always wanted a house with a balcony and a view of the ocean.",
-    "Before you go, may I ask for five more minutes of your valuable time?",
-    "The farmer showed us how to open a coconut with a hammer and a knife.",
-    "People often remember the first words of a speech, but rarely the last.",
-    "On the far side of the wall we saw a fox asleep in an empty box.",
-    "Mix the flour with warm water, and wait for about half an hour.",
-    "Paul and Emma were laughing so loudly that nobody heard the phone.",
+TRAIN_FRAMES = (
+    "{P} {V} {N} {A} {M} {W}.",
+    "{P} {V} {T} {L}.",
+    "{P} {V} {T}, and {P} {D}.",
+    "Please {B} the {A} {M} {L}.",
+    "Would you {B} {T} for {P}?",
+    "Why would {P} {B} {N} {M} {W}?",
+    "We {V} {T} {R}.",
+    "{P} was {E}, and {P} was {E} as well.",
+    "If you {B} the {M}, we may {B} the {M}.",
+    "{W}, {P} {D}.",
+    "{L}, {P} {V} the {A} {M}.",
+    "The {A} {M} and the {A} {M} were {L}.",
+    "{P} {D} {R}.",
+    "I am {E} whenever {P} {V} the {M}.",
+    "Above all, {B} {T} {W}.",
+    "Wow, {N} {A} {M} {L}!",
+    "Nobody but {P} {V} {N} {M}.",
+    "My {M} are {A}, but your {M} are {A}.",
+    "Move over, {P} {V} {T}.",
+    "Maybe {P} {D} {L}, or maybe not.",
+    "How many {M} would {P} {B}?",
+    "{P}, who {D}, {V} {T}.",
+    "First {B} the {M}, then {B} {T}.",
+    "We both {D} {L} {W}.",
 )
+HELDOUT_WORDS = _lists(
+    P="""my mother, the farmer, the pilot, Emma, Paul, the barber, the violinist, a wealthy merchant, Philip,
+    the alpine guide""",
+    V="""moulded, unpacked, admired, embroidered, unveiled, viewed, pampered, imported""",
+    A="""amber, bamboo, pale, fluffy, woven, marble, bubbly, wavy, faithful, mouldy""",
+    M="""camels, peacocks, blueberries, beavers, moths, whales, foxes, ropes, marsh plants, bumpers, marbles,
+    wombats""",
+    T="""a bamboo hammock, a jug of jam, the opera glasses, the embassy, a fig, a mohair pullover,
+    an umpire's cap, the chimney, a bib""",
+    L="""off the coast of Mumbai, aboard the ferry, amid the palms, in a damp cave, in the opera, upstream,
+    within the fort, at the opposite shore""",
+    W="""one autumn, by midwinter, throughout the summer, overnight, twice in a lifetime, at half six""",
+    D="""jumped overboard, wandered off, hopped, fumbled, sobbed, whooped, puffed, vowed revenge""",
+)
+HELDOUT_FRAMES = (
+    "Have you ever seen {A} {M} {L}?",
+    "It was {P} that {V} {T}.",
+    "Only {M} and {M} live {L}, I suppose.",
+    "Imagine: {P} {D} {W}!",
+    "{P} never {V} {T}, did they?",
+    "What {A} {M}, thought {P}.",
+    "As soon as {P} {D}, the {M} did too.",
+    "Not far away, {P} {V} {A} {M}.",
+    "There used to be {A} {M} {L}.",
+    "Either {P} {D}, or {P} did.",
+)
+TRAIN_COUNT, HELDOUT_COUNT = 3000, 300
+
+
+def sentences(count: int, frames: tuple[str, ...], words: Words) -> tuple[str, ...]:
+    """The first `count` different sentences of a grammar; the frames take turns.
+
+    No list is used up within one sentence: a word occurs at most once in it.
+    """
+    found: dict[str, None] = {}
+    number = 0
+    while len(found) < count:
+        draw = random.Random(number)  # its `random` gives the same numbers on every version and machine
+        left = {name: list(entries) for name, entries in words.items()}
+
+        def fill(gap: re.Match, draw: random.Random = draw, left: dict[str, list[str]] = left) -> str:
+            entries = left[gap[1]]
+            return entries.pop(int(draw.random() * len(entries)))
+
+        text = re.sub(r"\{(\w)\}", fill, frames[number % len(frames)])
+        found[text[0].upper() + text[1:]] = None
+        number += 1
+    return tuple(found)
+
+
+TRAIN = sentences(TRAIN_COUNT, TRAIN_FRAMES, TRAIN_WORDS)
+HELDOUT = sentences(HELDOUT_COUNT, HELDOUT_FRAMES, HELDOUT_WORDS)

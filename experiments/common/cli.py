@@ -53,11 +53,7 @@ def _check_config_arguments(args: list[str]) -> None:
 
 
 def load_preset(preset: str) -> ConfigDict:
-    """The config of PRESET.py[:ARG].
-
-    Raises:
-      UserError: no such file (naming the nearest preset), or an argument that the preset rejects.
-    """
+    """The config of PRESET.py[:ARG]; UserError without such a file, or for an argument that the preset rejects."""
     file = Path(preset.split(":", 1)[0])
     if not file.is_file():
         folder = Path(__file__).parents[1] / "configs"
@@ -122,8 +118,7 @@ def one_of_several(config: ConfigDict) -> Iterator[None]:
 def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
     """Sets up devices and the compilation cache; call before anything touches a JAX backend.
 
-    Raises:
-      UserError: the processes cannot share the simulated devices equally.
+    Raises UserError if the processes cannot share the simulated devices equally.
     """
     if config.simulated_devices:
         if config.simulated_devices % num_processes:

@@ -7,11 +7,7 @@ from omnihuman_jax.errors import UserError
 
 
 def check_output(output: str) -> Path:
-    """The absolute path of an output file.
-
-    Raises:
-      UserError: its directory does not exist, or the file cannot be written.
-    """
+    """The absolute path of an output file; UserError if its directory does not exist or it cannot be written."""
     path = Path(output).absolute()
     if not path.parent.is_dir():
         raise UserError(f"--output={path}: the directory {path.parent} does not exist; make it first")

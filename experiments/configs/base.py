@@ -8,7 +8,8 @@ from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.models.dit.config import ModelConfig
 
-STAGES = ("pretrain_image", "pretrain_video", "stage1", "stage2", "stage3")
+# A warm-up row trains a new condition at a high ratio before its stage; presets switch it on by giving it steps.
+STAGES = ("pretrain_image", "pretrain_video", "stage1", "stage2_warmup", "stage2", "stage3_warmup", "stage3")
 
 
 def stage(**changes) -> ConfigDict:
@@ -22,6 +23,16 @@ def stage(**changes) -> ConfigDict:
             "latent_frames": 0,  # noisy latent frames T; 0 = data.latent_frames, 1 = images
             "motion_ratio": 0.75,  # share of windows that continue from motion frames
             "bucket_weights": "",  # "12x12=2,16x10=1": latent HxW = share of the steps; empty = as in the data
+            "inverted_ratios": False,  # true: a warm-up row, in which a stronger condition may have the higher ratio
+            # Mean and spread of the logit-normal times before the shift; by the strongest active condition, "audio=1".
+            "time_mean": 0.0,
+            "time_std": 1.0,
+            "time_mean_by_condition": "",
+            "rate_factors": "",  # "audio=4": learning rate of a condition's own modules as a multiple
+            # What the paper does not have: "mouth=0.5" = share of the loss that a region of the picture gets, and
+            # share of the samples in which nothing else counts. Regions: face, mouth, limbs.
+            "region_shares": "",
+            "region_only": "",
             # Checkpoint or exported directory (experiments.import_weights) with the initial parameters of the run's
             # first stage, or with --replace_parameters_at of a later one.
             "init_from": "",
@@ -29,6 +40,11 @@ def stage(**changes) -> ConfigDict:
     )
     row.update(changes)
     return row
+
+
+def warmup(condition: str) -> dict[str, float]:
+    """Ratios of a row that trains a condition in nine of ten samples: guidance needs the tenth."""
+    return conditions.complete_ratios({"text": 0.9, "reference": 1.0, condition: 0.9})
 
 
 def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
@@ -92,7 +108,9 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "pretrain_image": stage(ratios=text_only, latent_frames=1, motion_ratio=0.0, learning_rate=1e-4),
             "pretrain_video": stage(ratios=text_only, motion_ratio=0.0, learning_rate=1e-4),
             "stage1": stage(),
+            "stage2_warmup": stage(ratios=warmup("audio"), inverted_ratios=True),
             "stage2": stage(),
+            "stage3_warmup": stage(ratios=warmup("pose"), inverted_ratios=True),
             "stage3": stage(),
         }
     )
@@ -116,10 +134,11 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "accumulate": 1,  # micro-batches per step
         }
     )
-    config.diffusion = ConfigDict({"time_mean": 0.0, "time_std": 1.0, "shift": 0.0})  # shift 0 = by token count
+    config.diffusion = ConfigDict({"shift": 0.0})  # shift 0 = by token count
     config.ema_decay = 0.9998
-    # Loss of the EMA on `batches` held-out batches at fixed noise, every `every` steps (0 = never).
-    config.evaluation = ConfigDict({"every": 0, "batches": 2})
+    # Of the EMA on `batches` held-out batches at fixed noise: the loss every `every` steps, and what each condition
+    # gains (36 forward passes a batch) every `gain_every` steps; 0 = never.
+    config.evaluation = ConfigDict({"every": 0, "gain_every": 0, "batches": 2})
     config.guidance = ConfigDict({"scale": 6.5, "final_scale": 3.5, "mode": "joint", "schedule": "cosine"})
     config.sample = ConfigDict({"at_stage_end": True, "steps": 50, "count": 2})
     config.plan = ConfigDict({"buckets": ((6, 12, 12),)})  # latent (T, H, W) that tpu.plan compiles; T 0 = the stage's

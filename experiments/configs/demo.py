@@ -5,6 +5,19 @@ from ml_collections import ConfigDict
 from experiments.configs import base
 
 
+def teach_speech(config: ConfigDict) -> None:
+    """What lets a small network learn speech in minutes: crops of the face, half of the loss on the mouth, more noise.
+
+    The mouth is about a hundredth of the loss of a full frame, and low noise and neighbours give it away. In the
+    warm-up row every sample is a crop with sound and a reference; the published ratios follow.
+    """
+    config.stages.stage2_warmup.update({"bucket_weights": "6x6=1", "motion_ratio": 0.5, "time_mean": 1.0})
+    for name in ("stage2_warmup", "stage2", "stage3"):
+        config.stages[name].region_shares = "mouth=0.5"
+    for name in ("stage2", "stage3"):
+        config.stages[name].time_mean_by_condition = "audio=1"
+
+
 def get_config(recipe: str = "published") -> ConfigDict:
     """The demo preset; the argument names the ratio recipe: demo.py:v2."""
     config = base.get_config(recipe)
@@ -14,8 +27,10 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
     config.model.dtype = "float32"  # the faster one on CPU
     config.data.dir = "runs/demo/data"
-    for name, steps, rate in (("stage1", 130, 4e-3), ("stage2", 130, 3e-3), ("stage3", 130, 2e-3)):
+    rows = (("stage1", 200, 4e-3), ("stage2_warmup", 500, 3e-3), ("stage2", 150, 3e-3), ("stage3", 150, 2e-3))
+    for name, steps, rate in rows:
         config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
+    teach_speech(config)
     config.optimizer.b2 = 0.99  # moments over 100 steps, not over 1000
     config.ema_decay = 0.98
     config.checkpoint.update({"every": 100, "keep": 2})

@@ -11,9 +11,8 @@ def full_size(config: ConfigDict) -> ConfigDict:
     config.model.update({"audio_dim": 1024, "audio_tokens": 16, "audio_hidden": 1024, "pose_channels": 64})
     config.model.update({"pose_widths": (32, 64, 128)})
     config.data.latent_frames = 21
-    for name in base.STAGES:
+    for name in ("stage1", "stage2", "stage3"):
         config.stages[name].steps = 10_000
-    config.stages.pretrain_image.steps = config.stages.pretrain_video.steps = 0
     config.vae.checkpoint = ""
     # 480 x 832 pixels, 81 frames: 21 x 60 x 104 latents, 32,760 tokens.
     config.plan.buckets = ((21, 60, 104),)

@@ -67,11 +67,12 @@ class ModelGenerator:
 
 
 def heldout_indices(dataset: schema.Dataset, frames: int) -> list[int]:
-    """Records of the held-out rendered clips of at least `frames` frames."""
+    """Records of the held-out rendered clips of at least `frames` frames, without crops to the face."""
+    entries = dataset.index
     return [
         i
-        for i, entry in enumerate(dataset.index)
-        if entry["split"] == "heldout" and entry["source"] == "synthetic" and entry["frames"] >= frames
+        for i in schema.full_records(dataset, "heldout")
+        if entries[i]["source"] == "synthetic" and entries[i]["frames"] >= frames
     ]
 
 

@@ -182,14 +182,41 @@ def training_section(training: Mapping[str, Any], loss_svg: str, ratio_svg: str)
     )
 
 
+def gain_section(gain_svg: str) -> str:
+    """The curves of the condition gain, or that they were not measured."""
+    if not gain_svg:
+        return '<h3 id="gain">Condition gain</h3><p>Not measured in this run (evaluation.gain_every).</p>'
+    return (
+        '<h3 id="gain">Condition gain</h3><p>By how much the right condition lowers the loss on held-out clips at '
+        "fixed noise, against that of another clip and against none: mean of three noise levels and its standard "
+        "error, where the condition shows. A condition is being learned where both curves are above zero.</p>"
+        + gain_svg
+    )
+
+
+def obeyed(evaluation: Mapping[str, Any] | None) -> str:
+    """One paragraph that says in words what the generated videos obey, from the gaps of the metrics."""
+    if evaluation is None:
+        return ""
+    words = {"obeyed": [], "not shown to be obeyed": [], "not measured": []}
+    for name, measure in evaluation["measures"].items():
+        low = measure.get("gap", {}).get("low")
+        key = "not measured" if low is None else "obeyed" if low > 0 else "not shown to be obeyed"
+        condition, question = METRICS[name].title.split(": ", 1)
+        words[key].append(f"{condition.lower()} ({question.rstrip('?').lower()})")
+    told = "; ".join(f"<b>{key}</b>: {escape(', '.join(names))}" for key, names in words.items() if names)
+    return f'<p class="verdict">On held-out people, {told}.</p>'
+
+
 def data_section(data: Mapping[str, Any]) -> str:
     """The training data."""
     rows = [
-        [g["source"], g["split"], str(g["clips"]), *map(str, g["with"].values()), f"{g['seconds']:.0f}", g["sizes"]]
+        [g["source"], g["split"], str(g["clips"]), *map(str, g["with"].values())]
+        + [str(g["crops"]), f"{g['seconds']:.0f}", g["sizes"]]
         for g in data["groups"]
     ]
     having = [f"with {name}" for name in data["groups"][0]["with"]]
-    head = ("source", "split", "clips", *having, "seconds", "sizes (height x width)")
+    head = ("source", "split", "clips", *having, "also cropped to the face", "seconds", "sizes (height x width)")
     encoders = "; ".join(f"{name} by <b>{escape(encoder)}</b>" for name, encoder in data["encoders"].items())
     missing = "; ".join(data["missing"]) or "none"
     return (
@@ -203,7 +230,13 @@ def data_section(data: Mapping[str, Any]) -> str:
 
 
 def page(
-    report: Mapping[str, Any], *, strips: Mapping[str, Sequence[Any]], loss_svg: str, ratio_svg: str, time_svg: str
+    report: Mapping[str, Any],
+    *,
+    strips: Mapping[str, Sequence[Any]],
+    loss_svg: str,
+    gain_svg: str,
+    ratio_svg: str,
+    time_svg: str,
 ) -> str:
     """The page, from the content of report.json, strips for `strip_figure` by metric, and plots as SVG."""
     total = sum(report["phases"].values())
@@ -218,10 +251,12 @@ def page(
 <p>A small model of the OmniHuman-1 design, trained for minutes rather than for days: it shows that every part is there
 and works together, not how good the method is at full size. The numbers below say how far it got.</p>
 {f"<ul>{notes}</ul>" if notes else ""}
+{obeyed(report["evaluation"])}
 <h2 id="videos">Generated videos</h2>
 {video_cards(report["videos"]) if report["videos"] else "<p>None were generated in this run.</p>"}
 {evaluation_section(report["evaluation"], strips)}
 {training_section(report["training"], loss_svg, ratio_svg)}
+{gain_section(gain_svg)}
 {data_section(report["data"])}
 <h2 id="time">Time</h2>{time_svg}
 <p class="soft">The same numbers, for programs: <a href="report.json">report.json</a>.</p>

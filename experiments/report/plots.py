@@ -78,6 +78,38 @@ def loss_curves(lines: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure)
 
 
+def gain_curves(gains: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
+    """Condition gain over steps, a panel a condition: against another clip's and none, mean of the noise levels.
+
+    Args:
+      gains: (step, what `omnihuman_jax.training.condition_gain.ConditionGain` returned), in order.
+    """
+    names = [name for name in conditions.names() if any(name in gain for _, gain in gains)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.5, 2.6))
+        for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
+            # Where the condition shows: its region stands after the whole picture.
+            levels = [(step, list(gain[name].items())[-1]) for step, gain in gains if name in gain]
+            for variant, label, colour in (("wrong", "another clip's", RIGHT), ("none", "none", WRONG)):
+                known = []
+                for step, (_, by_level) in levels:
+                    told = [gain[variant] for gain in by_level.values() if gain[variant]]
+                    if told:
+                        known.append((step, *np.mean([(x["gain"], x["error"]) for x in told], axis=0)))
+                if known:
+                    steps, mean, error = np.array(known).T
+                    axes.plot(steps, mean, color=colour, linewidth=2, label=f"against {label}")
+                    axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+            axes.axhline(0, color=LIMIT, linewidth=1)
+            axes.set_title(f"{name} ({levels[-1][1][0]})", loc="left")
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.25)
+        figure.axes[0].set_ylabel("gain, % of the loss")
+        figure.axes[-1].legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        return _svg(figure)
+
+
 def ratio_bars(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Target, realised and (after guidance dropout) effective share of each condition, one panel per stage."""
     with matplotlib.rc_context(_STYLE):

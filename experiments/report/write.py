@@ -41,14 +41,16 @@ def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict
     for entry in dataset.index:
         groups.setdefault((entry["source"], entry["split"]), []).append(entry)
     rows = []
-    for (source, split), entries in sorted(groups.items()):
-        sizes = sorted({(8 * e["shape"][1], 8 * e["shape"][2]) for e in entries})
+    for (source, split), records in sorted(groups.items()):
+        sizes = sorted({(8 * e["shape"][1], 8 * e["shape"][2]) for e in records})
+        entries = [e for e in records if e["view"] == "full"]
         rows.append(
             {
                 "source": source,
                 "split": split,
                 "clips": len(entries),
                 "with": {name: sum(e.get(name, False) for e in entries) for name in conditions.selecting()},
+                "crops": len(records) - len(entries),
                 "seconds": sum(e["frames"] for e in entries) / FPS,
                 "sizes": ", ".join(f"{h}x{w}" for h, w in sizes),
             }
@@ -67,6 +69,14 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is empty; {remedy}")
     by_step = {line["step"]: line for line in lines}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def read_gains(workdir: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(step, condition gain) of evaluation.jsonl in order, each step once; empty if none was measured."""
+    path = workdir / "evaluation.jsonl"
+    text = path.read_text().splitlines() if path.is_file() else []
+    lines = [json.loads(line) for line in text if line.endswith("}")]  # a killed process may leave half a line
+    return sorted({line["step"]: line["condition_gain"] for line in lines if "condition_gain" in line}.items())
 
 
 def summarise_training(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +173,7 @@ def write_report(
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {workdir}/config.json ({type(error).__name__}); train first") from error
     training = summarise_training(lines, config)
+    gains = read_gains(workdir)
     strips = write_comparisons(workdir, dataset, evaluation) if evaluation else {}
     size = config["model"]
     blocks = f"{size['num_dual_blocks']} dual-stream and {size['num_single_blocks']} single-stream blocks"
@@ -174,6 +185,7 @@ def write_report(
         "videos": [_place_video(workdir, video) for video in videos],
         "evaluation": evaluation.result if evaluation else None,
         "training": training,
+        "condition_gain": [{"step": step, "gain": gain} for step, gain in gains],
         "data": summarise_data(dataset, missing),
         "phases": dict(phases or {}),
     }
@@ -181,6 +193,7 @@ def write_report(
         report,
         strips=strips,
         loss_svg=plots.loss_curves(lines),
+        gain_svg=plots.gain_curves(gains) if gains else "",
         ratio_svg=plots.ratio_bars(training["stages"]),
         time_svg=plots.time_bar(report["phases"]) if report["phases"] else "<p>Not recorded.</p>",
     )

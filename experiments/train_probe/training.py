@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import queue
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -18,6 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from data_pipelines.keypoints import FLIP, INDEX, KEYPOINTS
+from data_pipelines.prepare.pipeline import in_order
 from omnihuman_jax.evaluation import keypoints
 from omnihuman_jax.evaluation import probe as probe_lib
 from omnihuman_jax.evaluation.metrics import mouth
@@ -113,22 +113,9 @@ def batches(
         rows = [sample(clips, config, rng) for _ in range(size)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    ready: queue.Queue = queue.Queue(maxsize=4)
-
-    def work() -> None:
-        for step in itertools.count():
-            try:
-                ready.put(batch(step))
-            except Exception as error:  # the consumer raises it
-                ready.put(error)
-                return
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item = ready.get()
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    with ThreadPoolExecutor(1) as pool:
+        for _, future in in_order(pool, batch, itertools.count(), ahead=4):
+            yield future.result()
 
 
 def loss(network: probe_lib.ProbeNetwork, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:

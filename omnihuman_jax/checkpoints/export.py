@@ -35,7 +35,7 @@ from omnihuman_jax.checkpoints.load import BASE_FOLDER, CONDITIONS_FILE, CONFIG_
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.weights import formats
-from omnihuman_jax.weights.names import STACKED, is_condition
+from omnihuman_jax.weights.names import STACKED, is_condition, leaf_names
 from omnihuman_jax.weights.write import Renamed, write_files
 
 FORMATS = ("safetensors",)
@@ -46,13 +46,8 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
     """Nested dict of arrays -> dotted name -> array, with the stacked blocks separated and values unchanged."""
     tensors = {}
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        group, *rest = (str(key.key) for key in path)
         value = np.asarray(value)
-        if group not in STACKED:
-            tensors[".".join((group, *rest))] = value
-            continue
-        for i, block in enumerate(value):
-            tensors[".".join((group, "blocks", str(i), *rest))] = block
+        tensors |= zip(leaf_names(path, value.shape), value if path[0].key in STACKED else [value])
     return tensors
 
 
@@ -109,9 +104,7 @@ def save(
       config: resolved config of the checkpoint; the file `vae.checkpoint`, if set, is copied.
       params: nested dict of parameters, or a lazy mapping from dotted names to arrays.
       info: `step` and `stage` of the checkpoint.
-      ema: whether `params` are the EMA (recorded).
       naming: one of `weights.formats.FORMATS` for the base part; "" = our own names.
-      max_shard_bytes: largest weight file.
 
     Raises:
       UserError: the directory is not empty or cannot be written, or the VAE file is missing.

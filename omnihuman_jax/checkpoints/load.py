@@ -34,8 +34,7 @@ def is_exported(path: str | Path) -> bool:
 def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     """The resolved config and the head (`step`, `stage`, `ema`, …) of an exported directory, without its weights.
 
-    Raises:
-      UserError: another kind or version, or other conditions than this program's.
+    Raises UserError for another kind or version, or other conditions than this program's.
     """
     path = Path(path).absolute()
     head = read_json(path / CONFIG_FILE)
@@ -50,19 +49,14 @@ def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
 
 
 def load_config(path: str | Path) -> ConfigDict:
-    """The resolved config of a training checkpoint or an exported directory, without its weights.
-
-    Raises:
-      UserError: nothing there, or it cannot be read.
-    """
+    """The resolved config of a training checkpoint or an exported directory; UserError if it cannot be read."""
     return read_config(path)[0] if is_exported(path) else network_config(find_checkpoint(path))[0]
 
 
 def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapping[str, np.ndarray]:
     """The parameters of an exported directory by dotted name, read lazily.
 
-    Raises:
-      UserError: a file is damaged, or a tensor is missing, left over, or of another shape.
+    Raises UserError if a file is damaged, or a tensor is missing, left over, or of another shape.
     """
     path, network = Path(path), make_network(config)
     shapes = our_shapes(network.abstract_params)

@@ -6,7 +6,6 @@ dtype of every array.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import math
 import shutil
 import sys
@@ -14,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,28 +41,17 @@ _SAVE_SECONDS = 6 * 3600  # then Orbax aborts a save
 _SHARED_WRITE_BYTES = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Save:
-    """A save in progress.
+class _Save(NamedTuple):
+    """A save in progress."""
 
-    Attributes:
-      paths: checkpoint folders to write, in order, with the same content.
-      own: whether the state is a copy, to be deleted after reading.
-      meta: the JSON item without the fingerprint.
-      fingerprint: waits for the fingerprint and returns it.
-      times: `Checkpoints.times` of this save.
-      begun: `time.perf_counter()` at its start.
-      read: set when the state is no longer needed.
-    """
-
-    paths: list[Path]
+    paths: list[Path]  # checkpoint folders to write, in order, with the same content
     state: State
-    own: bool
-    meta: dict[str, Any]
-    fingerprint: Callable[[], Fingerprint]
-    times: dict[str, float | None]
-    begun: float
-    read: threading.Event
+    own: bool  # whether the state is a copy, to be deleted after reading
+    meta: dict[str, Any]  # the JSON item without the fingerprint
+    fingerprint: Callable[[], Fingerprint]  # waits for it
+    times: dict[str, float | None]  # `Checkpoints.times` of this save
+    begun: float  # `time.perf_counter()` at its start
+    read: threading.Event  # set when the state is no longer needed
 
     def release(self) -> None:
         """Call when the state has been read, or will not be."""
@@ -113,14 +101,7 @@ class Checkpoints:
         self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._remove_half_written()
         self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
-        options = _process_options()
-        self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(multiprocessing_options=options), **_item_handlers(options)
-            ),
-            multiprocessing_options=options,
-            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
-        )
+        self._saver = _make_saver()
 
     @property
     def failed(self) -> str:
@@ -253,10 +234,8 @@ class Checkpoints:
                     f"from it"
                 )
             meta = save.meta | {"fingerprint": found.sums}
-            args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(save.state._asdict()),
-                meta=ocp.args.JsonSave(meta | {"sha256": digest(meta)}),
-            )
+            state, whole = ocp.args.PyTreeSave(save.state._asdict()), meta | {"sha256": digest(meta)}
+            args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(whole))
             for path in save.paths:
                 try:
                     self._saver.save(path, args=args, force=True)
@@ -293,7 +272,12 @@ class Checkpoints:
             if self._saving.done():  # not after Ctrl-C
                 self._saving = None
         for path, why in failed.items():
-            self._report_failure(path, why)
+            problem = f"a checkpoint could not be written: {path}: {why}"
+            last = f"the last complete one is {self.last_good()}"
+            if jax.process_count() > 1:
+                raise UserError(f"process {jax.process_index()}: {problem}; {last}; make room and start again")
+            self._failed[path] = problem
+            self._log(f"{problem}; {last}; training goes on")
 
     def close(self) -> None:
         """Waits for the current save and closes the writer."""
@@ -304,14 +288,6 @@ class Checkpoints:
             self._saver.close()
             self._deleter.shutdown()
             sys.unraisablehook = self._unraisable
-
-    def _report_failure(self, path: Path, why: str) -> None:
-        problem = f"a checkpoint could not be written: {path}: {why}"
-        last = f"the last complete one is {self.last_good()}"
-        if jax.process_count() > 1:
-            raise UserError(f"process {jax.process_index()}: {problem}; {last}; make room and start again")
-        self._failed[path] = problem
-        self._log(f"{problem}; {last}; training goes on")
 
     def _prune(self) -> None:
         """Removes running checkpoints that are not to be kept, and the remains of failed saves."""
@@ -370,17 +346,17 @@ def _memory_stats(device: jax.Device) -> dict[str, int]:
     return device.memory_stats() or {}  # None on CPU
 
 
-def _process_options() -> ocp.options.MultiprocessingOptions:
+def _make_saver() -> ocp.AsyncCheckpointer:
     # With named processes Orbax uses the coordinator's barriers, which fail when a process dies. Its default, a device
     # collective, waits forever and interleaves with those of training.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    return ocp.options.MultiprocessingOptions(active_processes=everyone)
-
-
-def _item_handlers(options: ocp.options.MultiprocessingOptions) -> dict[str, ocp.CheckpointHandler]:
+    options = ocp.options.MultiprocessingOptions(active_processes=everyone)
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
-        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=options),
-    }
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    )
+    limits = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=options, async_options=limits)

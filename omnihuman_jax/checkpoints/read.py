@@ -82,10 +82,7 @@ def _plain(value: Any) -> Any:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder for a workdir, `checkpoints/STEP`, `stages/NAME` or a folder of those.
 
-    For a workdir, the newest running checkpoint, or else the last stage's.
-
-    Raises:
-      UserError: nothing there.
+    For a workdir, the newest running checkpoint, or else the last stage's. Raises UserError if nothing is there.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -94,23 +91,17 @@ def find_checkpoint(path: str | Path) -> Path:
         )
     if (path / "state").is_dir() and (path / "meta").is_dir():
         return path
-    for root in (path / "checkpoints", path):
-        steps = [p for p in root.iterdir() if p.name.isdigit() and (p / "meta").is_dir()] if root.is_dir() else []
-        if steps:
+    for pattern in ("checkpoints/*/meta", "*/meta"):
+        if steps := [p.parent for p in path.glob(pattern) if p.parent.name.isdigit() and p.is_dir()]:
             return max(steps, key=lambda p: int(p.name))
-    for root in (path / "stages", path):
-        stages = [p for p in root.iterdir() if (p / "meta").is_dir()] if root.is_dir() else []
-        if stages:
+    for pattern in ("stages/*/meta", "*/meta"):
+        if stages := [p.parent for p in path.glob(pattern) if p.is_dir()]:
             return max(stages, key=lambda p: read_meta(p)["step"])
     raise UserError(f"{path}: holds no checkpoint; expected checkpoints/STEP/ or stages/NAME/ in it")
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON item of a checkpoint folder.
-
-    Raises:
-      UserError: it is unreadable or damaged.
-    """
+    """The JSON item of a checkpoint folder; UserError if it is unreadable or damaged."""
     try:
         meta = json.loads((Path(path) / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:  # not JSON, or not text
@@ -138,11 +129,7 @@ def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
 def load_for_inference(
     path: str | Path, *, use_ema: bool = True, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """`load.load_parameters` for training checkpoints only.
-
-    Raises:
-      UserError: nothing there, it cannot be read, or it holds values that are not finite.
-    """
+    """`load.load_parameters` for training checkpoints only; UserError also for values that are not finite."""
     path = find_checkpoint(path)
     config, meta = network_config(path)
     shapes = make_network(config).abstract_params

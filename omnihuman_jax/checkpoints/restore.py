@@ -49,7 +49,6 @@ def restore_newest(
     All processes decide together: they skip a checkpoint that any of them cannot read.
 
     Args:
-      workdir: run directory.
       stages: folders of the stages' checkpoints, newest first.
       abstract: NamedTuple of shapes, dtypes and shardings of the state.
       log: called with a line for every damaged checkpoint.

@@ -64,9 +64,23 @@ def shift_from_config(setting: float | None, num_tokens: int, *, is_image: bool 
     return float(setting)
 
 
-def sample_times(key: jax.Array, batch: int, mean: float = 0.0, std: float = 1.0) -> jax.Array:
-    """Logit-normal training times t = sigmoid(N(mean, std^2)), (B,) float32 in (0, 1)."""
+def sample_times(key: jax.Array, batch: int, mean: jax.Array | float = 0.0, std: jax.Array | float = 1.0) -> jax.Array:
+    """Logit-normal training times t = sigmoid(N(mean, std^2)), (B,) float32 in (0, 1).
+
+    `mean` and `std` are scalars or (B,).
+    """
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), dtype=jnp.float32))
+
+
+def strongest(values: jax.Array, active: jax.Array) -> jax.Array:
+    """The value of each row's strongest active condition, (B,).
+
+    Args:
+      values: (conditions + 1,), one of each condition, weak to strong; the last is of rows without any.
+      active: bool (B, conditions).
+    """
+    last = active.shape[1] - 1 - jnp.argmax(active[:, ::-1], axis=1)
+    return values[jnp.where(active.any(axis=1), last, active.shape[1])]
 
 
 def shift(t: jax.Array, s: jax.Array | float) -> jax.Array:

@@ -34,7 +34,6 @@ class Request:
       frames: pixel frames, at 25 fps.
       given: other conditions by name: the prompt's token states (L, Dt) for "text", speech features (F, Da) for
         "audio", keypoints in the output frame (F, K, 3) for "pose".
-      seed: of the noise.
     """
 
     reference: np.ndarray
@@ -51,11 +50,7 @@ class Request:
 
 
 def check_request(model: ModelConfig, request: Request, multiple: int) -> None:
-    """Checks a request against the model; `multiple` is its `pixel_multiple`.
-
-    Raises:
-      UserError: a size that is no multiple, no frames, or conditions that `check_given` refuses.
-    """
+    """Raises UserError for a size that is no multiple (`pixel_multiple`), no frames, or what `check_given` refuses."""
     images.check_size(request.height, request.width, multiple)
     if request.frames < 1:
         raise UserError(f"frames={request.frames}; a clip needs at least one frame")
@@ -70,8 +65,7 @@ def pixel_multiple(model: ModelConfig, vae: VAE) -> int:
 def decode_latents(vae: VAE, latents: jax.Array, tiling: Tiling | None = None) -> np.ndarray:
     """Frames (B, F, height, width, 3) in [-1, 1] of normalised latents (B, T, H, W, C), as one causal stream.
 
-    Raises:
-      UserError: the latents or the frames are not finite: there is nothing to show.
+    Raises UserError if the latents or the frames are not finite: there is nothing to show.
     """
     frames = decode_clip(vae, latents, tiling=tiling)
     for name, values in (("latents", latents), ("decoded frames", frames)):
@@ -91,22 +85,9 @@ def generate(
     on_step: Progress | None = None,
     tiling: Tiling | None = None,
 ) -> np.ndarray:
-    """Generates one clip.
+    """Generates one clip: float32 frames (F, height, width, 3) in [-1, 1], F = `request.frames`.
 
-    Args:
-      network: the model.
-      params: its parameters, usually the EMA.
-      vae: the VAE that made its training latents.
-      request: what to generate.
-      settings: how to sample.
-      on_step: called after every sampling step.
-      tiling: how the VAE splits large frames, or None.
-
-    Returns:
-      float32 frames (F, height, width, 3) in [-1, 1], F = `request.frames`.
-
-    Raises:
-      UserError: see `check_request` and `decode_latents`.
+    `vae` must be the one that made the training latents. Raises UserError as `check_request` and `decode_latents` do.
     """
     model = network.config
     check_request(model, request, pixel_multiple(model, vae))

@@ -35,10 +35,7 @@ def complete_size(
     """The output size (height, width) in pixels, with missing sides filled in.
 
     Without both: the trained size of `sizes` nearest in aspect ratio to `image`, the (height, width) of the reference.
-    Without one: it follows the reference's aspect ratio, rounded to `multiple`.
-
-    Raises:
-      UserError: see `check_size`.
+    Without one: it follows the reference's aspect ratio, rounded to `multiple`. Raises UserError as `check_size` does.
     """
     if height is None and width is None:
         height, width = nearest_size(*image, sizes)
@@ -63,11 +60,8 @@ def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def cover_points(points: np.ndarray, size: tuple[int, int], height: int, width: int) -> np.ndarray:
     """Moves keypoints as `cover` moves pixels, from a frame of `size` (height, width) to one of height x width pixels.
 
-    Args:
-      points: (..., 3) x, y in [0, 1] of the old frame's width and height, confidence.
-
-    Returns:
-      (..., 3) in [0, 1] of the new frame; all zeros for a point that is absent or cropped away.
+    `points` (..., 3) are x and y in [0, 1] of the old frame's width and height, and confidence. The result is in [0, 1]
+    of the new frame, and all zeros for a point that is absent or cropped away.
     """
     scale = max(height / size[0], width / size[1])
     seen_x, seen_y = width / (size[1] * scale), height / (size[0] * scale)

@@ -29,11 +29,7 @@ def active_row(given: Collection[str]) -> np.ndarray:
 
 
 def check_given(model: Any, given: Given) -> None:
-    """Checks the conditions of a clip against the model's config.
-
-    Raises:
-      UserError: an unknown condition, rows of another shape than the model's, no rows, or values that are not finite.
-    """
+    """Raises UserError for an unknown condition, no rows, or rows of another shape than the model's or not finite."""
     for name, value in given.items():
         condition = conditions.get(name)
         if condition.kind is not Kind.IMAGE and value.shape[1:] != condition.row_shape(model):
@@ -61,11 +57,7 @@ class Inputs:
 
     @classmethod
     def of(cls, model: Any, clips: Sequence[Given]) -> Inputs:
-        """The inputs of clips; tracks that are shorter than the longest one repeat their last row.
-
-        Raises:
-          ValueError: clips with different conditions.
-        """
+        """The inputs of clips with the same conditions; tracks shorter than the longest one repeat their last row."""
         names = set(clips[0])
         if any(set(clip) != names for clip in clips):
             raise ValueError("clips of one batch must have the same conditions")

@@ -90,19 +90,9 @@ def sample_latents(
     seeds: Sequence[int],
     on_step: Progress | None = None,
 ) -> jax.Array:
-    """Samples the latents of B clips.
+    """Samples normalised float32 latents (B, 1 + ceil((frames - 1) / 4), H, W, C) of B clips of `frames` pixel frames.
 
-    Args:
-      network: the model.
-      params: its parameters.
-      inputs: the clips' conditions.
-      settings: how to sample.
-      frames: pixel frames of each clip.
-      seeds: B seeds; a clip's noise depends only on its own seed and the segment.
-      on_step: called after every step.
-
-    Returns:
-      Normalised latents (B, 1 + ceil((frames - 1) / 4), H, W, C), float32.
+    A clip's noise depends only on its own seed and the segment; `on_step` is called after every step.
     """
     model, window = network.config, settings.window
     size, *frame = inputs.values["reference"].shape

@@ -6,14 +6,13 @@ starts where the previous one ended and sees the M clean latent frames before it
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from typing import NamedTuple
 
 from omnihuman_jax.frames import latent_frames
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """One window: its number and its first latent frame, counted from the start of the clip."""
 
     number: int

@@ -3,8 +3,6 @@
 import importlib
 from typing import Any
 
-from flax import nnx
-
 from omnihuman_jax.errors import UserError, nearest
 
 # Family -> module and class, which takes the arguments of `models.dit.mmdit.OmniHuman`.
@@ -17,13 +15,8 @@ def register(family: str, where: str) -> None:
 
 
 def network_class(family: str) -> Any:
-    """The `nnx.Module` class of a family.
-
-    Raises:
-      UserError: there is no such family.
-    """
+    """The `nnx.Module` class of a family; UserError if there is no such family."""
     if family not in _FAMILIES:
         raise UserError(f"model.family={family!r}: unknown family{nearest(family, _FAMILIES)}")
     module, name = _FAMILIES[family].split(":")
-    found: type[nnx.Module] = getattr(importlib.import_module(module), name)
-    return found
+    return getattr(importlib.import_module(module), name)

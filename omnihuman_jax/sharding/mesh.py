@@ -18,8 +18,7 @@ SEQUENCE_ATTENTION = ("ulysses", "all_gather")  # see `models.dit.attention.atte
 def resolve_shape(sizes: Mapping[str, Any], num_devices: int) -> dict[str, int]:
     """The size of every axis of `config.mesh`; an axis given as -1 gets the remaining devices.
 
-    Raises:
-      UserError: unknown axis, more than one -1, or sizes whose product is not the number of devices.
+    Raises UserError for an unknown axis, more than one -1, or sizes whose product is not the number of devices.
     """
     for name in sizes:
         if name not in (*AXES, "sequence_attention"):
@@ -40,11 +39,6 @@ def resolve_shape(sizes: Mapping[str, Any], num_devices: int) -> dict[str, int]:
     return shape
 
 
-def count_slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices that the devices belong to; 1 for other devices."""
-    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
-
-
 def make_mesh(
     sizes: Mapping[str, Any], devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
 ) -> Mesh:
@@ -54,7 +48,7 @@ def make_mesh(
     a slice.
     """
     devices = list(jax.devices() if devices is None else devices)
-    num_slices = num_slices or count_slices(devices)
+    num_slices = num_slices or len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
     shape = resolve_shape(sizes, len(devices))
     dims = tuple(shape.values())
     if num_slices > 1:
@@ -72,11 +66,7 @@ def make_mesh(
 def training_mesh(
     config: ConfigDict, devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
 ) -> Mesh:
-    """The mesh of a resolved config; see `make_mesh`.
-
-    Raises:
-      UserError: devices, batch or attention heads do not divide over it, or an unknown `mesh.sequence_attention`.
-    """
+    """The mesh of a resolved config; UserError if devices, batch or attention heads do not divide over it."""
     mesh = make_mesh(config.mesh, devices, num_slices=num_slices)
     check_batch(config.global_batch_size, mesh, config.optimizer.accumulate)
     check_heads(config.model.num_heads, mesh, sequence_attention(config))
@@ -100,11 +90,7 @@ def check_batch(global_batch_size: int, mesh: Mesh, accumulate: int = 1) -> None
 
 
 def sequence_attention(config: ConfigDict) -> str:
-    """`mesh.sequence_attention` of a resolved config.
-
-    Raises:
-      UserError: it is none of `SEQUENCE_ATTENTION`.
-    """
+    """`mesh.sequence_attention` of a resolved config; UserError if it is none of `SEQUENCE_ATTENTION`."""
     chosen = config.mesh.sequence_attention
     if chosen not in SEQUENCE_ATTENTION:
         raise UserError(f"mesh.sequence_attention={chosen!r}: must be one of {', '.join(SEQUENCE_ATTENTION)}")

@@ -65,11 +65,7 @@ def log(message: str) -> None:
 
 
 def process_rows(sharding: NamedSharding, rows: int) -> slice:
-    """The global rows of a batch that this process's devices hold under the sharding.
-
-    Raises:
-      UserError: they are not one contiguous block.
-    """
+    """The rows of a batch that this process's devices hold; UserError if they are not one contiguous block."""
     spans = {s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows,)).values()}
     begin, end = min(b for b, _ in spans), max(e for _, e in spans)
     if sum(e - b for b, e in spans) != end - begin:
@@ -149,7 +145,7 @@ class StopConsensus:
         self._before: jax.Array | None = None
         everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._place: Callable[[bool], jax.Array] = lambda flag: jax.make_array_from_callback(
-            (mesh.size,), everywhere, lambda index: np.full(len(range(*index[0].indices(mesh.size))), flag, np.int32)
+            (mesh.size,), everywhere, lambda index: np.full(mesh.size, flag, np.int32)[index]
         )
         self._count = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -69,7 +69,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Slash-separated name of a jax key path: dual/img_mlp/fc1/kernel."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

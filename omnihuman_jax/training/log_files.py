@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,14 @@ class _Board:
                 self._events.close()
 
 
+def _flat(values: Mapping[str, Any], tag: str) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{tag}/{name}")
+        else:
+            yield f"{tag}/{name}", value
+
+
 class MetricsWriter:
     """Appends JSON lines and TensorBoard events under a run directory; on other processes than the first, nothing.
 
@@ -145,13 +153,13 @@ class MetricsWriter:
             scalars |= {f"ratio/{name}": value, f"ratio/{name}_target": targets[name]}
         self._board.add(line["step"], *(Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()))
 
-    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Writes the held-out losses of a step to evaluation.jsonl and TensorBoard."""
+    def evaluation(self, step: int, name: str, values: Mapping[str, Any]) -> None:
+        """Writes what an evaluation measured, numbers by (nested) names, to evaluation.jsonl and TensorBoard."""
         if not self._evaluation:
             return
-        self._evaluation.write({"step": step, "held_out_loss": dict(losses)})
-        values = [Summary.Value(tag=f"held_out_loss/{name}", simple_value=value) for name, value in losses.items()]
-        self._board.add(step, *values)
+        self._evaluation.write({"step": step, name: dict(values)})
+        scalars = _flat(values, name)
+        self._board.add(step, *(Summary.Value(tag=tag, simple_value=value) for tag, value in scalars))
 
     def records(self, step: int, described: Mapping[str, Any]) -> None:
         """Writes which record was in each global row of a step, and which conditions it had where there are any."""

@@ -38,9 +38,14 @@ def _stochastic(x: jax.Array, bits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(kept, jnp.float32), x)
 
 
-def descend(params: Any, updates: Any, learning_rate: jax.Array, key: jax.Array | None) -> Any:
-    """params - learning_rate * updates, computed in float32 and rounded to the parameters' types by `round_to`."""
-    moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) - learning_rate * u, params, updates)
+def descend(params: Any, updates: Any, learning_rates: Any, key: jax.Array | None) -> Any:
+    """params - learning_rates * updates, computed in float32 and rounded to the parameters' types by `round_to`.
+
+    `learning_rates` is a scalar or a tree with one for each parameter.
+    """
+    if jax.tree.structure(learning_rates) != jax.tree.structure(params):
+        learning_rates = jax.tree.map(lambda _: learning_rates, params)
+    moved = jax.tree.map(lambda p, u, rate: p.astype(jnp.float32) - rate * u, params, updates, learning_rates)
     return round_to(moved, params, key)
 
 

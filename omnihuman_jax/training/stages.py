@@ -6,12 +6,13 @@ rows, so a checkpoint that holds the table and its step needs to hold nothing el
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, regions
 from omnihuman_jax.errors import UserError, nearest
 
 
@@ -52,6 +53,12 @@ class Stage(Span):
       init_from: checkpoint whose parameters the stage may start from, see `loads_init_from`; "" = none.
       source_weights: source -> share of the samples; None = by the data.
       bucket_weights: latent (H, W) -> share of the steps; None = by the data.
+      time_mean: mean of the logit-normal training times (`diffusion.time`); above 0 means more noise.
+      time_std: their standard deviation before the logistic function.
+      time_mean_by_condition: condition -> `time_mean` of the samples whose strongest condition it is.
+      rate_factors: condition -> learning rate of its own modules as a multiple of `learning_rate`.
+      region_shares: region -> share of a sample's loss (`diffusion.loss_weights`).
+      region_only: region -> share of the samples in which nothing but the region counts.
     """
 
     learning_rate: float
@@ -63,6 +70,21 @@ class Stage(Span):
     init_from: str = ""
     source_weights: Mapping[str, float] | None = None
     bucket_weights: Mapping[tuple[int, int], float] | None = None
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_mean_by_condition: Mapping[str, float] | None = None
+    rate_factors: Mapping[str, float] | None = None
+    region_shares: Mapping[str, float] | None = None
+    region_only: Mapping[str, float] | None = None
+
+
+# Of a row, "NAME=NUMBER,…" in the config: key -> (position of a name, numbers that are allowed in words, their test).
+_BY_NAME = {
+    "time_mean_by_condition": (conditions.index, "a finite number", math.isfinite),
+    "rate_factors": (conditions.index, "a finite number above 0", lambda x: math.isfinite(x) and x > 0),
+    "region_shares": (regions.index, "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "region_only": (regions.index, "a number from 0 to 1", lambda x: 0 <= x <= 1),
+}
 
 
 def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
@@ -77,8 +99,10 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
         row = config.stages[name]
         where = f"stages.{name}"
         ratios = row.ratios.to_dict()
-        conditions.check_ratios(ratios, where=f"{where}.ratios", allow_inverted=config.allow_inverted_ratios)
+        inverted = config.allow_inverted_ratios or row.inverted_ratios
+        conditions.check_ratios(ratios, where=f"{where}.ratios", allow_inverted=inverted)
         buckets = _parse_weights(row.bucket_weights, f"{where}.bucket_weights", _parse_size, "HEIGHTxWIDTH=weight")
+        by_name = {key: _parse_by_name(row[key], f"{where}.{key}", key) for key in _BY_NAME}
         if not row.steps:
             continue
         stages.append(
@@ -95,6 +119,9 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
                 init_from=row.init_from,
                 source_weights=sources,
                 bucket_weights=buckets,
+                time_mean=row.time_mean,
+                time_std=row.time_std,
+                **by_name,
             )
         )
         first += row.steps
@@ -111,6 +138,21 @@ def _parse_weights(text: str, where: str, key: Callable[[str], Any], form: str) 
         return {key(name): float(weight) for name, weight in (item.split("=") for item in text.split(","))}
     except ValueError as error:
         raise UserError(f"{where}={text!r}: write it as {form},{form}") from error
+
+
+def _parse_by_name(text: str, where: str, key: str) -> dict[str, float] | None:
+    position, words, allowed = _BY_NAME[key]
+    values = _parse_weights(text, where, str.strip, "name=number")
+    for name, value in (values or {}).items():
+        try:
+            position(name)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if not allowed(value):
+            raise UserError(f"{where}: {name}={value:g} must be {words}")
+    if key.startswith("region_") and sum((values or {}).values()) > 1 + 1e-9:
+        raise UserError(f"{where}={text!r}: the shares sum to more than 1; lower them")
+    return values
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -196,7 +238,7 @@ def to_json(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     rows = []
     for stage in stages:
         row = dataclasses.asdict(stage)
-        for name in ("ratios", "source_weights", "bucket_weights"):
+        for name in ("ratios", "source_weights", "bucket_weights", *_BY_NAME):
             row[name] = row[name] and {_key(k): float(v) for k, v in row[name].items()}
         rows.append(row)
     return rows
@@ -230,9 +272,13 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+_OF_THE_STEP = ("time_mean", "time_std", *_BY_NAME)  # settings that the train step reads, not the input pipeline
+
+
 def _data_settings(stage: Stage) -> Stage:
     """What decides the data of a row besides its place; other changes need no new row."""
-    return dataclasses.replace(stage, first_step=0, steps=0, learning_rate=0.0, warmup_steps=0, init_from="")
+    usual = {field.name: field.default for field in dataclasses.fields(Stage) if field.name in _OF_THE_STEP}
+    return dataclasses.replace(stage, first_step=0, steps=0, learning_rate=0.0, warmup_steps=0, init_from="", **usual)
 
 
 def continued(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> tuple[Stage, ...]:
@@ -296,6 +342,12 @@ def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
         ("global batch size", old.batch_size, new.batch_size),
         ("learning rate", old.learning_rate, new.learning_rate),
         ("warm-up steps", old.warmup_steps, new.warmup_steps),
+        ("mean of the times", old.time_mean, new.time_mean),
+        ("spread of the times", old.time_std, new.time_std),
+        ("mean of the times by condition", old.time_mean_by_condition, new.time_mean_by_condition),
+        ("learning rate factors", old.rate_factors, new.rate_factors),
+        ("shares of the loss", old.region_shares, new.region_shares),
+        ("shares of samples with one region", old.region_only, new.region_only),
     ]
     return [(what, _text(a), _text(b)) for what, a, b in pairs if a != b]
 

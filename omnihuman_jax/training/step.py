@@ -1,4 +1,4 @@
-"""The one train step: flow matching on a batch, a pure function of (state, batch, learning rate)."""
+"""The one train step: flow matching on a batch, a pure function of (state, batch, settings of the stage)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,16 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from omnihuman_jax.diffusion import flow, time
-from omnihuman_jax.models.dit.entries import Way, entering
+from omnihuman_jax import conditions
+from omnihuman_jax.diffusion import flow, loss_weights, time
+from omnihuman_jax.models.dit.entries import Way, entering, module_conditions
 from omnihuman_jax.models.functional import Network
-from omnihuman_jax.random_keys import NOISE, ROUNDING, purpose_key
+from omnihuman_jax.random_keys import LOSS_WEIGHTS, NOISE, ROUNDING, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.training import low_precision
 from omnihuman_jax.training.finite import take_if_finite
 from omnihuman_jax.training.state import TrainState, abstract_state, make_optimizer
+from omnihuman_jax.training.step_settings import StepSettings
 from omnihuman_jax.weights.names import STACKED
 
 Metrics = dict[str, jax.Array]
@@ -28,14 +30,22 @@ def ema_decay_at(step: jax.Array, decay: float) -> jax.Array:
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def draw_noise(config: ConfigDict, step: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Time t (B,) and noise eps of a step: a pure function of (seed, step), whatever the mesh."""
+def draw_noise(
+    config: ConfigDict,
+    step: jax.Array,
+    shape: tuple[int, ...],
+    mean: jax.Array | float = 0.0,
+    std: jax.Array | float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Time t (B,) and noise eps of a step: a pure function of (seed, step), whatever the mesh.
+
+    `mean`, a scalar or (B,), and `std` are of the times before the shift, see `time.sample_times`.
+    """
     time_key, noise_key = jax.random.split(jax.random.fold_in(purpose_key(config.seed, NOISE), step))
-    d = config.diffusion
-    t = time.sample_times(time_key, shape[0], mean=d.time_mean, std=d.time_std)
+    t = time.sample_times(time_key, shape[0], mean, std)
     patch = config.model.patch_size
     tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
-    shift = time.shift_from_config(d.shift, tokens, is_image=shape[1] == 1)
+    shift = time.shift_from_config(config.diffusion.shift, tokens, is_image=shape[1] == 1)
     return time.shift(t, shift), jax.random.normal(noise_key, shape, jnp.float32)
 
 
@@ -47,10 +57,25 @@ def rounding_key(config: ConfigDict, step: jax.Array) -> jax.Array | None:
 
 
 def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """Flow-matching loss (B,) float32 of each row of a batch at times t (B,) and noise eps (B, T, H, W, C)."""
+    """Flow-matching loss (B,) float32 of each row of a batch at times t (B,) and noise eps (B, T, H, W, C).
+
+    `loss_weight` (B, T, H, W) in the batch weights its cells.
+    """
     x0 = batch["latents"]
     predicted = network.apply(params, flow.interpolate(x0, eps, t), t, batch)
-    return flow.flow_loss(predicted, flow.velocity(x0, eps))
+    return flow.flow_loss(predicted, flow.velocity(x0, eps), batch.get("loss_weight"))
+
+
+def weighs_regions(config: ConfigDict) -> bool:
+    """Whether any stage gives a region a share of its loss or of its samples."""
+    return any(row.region_shares or row.region_only for row in config.stages.values() if row.steps)
+
+
+def loss_weight(config: ConfigDict, step: jax.Array, batch: Any, settings: StepSettings) -> jax.Array:
+    """Weight (B, T, H, W) of every cell; the rows in which one region alone counts are a function of (seed, step)."""
+    key = jax.random.fold_in(purpose_key(config.seed, LOSS_WEIGHTS), step)
+    only = loss_weights.choose_only(key, len(batch["regions"]), settings.region_only)
+    return loss_weights.region_weights(batch["regions"], settings.region_shares, only)
 
 
 def gradients(
@@ -90,6 +115,18 @@ def part_of(path: str) -> str:
     return f"{second}_attention" if first in STACKED and second in entering(Way.CROSS_ATTENTION) else first
 
 
+def learning_rates(params: Any, settings: StepSettings) -> Any:
+    """The learning rate of every parameter: those of a condition's modules have its factor."""
+    owners = module_conditions()
+
+    def rate(path: Any, _: Any) -> jax.Array:
+        owner = next((owners[part] for part in rules.path_name(path).split("/") if part in owners), None)
+        factor = 1.0 if owner is None else settings.rate_factors[conditions.index(owner)]
+        return settings.learning_rate * factor
+
+    return jax.tree_util.tree_map_with_path(rate, params)
+
+
 def norms_by_part(grads: Any) -> dict[str, jax.Array]:
     """Part of the network -> norm of its gradient."""
     parts: dict[str, list[jax.Array]] = {}
@@ -100,22 +137,27 @@ def norms_by_part(grads: Any) -> dict[str, jax.Array]:
 
 def make_train_step(
     config: ConfigDict, network: Network
-) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
-    """Builds step(state, batch, learning_rate) -> (state, metrics).
+) -> Callable[[TrainState, dict[str, jax.Array], StepSettings], tuple[TrainState, Metrics]]:
+    """Builds step(state, batch, settings) -> (state, metrics).
 
     A step whose loss, gradient, parameters, moments or EMA are not finite changes nothing but the step number.
 
-    Metrics: `loss`, `grad_norm` and `skipped` scalars; `grad_norm_by_part`; `sample_loss` (B,) per-sample losses and
-    `time` (B,), from which the loop computes losses by condition and by noise level.
+    Metrics: `loss`, `grad_norm` and `skipped` scalars; `grad_norm_by_part`; `sample_loss` (B,) per-sample losses
+    (weighted, if the stage weights regions) and `time` (B,), from which the loop computes losses by condition and by
+    noise level.
     """
-    optimizer, parts = make_optimizer(config), config.optimizer.accumulate
+    optimizer, parts, weighs = make_optimizer(config), config.optimizer.accumulate, weighs_regions(config)
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array], learning_rate: jax.Array):
-        t, eps = draw_noise(config, state.step, batch["latents"].shape)
+    def train_step(state: TrainState, batch: dict[str, jax.Array], settings: StepSettings):
+        mean = time.strongest(settings.time_mean, batch["active"])
+        t, eps = draw_noise(config, state.step, batch["latents"].shape, mean, settings.time_std)
+        if weighs:
+            batch = batch | {"loss_weight": loss_weight(config, state.step, batch, settings)}
         sample_loss, grads = gradients(network, state.params, batch, t, eps, parts)
         loss, grad_norm = sample_loss.mean(), optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = low_precision.descend(state.params, updates, learning_rate, rounding_key(config, state.step))
+        rates = learning_rates(state.params, settings)
+        params = low_precision.descend(state.params, updates, rates, rounding_key(config, state.step))
         decay = ema_decay_at(state.step, config.ema_decay)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state.ema, params)
         made, skipped = take_if_finite(TrainState(state.step, params, opt_state, ema), state, loss, grad_norm)

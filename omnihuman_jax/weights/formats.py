@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +18,6 @@ FORMATS: dict[str, ModuleType] = {
     "hunyuan_diffusers": hunyuan_diffusers,
     "hunyuan15_diffusers": hunyuan15_diffusers,
 }
-CONFIG_FILE = "config.json"
 LORA = re.compile(r"\blora_(A|B|up|down)\b|\.lora\.(up|down)\.|\.alpha$")
 
 
@@ -30,15 +28,9 @@ def check_format(name: str, flag: str = "--format") -> None:
 
 
 def base_entries(name: str, config: ModelConfig, abstract: Any) -> list[Entry]:
-    """Entries of a model's base part in the naming of format `name`.
+    """Entries of a model's base part in the naming of format `name`; leaves of `abstract` only need a shape.
 
-    Args:
-      name: one of `FORMATS`.
-      config: the model's config.
-      abstract: its parameter tree; leaves only need a shape.
-
-    Raises:
-      UserError: the format has no names for a part of this model.
+    Raises UserError if the format has no names for a part of this model.
     """
     shapes = {ours: shape for ours, shape in our_shapes(abstract).items() if not is_condition(ours)}
     entries = expand(FORMATS[name].rows(config), shapes, config.patch_size)
@@ -80,19 +72,17 @@ def check_files(name: str, files: Files, entries: list[Entry], config: ModelConf
             f"{files.path}: has the older layout with {FORMATS[name].OTHER_LAYOUT}, which is another network; get the "
             "diffusers layout"
         )
-    _check_config(files.path.parent / CONFIG_FILE, files.settings(CONFIG_FILE), FORMATS[name].class_config(config))
+    found, differ = files.settings(), []
+    for key, value in FORMATS[name].class_config(config).items():
+        if found.get(key, value) != value:
+            differ.append(f"{key} is {found[key]}, the preset's is {value}")
+    if differ:
+        raise UserError(
+            f"{files.path.parent / 'config.json'}: wrong base for the preset: {'; '.join(differ)}; change preset or "
+            "--config.model.*"
+        )
     where = f"{files.path} (names without {files.prefix})" if files.prefix else files.path
     account(entries, files.shapes, where, _hint(name, files.stored.keys(), config, abstract))
-
-
-def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    differ = [
-        f"{key} is {found[key]}, the preset's is {value}"
-        for key, value in expected.items()
-        if found.get(key, value) != value
-    ]
-    if differ:
-        raise UserError(f"{path}: wrong base for the preset: {'; '.join(differ)}; change preset or --config.model.*")
 
 
 def _names(config: ModelConfig, abstract: Any) -> dict[str, set[str]]:

@@ -4,22 +4,22 @@ Peak host memory on top of the sharded result: this host's part of one leaf of t
 one kind), and one tensor of the file.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from omnihuman_jax.weights.names import Entry, block_shape, leaf_names
+from omnihuman_jax.weights.names import Entry, OnAccess, block_shape, leaf_names
 from omnihuman_jax.weights.read import Files
 
 
-class Source(Mapping[str, np.ndarray]):
+class Source(OnAccess):
     """Our tensors by dotted name, read from file on access, in the file's dtype and our layout."""
 
     def __init__(self, files: Files, entries: Sequence[Entry]):
+        super().__init__({name: entry for entry in entries for name in entry.ours})
         self._files = files
-        self._entries = {name: entry for entry in entries for name in entry.ours}
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -32,27 +32,16 @@ class Source(Mapping[str, np.ndarray]):
             value = self._files.read(entry.theirs)[:, span]
         return entry.layout.to_ours(value, entry.patch)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-class Cast(Mapping[str, np.ndarray]):
+class Cast(OnAccess):
     """Another mapping's tensors in one dtype."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], dtype: Any):
-        self._tensors, self._dtype = tensors, np.dtype(dtype)
+        super().__init__(tensors)
+        self._dtype = np.dtype(dtype)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name].astype(self._dtype, copy=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        return self._entries[name].astype(self._dtype, copy=False)
 
 
 def load(tensors: Mapping[str, np.ndarray], abstract: Any, shardings: Any = None, *, dtypes: str = "model") -> Any:

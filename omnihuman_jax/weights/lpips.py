@@ -42,9 +42,5 @@ def entries(widths: tuple[int, ...] = WIDTHS) -> list[Entry]:
 
 
 def load(path: str | Path, widths: tuple[int, ...] = WIDTHS) -> LPIPS:
-    """Reads the weights from a safetensors file.
-
-    Raises:
-      UserError: it cannot be read, or a tensor is missing, unexpected, misshapen or not finite.
-    """
+    """Reads a safetensors file; UserError if a tensor is unreadable, missing, unexpected, misshapen or not finite."""
     return modules.load(lambda: LPIPS(widths, rngs=nnx.Rngs(0)), open_files(path, UNUSED), entries(widths))

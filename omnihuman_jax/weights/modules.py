@@ -33,10 +33,6 @@ def build_with(build: Callable[[], nnx.Module], tensors: Mapping[str, np.ndarray
 
 
 def load(build: Callable[[], nnx.Module], files: Files, entries: Sequence[Entry]) -> Any:
-    """The module with a checkpoint's tensors, in float32.
-
-    Raises:
-      UserError: a tensor is missing, unexpected, misshapen or not finite.
-    """
+    """The module with a checkpoint's tensors in float32; UserError if one is missing, unexpected or misshapen."""
     account(entries, files.shapes, files.path, "another model, or an incomplete checkpoint")
     return build_with(build, Cast(Source(files, entries), np.float32))

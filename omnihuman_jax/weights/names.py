@@ -8,14 +8,14 @@ key and value). Models without such layers need no table: `one_to_one` makes the
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.dit.entries import condition_modules
+from omnihuman_jax.models.dit.entries import module_conditions
 
 STACKED = ("dual", "single", "decoder")  # groups whose parameters carry a leading layer axis in memory
 LISTED = 12  # tensors that an error names per kind of mistake
@@ -54,9 +54,8 @@ def _reversed(shape: Shape, _: Shape) -> Shape:
 
 # Axes in reverse order. A bias is its own transpose, so a linear layer's layout serves its bias too.
 LINEAR = Layout("kernel", _reversed, lambda x, _: x.T, lambda x, _: x.T)
-NORM = Layout("scale", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
-TABLE = NORM._replace(parameter="embedding")
 PLAIN = Layout("", lambda shape, _: shape, lambda x, _: x, lambda x, _: x)
+NORM, TABLE = PLAIN._replace(parameter="scale"), PLAIN._replace(parameter="embedding")
 # adaLN halves in the other order: (scale, shift) there, (shift, scale) here.
 SWAPPED = Layout("kernel", _reversed, lambda x, _: _swap(x).T, lambda x, _: _swap(x.T))
 # The output projection: a patch is (C, pt, ph, pw) there, (pt, ph, pw, C) here.
@@ -159,17 +158,25 @@ class Entry:
         return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
 
+class OnAccess(Mapping[str, np.ndarray]):
+    """Tensors that `__getitem__` makes on each access, by the names of what they are made from."""
+
+    def __init__(self, entries: Mapping[str, Any]):
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 def our_shapes(abstract: Any) -> dict[str, Shape]:
     """Dotted name -> shape of every tensor of a parameter tree, with the blocks unstacked."""
     shapes: dict[str, Shape] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
         shapes |= dict.fromkeys(leaf_names(path, leaf.shape), block_shape(path, leaf.shape))
     return shapes
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Dotted name of a leaf of the parameter tree: `dual.img_q.kernel`."""
-    return ".".join(str(key.key) for key in path)
 
 
 def leaf_names(path: tuple[Any, ...], shape: Shape) -> list[str]:
@@ -187,7 +194,7 @@ def block_shape(path: tuple[Any, ...], shape: Shape) -> Shape:
 
 def is_condition(name: str) -> bool:
     """Whether one of our tensors belongs to what OmniHuman adds to a base: the conditions and the null text."""
-    return not condition_modules().isdisjoint(name.split("."))
+    return not module_conditions().keys().isdisjoint(name.split("."))
 
 
 def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> list[Entry]:
@@ -197,8 +204,7 @@ def expand(rows: Iterable[Row], shapes: Mapping[str, Shape], patch: Shape) -> li
         numbers = range(max((_count(name, shapes) for name in rule.ours), default=0)) if "{}" in rule.theirs else [0]
         for i in numbers:
             for suffix, parameter in (("weight", rule.layout.parameter), ("bias", "bias")):
-                ours = [f"{name.format(i)}.{parameter}" for name in rule.ours]
-                ours = [name for name in ours if name in shapes]
+                ours = [name for n in rule.ours if (name := f"{n.format(i)}.{parameter}") in shapes]
                 if not ours:
                     continue
                 # Layers concatenated along their inputs share one bias, which is that of the first.
@@ -235,11 +241,7 @@ def check_complete(entries: Sequence[Entry], names: Iterable[str]) -> None:
 
 
 def account(entries: Sequence[Entry], found: Mapping[str, Shape], where: Any, hint: str = "") -> None:
-    """Checks that a file's tensors, name -> shape in `found`, are exactly those of the entries.
-
-    Raises:
-      UserError: tensors are missing, misshapen or unexpected; the message starts with `where` and ends with `hint`.
-    """
+    """Raises UserError, from `where` to `hint`, unless a file's tensors (`found`: name -> shape) are the entries'."""
     missing, misshapen, wanted = [], [], {entry.theirs for entry in entries}
     for entry in entries:
         ours = "" if entry.ours == (entry.theirs,) else f" (here {', '.join(entry.ours)})"

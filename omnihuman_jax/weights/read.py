@@ -57,11 +57,7 @@ class Files:
         return {name: stored.shape for name, stored in self.stored.items()}
 
     def settings(self, name: str = "config.json") -> dict[str, Any]:
-        """The JSON object in a file next to the weights; {} if there is no such file.
-
-        Raises:
-          UserError: it cannot be read.
-        """
+        """The JSON object in a file next to the weights; {} if there is no such file, UserError if it is unreadable."""
         path = self.path.parent / name
         found = read_json(path) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
@@ -69,8 +65,7 @@ class Files:
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a contiguous slice of its first axis, in its dtype.
 
-        Raises:
-          UserError: the file ends inside the tensor, or a value is not finite.
+        Raises UserError if the file ends inside the tensor, or a value is not finite.
         """
         file, dtype, shape, start = self.stored[name]
         if rows is not None:
@@ -93,9 +88,8 @@ class Files:
 def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
     """Opens a safetensors file, an index of shards, or a directory with either; reads headers only.
 
-    Args:
-      path: the file, index, or directory. A shard (model-00001-of-00004.safetensors) stands for all of them.
-      unused: regular expressions (of whole names) of tensors to skip.
+    A shard (model-00001-of-00004.safetensors) stands for all of them. Tensors whose whole name matches one of the
+    regular expressions `unused` are skipped.
 
     Raises:
       UserError: no such file, a pickle, a damaged file, a missing shard, an unsupported dtype.
@@ -114,9 +108,7 @@ def open_files(path: str | Path, unused: Sequence[str] = ()) -> Files:
                 raise UserError(f"{path}: tensor {name} is in {stored[name].file.name} and in {file}; keep one of them")
             stored[name] = where
     for name, file in names.items():
-        if _matches(name, unused):
-            continue
-        if name not in stored or stored[name].file.name != file:
+        if not _matches(name, unused) and (name not in stored or stored[name].file.name != file):
             raise UserError(f"{path}: tensor {name} should be in {file}, but is not; get that file again")
     return Files(path, stored)
 

@@ -87,11 +87,7 @@ def entries(config: VAEConfig, naming: str) -> list[Entry]:
 
 
 def naming_of(files: Files) -> str:
-    """ "native" or "diffusers".
-
-    Raises:
-      UserError: neither.
-    """
+    """ "native" or "diffusers"; UserError if it is neither."""
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.", "quant_conv.")) for name in files.stored):
         return "diffusers"
     if any(name.startswith(("encoder.downsamples.", "decoder.upsamples.")) for name in files.stored):
@@ -103,8 +99,7 @@ def naming_of(files: Files) -> str:
 def config_of(settings: Mapping[str, Any]) -> VAEConfig:
     """Our config for diffusers' config.json; without one ({}) the published Wan2.1 VAE.
 
-    Raises:
-      UserError: another architecture.
+    Raises UserError for another architecture.
     """
     if not settings:
         return WAN21
@@ -143,8 +138,7 @@ def load(path: str | Path) -> VAE:
 def save(folder: str | Path, vae: VAE) -> None:
     """Writes a VAE for diffusers' AutoencoderKLWan: config.json and float32 safetensors in `folder`.
 
-    Raises:
-      UserError: diffusers cannot represent a part of the VAE.
+    Raises UserError if diffusers cannot represent a part of the VAE.
     """
     config, folder = vae.config, Path(folder)
     if config.linear_path:

@@ -20,10 +20,7 @@ UNUSED = (
     r"project_(hid|q)\.(weight|bias)",
 )
 # Our path -> theirs. Theirs has two sets of names for the weight-normed convolution, by version.
-NAMES = (
-    (r"pos_conv_embed\.bias$", "pos_conv_embed.conv.bias"),
-    (r"\.(kernel|scale)$", ".weight"),
-)
+NAMES = ((r"pos_conv_embed\.bias$", "pos_conv_embed.conv.bias"), (r"\.(kernel|scale)$", ".weight"))
 WEIGHT_NORM = (
     {"length": "conv.parametrizations.weight.original0", "direction": "conv.parametrizations.weight.original1"},
     {"length": "conv.weight_g", "direction": "conv.weight_v"},
@@ -47,8 +44,7 @@ def entries(config: Wav2Vec2Config, prefix: str = "", *, old_weight_norm: bool =
 def load(path: str | Path) -> Wav2Vec2:
     """Reads a checkpoint directory (config.json and safetensors), or a file in it.
 
-    Raises:
-      UserError: it cannot be read, is another model, or a tensor is missing, unexpected, misshapen or not finite.
+    Raises UserError if it is unreadable, another model, or a tensor is missing, unexpected, misshapen or not finite.
     """
     files = open_files(path, UNUSED)
     settings, extractor = files.settings(), files.settings("preprocessor_config.json")

@@ -4,33 +4,28 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.weights.names import Entry
+from omnihuman_jax.weights.names import Entry, OnAccess
 from omnihuman_jax.weights.read import INDEX
 
 
-class Renamed(Mapping[str, np.ndarray]):
+class Renamed(OnAccess):
     """Our tensors under another format's names and in its layout, converted on access."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]):
-        self._tensors, self._entries = tensors, {entry.theirs: entry for entry in entries}
+        super().__init__({entry.theirs: entry for entry in entries})
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
         parts = [entry.layout.to_theirs(self._tensors[ours], entry.patch) for ours in entry.ours]
         return np.concatenate(parts, entry.axis)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
@@ -49,10 +44,7 @@ def assign(sizes: Mapping[str, int], max_bytes: float) -> list[list[str]]:
 def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes contiguous arrays and metadata to a temporary file in the same directory, then renames it to `path`.
 
-    The file gets the umask's mode: safetensors itself writes files that only their owner can read.
-
-    Raises:
-      UserError: a tensor holds NaN or infinity; nothing is written then.
+    Raises UserError if a tensor holds NaN or infinity; nothing is written then.
     """
     for name, value in tensors.items():
         if not np.isfinite(value).all():
@@ -76,15 +68,7 @@ def write_files(
 ) -> int:
     """Writes STEM.safetensors, or STEM-00001-of-0000N.safetensors … with an index, in an existing directory.
 
-    Args:
-      folder: the directory.
-      tensors: name -> array, as `Renamed` or `load.Source`; each is read twice. Memory holds one file at a time.
-      stem: file name without extension.
-      max_bytes: largest file, in bytes.
-      metadata: of each file.
-
-    Returns:
-      The number of values written.
+    Each tensor is read twice, and memory holds one file of at most `max_bytes` at a time. Returns the number of values.
     """
     sizes, count = {}, 0
     for name in tensors:

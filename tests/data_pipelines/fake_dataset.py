@@ -24,6 +24,11 @@ def fake_meta(
     )
 
 
+def fake_boxes(frames: int) -> np.ndarray:
+    """(F,4,4) boxes of a face with a mouth in its lower half, a left arm, and no right arm."""
+    return np.tile([[0.3, 0.1, 0.7, 0.6], [0.4, 0.4, 0.6, 0.55], [0.0, 0.7, 0.3, 1.0], [0.0] * 4], (frames, 1, 1))
+
+
 def fake_record(
     rng: np.random.Generator,
     meta: schema.Meta,
@@ -52,8 +57,10 @@ def fake_record(
         "text": rng.standard_normal((tokens, meta.sizes["text_dim"])),
         "mouth": rng.random(frames),
         "attributes": rng.random(3),
+        "boxes": fake_boxes(frames),
         "speaker": "",
         "sentence": "",
+        "view": "full",
         "frames": frames,
         "height": h * 8,
         "width": w * 8,

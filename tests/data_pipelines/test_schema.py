@@ -28,6 +28,7 @@ def make_record(name="real/a-0", frames=9, audio=True, pose=True, seed=0):
         "caption": "a man — speaking",
         "speaker": "",
         "sentence": "",
+        "view": "full",
         "latents": rng.normal(size=(tokens, 3, 2, 4)).astype(np.float16),
         "references": rng.normal(size=(4, 3, 2, 4)).astype(np.float16),
         "reference_frames": np.arange(4, dtype=np.int32),
@@ -36,6 +37,7 @@ def make_record(name="real/a-0", frames=9, audio=True, pose=True, seed=0):
         "text": rng.normal(size=(7, 5)).astype(np.float16),
         "mouth": np.zeros((0,), np.float32),
         "attributes": np.arange(3, dtype=np.float32),
+        "boxes": rng.random((frames, 4, 4)).astype(np.float32),
         "frames": frames,
         "height": 24,
         "width": 16,
@@ -123,8 +125,10 @@ def test_existing_output_is_not_overwritten(tmp_path):
         {"audio": np.zeros((5, 6), np.float16)},
         {"audio": np.zeros((9, 7), np.float16)},
         {"keypoints": np.zeros((9, 27, 3), np.float32)},
+        {"boxes": np.zeros((9, 3, 4), np.float32)},
         {"latents": np.full((3, 3, 2, 4), np.nan, np.float16)},
         {"split": "test"},
+        {"view": "feet"},
         {"frames": 10},
     ],
 )
@@ -163,3 +167,19 @@ def test_unusable_directories_are_named(tmp_path):
     (tmp_path / "d" / head["index"][0]["file"]).unlink()
     with pytest.raises(UserError, match="lacks"):
         schema.Dataset.open(tmp_path / "d")
+
+
+def test_views_have_ids_and_file_names_of_their_own_and_can_be_left_out(tmp_path):
+    assert schema.view_id("real/a-0", "full") == "real/a-0" and schema.view_id("real/a-0", "face") == "real/a-0#face"
+    assert schema.clip_filename("real/a-0#face") == "real__a-0@face.mp4"
+    records = [
+        make_record("real/a") | {"split": "heldout"},
+        make_record("real/a#face") | {"split": "heldout", "view": "face"},
+        make_record("real/b#face") | {"view": "face"},
+        make_record("real/b"),
+    ]
+    write(tmp_path / "d", records)
+    data = schema.Dataset.open(tmp_path / "d")
+    assert [entry["view"] for entry in data.index] == ["full", "face", "face", "full"]
+    assert schema.full_records(data, "heldout") == [0] and schema.full_records(data, "train") == [3]
+    assert schema.full_records(data) == [0, 3]

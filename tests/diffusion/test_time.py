@@ -67,3 +67,12 @@ def test_grid_falls_from_noise_to_data_and_crowds_at_noise_when_shifted():
     assert np.all(np.diff(grid) < 0) and (grid > 0.5).sum() > (time.time_grid(50) > 0.5).sum()
     with pytest.raises(UserError, match="at least 1"):
         time.time_grid(0)
+
+
+def test_the_strongest_active_condition_chooses_the_mean_of_the_times():
+    active = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]], bool)
+    values = np.array([10, 20, 30, 40, 50], np.float32)
+    np.testing.assert_array_equal(time.strongest(values, active), [30, 10, 50, 40])
+    t = np.asarray(time.sample_times(jax.random.key(0), 4, time.strongest(values / 10, active), 0.5))
+    normal = np.asarray(jax.random.normal(jax.random.key(0), (4,)), np.float64)
+    np.testing.assert_allclose(t, 1 / (1 + np.exp(-(np.array([3, 1, 5, 4]) + 0.5 * normal))), rtol=1e-6)

@@ -54,6 +54,13 @@ def test_a_generator_that_ignores_its_conditions_shows_no_gap(dataset):
         assert "no measurable effect" in page.verdict(measure["gap"])
 
 
+def test_crops_to_the_face_are_not_evaluated(dataset):
+    changed = schema.Dataset.open(dataset.directory)
+    assert rendered.heldout_indices(changed, painted.FRAMES) == list(range(painted.CLIPS))
+    changed.index[1]["view"] = "face"
+    assert rendered.heldout_indices(changed, painted.FRAMES) == [0, 2, 3]
+
+
 def test_each_clip_is_compared_with_another_sentence_and_person(dataset):
     asked = []
 

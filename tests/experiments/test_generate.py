@@ -127,6 +127,24 @@ def test_frames_that_are_not_finite_are_not_written(run, files, tmp_path, monkey
     assert not list(tmp_path.glob("*.mp4"))
 
 
+def test_a_pose_video_is_read_as_far_as_the_clip_and_its_keypoints_follow_the_crop(files, monkeypatch):
+    class Detector:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def detect(self, frames):
+            return np.full((len(frames), 28, 3), 0.5, np.float32)
+
+    monkeypatch.setattr(generate.pose_encoder, "PoseDetector", Detector)
+    options = generate.Options(pose=str(files / "silent.mp4"))
+    inputs = generate.Inputs(tiny.portrait(48, 32), pose_size=(32, 32))
+    assert len(generate.detect_pose(options, inputs, None, 48, 32)) == 5
+    assert np.allclose(generate.detect_pose(options, inputs, 3, 48, 32), np.full((3, 28, 3), 0.5))
+
+
 def test_pose_driven_clip_has_the_poses_length_and_no_sound(run, files, capsys):
     found = probe(run(pose=files / "pose.npz", height=48, width=32))
     assert found["frames"] == 10 and found["audio"] is None and found["video"][2:4] == (48, 32)

@@ -105,6 +105,25 @@ def test_report_json_holds_the_numbers(tmp_path, dataset, good):
     assert data["data"]["groups"][0]["clips"] == painted.CLIPS
 
 
+def test_report_shows_the_condition_gain_and_says_in_words_what_is_obeyed(tmp_path, dataset, good):
+    run = run_directory(tmp_path / "run")
+    assert write.read_gains(run) == []
+    assert "evaluation.gain_every" in write.write_report(run, dataset, evaluation=None, device="x").read_text()
+
+    def gain(value):
+        told = {"gain": value, "error": 0.1, "clips": 8}
+        return {"audio": {where: {"0.5": {"wrong": told, "none": {}}} for where in ("all", "mouth")}}
+
+    lines = [{"step": s, "condition_gain": gain(v)} for s, v in ((20, 0.5), (40, 1.5), (40, 2.5))]
+    text = "".join(json.dumps(line) + "\n" for line in [{"step": 20, "held_out_loss": {}}, *lines])
+    (run / "evaluation.jsonl").write_text(text + '{"step": 60, "condi')
+    assert write.read_gains(run) == [(20, gain(0.5)), (40, gain(2.5))]
+    page = write.write_report(run, dataset, evaluation=good, device="x").read_text()
+    assert "audio (mouth)" in page and "against another clip's" in page
+    assert re.search(r"<b>obeyed</b>: [^;]*audio \(does the mouth follow the voice\)", page)
+    assert json.loads((run / "report.json").read_text())["condition_gain"][1]["step"] == 40
+
+
 def test_report_without_evaluation_says_so(tmp_path, dataset):
     run = run_directory(tmp_path / "run")
     text = write.write_report(run, dataset, evaluation=None, device="a machine").read_text()

@@ -79,6 +79,20 @@ def test_ratios_that_the_clips_cannot_give_are_refused_before_training(tmp_path)
         InputPipeline.from_config(config, curriculum(config), dataset)
 
 
+def test_samples_show_whole_clips_even_if_only_crops_are_held_out(tmp_path):
+    dataset = write_fake_dataset(tmp_path / "data", 6, audio_share=1.0, heldout=3)
+    config, held = tiny_config(tmp_path / "data"), [e for e in dataset.index if e["split"] == "heldout"]
+
+    def shown():
+        return {record["id"] for record in train.SampleVideos(config, dataset, None, tmp_path)._records}
+
+    assert shown() <= {entry["id"] for entry in held}
+    for entry in held:
+        entry["view"] = "face"
+    found = shown()
+    assert found and not found & {entry["id"] for entry in held}
+
+
 def test_compiled_programs_are_kept_by_default(monkeypatch):
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)

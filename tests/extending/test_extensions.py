@@ -4,7 +4,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +15,7 @@ from omnihuman_jax.models.functional import Network, make_network
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training import state as state_lib
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 from tests.extending import family  # noqa: F401  (registers it)
 from tests.models.dit.tiny import random_batch, tiny_config
 from tests.training.test_step import random_batch as training_batch
@@ -52,7 +52,7 @@ def test_a_model_family_trains_by_the_same_step():
     with jax.set_mesh(mesh):
         state = state_lib.init_state(config, mesh, network)
         before = np.asarray(state.params["velocity_bias"])
-        state, metrics = jit_train_step(config, network, mesh)(state, training_batch(config), jnp.float32(1e-2))
+        state, metrics = jit_train_step(config, network, mesh)(state, training_batch(config), StepSettings.usual(1e-2))
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm_by_part"]["velocity_bias"] > 0
     assert np.abs(np.asarray(state.params["velocity_bias"]) - before).min() > 1e-3
 

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.training.state import abstract_state
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 from tests.tpu.collectives import collectives
 from tests.training.tiny import tiny_config
 from tpu.topologies import get_topology
@@ -34,9 +34,12 @@ def compile_on(config, devices):
     """The compiled train step with the parameters over all devices by fsdp."""
     mesh, network = make_mesh({"fsdp": len(devices)}, devices), make_network(config)
     with jax.set_mesh(mesh):
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated(mesh))
         state, batch = abstract_state(config, mesh, network), batch_lib.abstract(config, mesh, (3, 4, 4))
-        return jit_train_step(config, network, mesh).lower(state, batch, rate).compile(), state, batch
+        return (
+            jit_train_step(config, network, mesh).lower(state, batch, StepSettings.abstract(mesh)).compile(),
+            state,
+            batch,
+        )
 
 
 def matrices(state, kind):

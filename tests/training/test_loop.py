@@ -200,10 +200,12 @@ def test_pretraining_on_images_and_video_precedes_the_stages(run, tmp_path):
 def test_held_out_loss_is_of_fixed_noise_and_of_each_set_of_conditions(tmp_path):
     dataset = write_fake_dataset(tmp_path / "data", 12, shapes=((7, 4, 4),), heldout=5)
     config = tiny_config(tmp_path / "data", steps=(4, 0, 0))
-    config.evaluation.update({"every": 2, "batches": 1})
+    config.evaluation.update({"every": 2, "gain_every": 4, "batches": 1})
     config.stages.stage1.learning_rate = 0.0
     train_tiny(config, tmp_path / "run", dataset)
-    log = lines(tmp_path / "run", "evaluation.jsonl")
+    *log, gain = lines(tmp_path / "run", "evaluation.jsonl")
+    assert gain["step"] == 4 and set(gain["condition_gain"]) == {"text", "reference", "audio", "pose"}
+    assert gain["condition_gain"]["audio"]["mouth"]["0.95"]["none"]["clips"] > 1
     assert [line["step"] for line in log] == [2, 4]
     assert log[0]["held_out_loss"] == log[1]["held_out_loss"]  # nothing was learned, so nothing may change
     assert set(log[0]["held_out_loss"]) == {"reference", "audio", "pose"}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from omnihuman_jax.training.stages import (
     stage_at,
     to_json,
 )
+from omnihuman_jax.training.step_settings import StepSettings
 from tests.training.stage_rows import FULL, in_sequence, stage_row
 
 
@@ -185,6 +187,7 @@ def test_the_table_goes_through_json_unchanged():
     table = in_sequence(
         _stage("a", 3, bucket_weights={(12, 12): 3.0, (16, 10): 1.0}, source_weights={"x": 0.25}),
         _stage("b", 2, latent_frames=5, motion_ratio=0.9, init_from="base"),
+        _stage("c", 2, time_mean=0.5, time_mean_by_condition={"audio": 1.0}, region_shares={"mouth": 0.5}),
     )
     assert _through_json(table) == table
     assert to_json(table)[0]["bucket_weights"] == {"12x12": 3.0, "16x10": 1.0}
@@ -345,6 +348,50 @@ def test_init_from_that_is_never_loaded_and_wrong_names_are_refused(named, fresh
     config.stages.stage1.init_from = config.stages.stage2.init_from = "base"
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         check_init_from(curriculum(config), named, fresh=fresh)
+
+
+def test_what_the_step_reads_is_written_by_name_in_the_config():
+    config = config_with(stage1=5)
+    row = config.stages.stage1
+    row.update({"time_mean": 0.5, "time_mean_by_condition": "audio=1,pose=-0.5", "rate_factors": "audio=4"})
+    row.update({"region_shares": "mouth=0.5,face=0.1", "region_only": ""})
+    (stage,) = curriculum(config)
+    assert (stage.time_mean, stage.time_mean_by_condition) == (0.5, {"audio": 1.0, "pose": -0.5})
+    assert (stage.rate_factors, stage.region_shares, stage.region_only) == (
+        {"audio": 4.0},
+        {"mouth": 0.5, "face": 0.1},
+        None,
+    )
+    settings = StepSettings.of(stage, 1e-3)
+    assert settings.time_mean.tolist() == [0.5, 0.5, 1.0, -0.5, 0.5] and settings.rate_factors.tolist() == [1, 1, 4, 1]
+    np.testing.assert_allclose(settings.region_shares, [0.1, 0.5, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("time_mean_by_condition", "audoi=1", "unknown condition 'audoi'.*audio"),
+        ("time_mean_by_condition", "audio=nan", "audio=nan must be a finite number"),
+        ("rate_factors", "audio=0", "audio=0 must be a finite number above 0"),
+        ("rate_factors", "audio", "write it as name=number"),
+        ("region_shares", "mouht=0.5", "unknown region 'mouht'.*mouth"),
+        ("region_shares", "mouth=1.5", "mouth=1.5 must be a number from 0 to 1"),
+        ("region_only", "mouth=0.7,face=0.6", "sum to more than 1"),
+    ],
+)
+def test_what_is_wrong_in_them_is_named(key, text, message):
+    config = config_with(stage1=5)
+    config.stages.stage1[key] = text
+    with pytest.raises(UserError, match=rf"stages\.stage1\.{key}.*{message}"):
+        curriculum(config)
+
+
+def test_a_warm_up_row_may_invert_the_ratios():
+    config = config_with(stage2_warmup=5, stage2=5)
+    assert [stage.ratios["audio"] for stage in curriculum(config)] == [0.9, 0.5]
+    config.stages.stage2_warmup.inverted_ratios = False
+    with pytest.raises(UserError, match="principle 2"):
+        curriculum(config)
 
 
 def test_weights_are_written_as_text_in_the_config():

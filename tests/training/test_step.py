@@ -12,7 +12,9 @@ from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import check_batch, check_heads, make_mesh, training_mesh
 from omnihuman_jax.training import state as state_lib
-from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step, part_of
+from omnihuman_jax.training.step import draw_noise, ema_decay_at, gradients, jit_train_step, make_train_step, part_of
+from omnihuman_jax.training.step_settings import StepSettings
+from tests.training.stage_rows import stage_row
 from tests.training.tiny import tiny_config
 
 BUCKET = (3, 4, 4)
@@ -36,7 +38,7 @@ def run_steps(config, count=2):
         losses = []
         for i in range(count):
             batch = jax.device_put(random_batch(config, i), rules.batch_sharding(mesh))
-            state, metrics = step(state, batch, jnp.float32(1e-2))
+            state, metrics = step(state, batch, StepSettings.usual(1e-2))
             losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state), metrics
 
@@ -221,6 +223,68 @@ def test_one_step_is_clipped_adamw_on_the_flow_loss():
     )
 
 
+def stage_settings(**settings):
+    return StepSettings.of(stage_row("stage1", 1, 1, **settings), 1e-2)
+
+
+def one_step(config, settings, batch):
+    """State and metrics after a step on one device."""
+    network = make_network(config)
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])) as mesh:
+        del mesh
+        state = state_lib.create_state(config, network)._replace(params=perturbed(network))
+        return state, *jax.jit(make_train_step(config, network))(state, batch, settings)
+
+
+def test_weights_of_regions_and_times_by_condition_are_those_of_the_stage():
+    config = tiny_config("unused")
+    config.stages.stage1.region_shares = "mouth=0.5"
+    batch, mouth = random_batch(config), 1
+    assert batch["regions"][..., mouth].any()
+    settings = stage_settings(region_shares={"mouth": 0.5}, time_mean=-1.0, time_mean_by_condition={"pose": 2.0})
+    before, _, metrics = one_step(config, settings, batch)
+    mean = np.where(batch["active"][:, 3], 2.0, -1.0)
+    normal_t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape, jnp.asarray(mean, jnp.float32))
+    np.testing.assert_allclose(metrics["time"], normal_t, rtol=1e-5)
+    x0, t = batch["latents"], np.asarray(normal_t)[:, None, None, None, None]
+    v = make_network(config).apply(before.params, (1 - t) * x0 + t * np.asarray(eps), normal_t, batch)
+    error = (np.asarray(v, np.float64) - (np.asarray(eps) - x0)) ** 2
+    regions = batch["regions"][..., mouth]
+    expected = [0.5 * e.mean() + 0.5 * e[m].mean() for e, m in zip(error, regions, strict=True)]
+    np.testing.assert_allclose(metrics["sample_loss"], expected, rtol=1e-4)
+
+
+def test_without_weights_regions_change_nothing():
+    """A run without any is the same program; a stage without any, in a run with some, agrees to rounding."""
+    config = tiny_config("unused")
+    batch = random_batch(config)
+    _, plain, metrics = one_step(config, StepSettings.usual(1e-2), batch)
+    _, same, _ = one_step(config, StepSettings.usual(1e-2), batch | {"regions": ~batch["regions"]})
+    jax.tree.map(np.testing.assert_array_equal, plain, same)
+    config.stages.stage2.region_shares = "mouth=0.5"
+    _, weighted, again = one_step(config, StepSettings.usual(1e-2), batch)
+    np.testing.assert_allclose(metrics["sample_loss"], again["sample_loss"], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain.params, weighted.params)
+
+
+def test_a_condition_s_own_modules_learn_at_their_own_rate():
+    config = tiny_config("unused")
+    batch = random_batch(config)
+    before, plain, _ = one_step(config, StepSettings.usual(1e-2), batch)
+    _, faster, _ = one_step(config, stage_settings(rate_factors={"audio": 3.0}), batch)
+    moved = 0
+    for (path, a), b, c in zip(
+        jax.tree_util.tree_leaves_with_path(before.params),
+        jax.tree.leaves(plain.params),
+        jax.tree.leaves(faster.params),
+        strict=True,
+    ):
+        factor = 3.0 if "audio" in rules.path_name(path).replace("_embed", "").split("/") else 1.0
+        moved += factor == 3.0
+        np.testing.assert_allclose(c - a, factor * (b - a), rtol=1e-3, atol=3e-6, err_msg=rules.path_name(path))
+    assert moved > 5
+
+
 def test_noise_depends_on_the_step_and_the_seed_only():
     config = tiny_config("unused")
     first, again, later = (draw_noise(config, jnp.int32(i), (8, *BUCKET, 4)) for i in (5, 5, 6))
@@ -265,7 +329,7 @@ def test_a_step_that_would_leave_something_not_finite_changes_nothing_but_the_st
         for name, (rate, spoil) in cases.items():
             state = spoil(state_lib.init_state(config, mesh, network))
             before = jax.device_get(state)
-            after, metrics = jax.device_get(step(state, batch, jnp.float32(rate)))
+            after, metrics = jax.device_get(step(state, batch, StepSettings.usual(rate)))
             assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             assert metrics["skipped"] == (name != "fine"), name
             assert after.step == 1

@@ -1,10 +1,10 @@
 """Starting, watching and stopping jobs: the commands of kubectl, xpk and gcloud, and running them."""
 
-import dataclasses
 import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
+from typing import NamedTuple
 
 from omnihuman_jax.errors import UserError
 from tpu.jobs import jobset, queued_resource, xpk
@@ -20,14 +20,8 @@ _INSTALL = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A program to run.
-
-    Attributes:
-      argv: program and arguments.
-      stdin: what it reads; "" = nothing.
-    """
+class Command(NamedTuple):
+    """A program with its arguments, and what it reads from its standard input."""
 
     argv: list[str]
     stdin: str = ""
@@ -54,7 +48,10 @@ def start(jobs: list[Job], form: str) -> list[Command]:
 def commands(job: Handle, form: str, action: str) -> list[Command]:
     """What shows or stops a job that was started."""
     table: dict[tuple[str, str], Callable[[Handle], list[Command]]] = {
-        ("jobset", "status"): _jobset_status,
+        ("jobset", "status"): lambda job: [
+            _kubectl(job, "get", "jobset", job.name, "--output=wide"),
+            _kubectl(job, "get", "pods", f"--selector=jobset.sigs.k8s.io/jobset-name={job.name}", "--output=wide"),
+        ],
         ("jobset", "logs"): lambda job: [_kubectl_logs(job, CONTAINER)],
         ("jobset", "stop"): lambda job: [_kubectl(job, "delete", "jobset", job.name)],
         ("xpk", "status"): lambda job: [_xpk(job, "list", f"--filter-by-job={job.name}")],
@@ -71,11 +68,7 @@ def commands(job: Handle, form: str, action: str) -> list[Command]:
 
 
 def run(wanted: list[Command]) -> int:
-    """Runs commands up to the first that fails; returns its exit status, or 0.
-
-    Raises:
-      UserError: a program is not installed.
-    """
+    """Runs commands up to the first that fails; returns its exit status, or 0. UserError if one is not installed."""
     for program in {command.argv[0]: None for command in wanted}:
         if shutil.which(program) is None:
             raise UserError(f"{program} is not on PATH; {_INSTALL[program]}, or use --dry_run")
@@ -88,13 +81,6 @@ def run(wanted: list[Command]) -> int:
 
 def _kubectl(job: Handle, *arguments: str) -> Command:
     return Command(["kubectl", *arguments, f"--namespace={job.namespace}"])
-
-
-def _jobset_status(job: Handle) -> list[Command]:
-    return [
-        _kubectl(job, "get", "jobset", job.name, "--output=wide"),
-        _kubectl(job, "get", "pods", f"--selector=jobset.sigs.k8s.io/jobset-name={job.name}", "--output=wide"),
-    ]
 
 
 def _kubectl_logs(job: Handle, replicated_job: str) -> Command:

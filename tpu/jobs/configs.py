@@ -19,11 +19,7 @@ def overrides(preset: str, config: ConfigDict) -> list[str]:
 
 
 def resolve(preset: str, changes: Sequence[str]) -> ConfigDict:
-    """The config of a preset with "--config.KEY=VALUE" flags, checked.
-
-    Raises:
-      UserError: an unknown key, a value of a wrong type or out of its range.
-    """
+    """The config of a preset with "--config.KEY=VALUE" flags; UserError for an unknown key or a wrong value."""
     config = cli.load_preset(preset)
     for change in changes:
         cli.check_key(config, change.partition("=")[0].removeprefix("--config."))
@@ -38,11 +34,7 @@ def resolve(preset: str, changes: Sequence[str]) -> ConfigDict:
 
 
 def preset_in_image(preset: str) -> str:
-    """PRESET.py[:ARG] as it is called in the image, whose working directory is this repository.
-
-    Raises:
-      UserError: it is not below the working directory.
-    """
+    """PRESET.py[:ARG] as it is called in the image, whose working directory is this repository; UserError outside."""
     file, colon, argument = preset.partition(":")
     root, path = Path.cwd().resolve(), Path(file).resolve()
     if not path.is_relative_to(root):

@@ -19,15 +19,7 @@ _LONGEST_LABEL = 63
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Handle:
-    """What finds a job again.
-
-    Attributes:
-      name: of the JobSet, the xpk workload or the queued resource.
-      namespace: of Kubernetes.
-      project: of Google Cloud; "" = gcloud's.
-      zone: of Google Cloud; "" = gcloud's.
-      cluster: of GKE, for xpk.
-    """
+    """What finds a job again; the flags of `tpu.launch` describe the fields."""
 
     name: str
     namespace: str = "default"
@@ -35,29 +27,22 @@ class Handle:
     zone: str = ""
     cluster: str = ""
 
+    def flags(self, *names: str) -> list[str]:
+        """--NAME=VALUE of those of these fields that are not empty."""
+        return [f"--{name}={value}" for name in names if (value := getattr(self, name))]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(Handle):
-    """One run on TPUs.
+    """One run on TPUs; the flags of `tpu.launch` describe the other fields. Empty ones leave the default.
 
     Attributes:
-      tpu: its slices.
-      num_slices: how many of them.
       image: container image with this repository in its working directory.
       config: preset, as a path in the image.
       overrides: "--config.KEY=VALUE" flags and others for the trainer, with paths as the job sees them.
       bucket: mounted at /gcs.
       workdir: run directory below /gcs.
-      service_account: of Kubernetes, which may read and write the bucket; "" = the namespace's default.
-      queue: local queue of Kueue; "" = none.
-      priority: priority class; "" = the cluster's default.
-      spot: on spot capacity.
-      reservation: that it uses; "" = none.
       max_restarts: failures after which it is given up; preemptions are not counted where the format can tell.
-      save_seconds: how long a checkpoint takes to be written.
-      keep_seconds: how long a finished JobSet stays, for its status and its logs.
-      preflight: whether data and plan are checked in the cluster first.
-      force: whether it starts although it does not fit.
     """
 
     tpu: TpuType
@@ -98,11 +83,7 @@ class Job(Handle):
         return [*flags, f"--workdir={self.workdir}", *(["--multi_host"] if self.processes > 1 else [])]
 
     def training_command(self, restarts: int = 0) -> list[str]:
-        """What every host runs.
-
-        Args:
-          restarts: how often the supervisor starts a failed run again, where nothing else does.
-        """
+        """What every host runs; `restarts`: how often its supervisor starts a failed run again if nothing else does."""
         own = [f"--restarts={restarts}"] if restarts else []
         return ["python", SUPERVISOR, *own, "--", "python", "-m", "experiments.train", *self.training_flags]
 
@@ -115,14 +96,9 @@ class Job(Handle):
 
 
 def check_job(job: Job, longest_suffix: str) -> None:
-    """Checks what a cluster would refuse, or worse, accept.
+    """Raises UserError for what a cluster would refuse, or worse, accept: a wrong name, no image, a negative number.
 
-    Args:
-      job: to check.
-      longest_suffix: that the format appends to the name of the job for its longest-named pod or machine.
-
-    Raises:
-      UserError: a name that Kubernetes or Google Cloud refuses, no image, or a number that is none.
+    `longest_suffix` is what the format appends to the name of the job for its longest-named pod or machine.
     """
     if not _LABEL_THAT_STARTS_WITH_A_LETTER.fullmatch(job.name):
         raise UserError(

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from tpu.jobs import storage
-from tpu.jobs.environment import preflight_environment, training_environment
+from tpu.jobs.environment import environment
 from tpu.jobs.job import BAD_INPUT, CONTAINER, STOPPED, Job
 from tpu.jobs.tpu_types import CHIPS_PER_HOST
 
@@ -84,7 +84,7 @@ def _training(job: Job) -> Manifest:
         "name": CONTAINER,
         "image": job.image,
         "command": job.training_command(),
-        "env": _environment(training_environment(tpu, job.num_slices)),
+        "env": _variables(environment(tpu, job.num_slices)),
         "resources": {"limits": {"google.com/tpu": CHIPS_PER_HOST}},
         # The TPU's devices, and the locked memory that its driver maps.
         "securityContext": {"privileged": True, "runAsUser": 0},
@@ -142,7 +142,7 @@ def _preflight(job: Job) -> Manifest:
         "name": PREFLIGHT,
         "image": job.image,
         "command": job.preflight_command,
-        "env": _environment(preflight_environment(job.tpu, job.num_slices)),
+        "env": _variables(environment(job.tpu, job.num_slices, platforms="cpu")),
         "resources": {"requests": {"cpu": "4", "memory": "32Gi"}},
         "securityContext": {
             "runAsNonRoot": True,
@@ -203,5 +203,5 @@ def _annotations() -> dict[str, str]:
     return {"gke-gcsfuse/volumes": "true", **limits}
 
 
-def _environment(values: dict[str, str]) -> list[dict[str, str]]:
+def _variables(values: dict[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -21,31 +21,17 @@ from tpu.topologies import GIB, get_topology
 # Keys that do not change the compiled step or its memory: what is read, logged and kept, and numbers in the program.
 # Stages are compared by the steps that they run.
 _IRRELEVANT = (
-    *("seed", "simulated_devices", "compilation_cache", "log_every", "allow_inverted_ratios", "ema_decay"),
-    *(
-        "vae.*",
-        "data.*",
-        "stages.*",
-        "stage_order",
-        "checkpoint.*",
-        "faults.*",
-        "evaluation.*",
-        "profile.*",
-        "sample.*",
-    ),
-    *("guidance.*", "diffusion.*", "optimizer.b1", "optimizer.b2", "optimizer.eps", "optimizer.weight_decay"),
-    *("optimizer.reset_at_stage", "plan.*"),
+    *("seed", "simulated_devices", "compilation_cache", "log_every", "allow_inverted_ratios", "ema_decay", "plan.*"),
+    *("vae.*", "data.*", "stages.*", "stage_order", "checkpoint.*", "faults.*", "evaluation.*", "profile.*"),
+    *("sample.*", "guidance.*", "diffusion.*"),
+    *(f"optimizer.{key}" for key in ("b1", "b2", "eps", "weight_decay", "reset_at_stage")),
 )
 
 Plan = dict[str, Any]
 
 
 def make(config: ConfigDict, tpu: TpuType, num_slices: int, log: Callable[[str], None]) -> Plan:
-    """Compiles the steps of a config with the compiler flags of the job; takes minutes.
-
-    Raises:
-      UserError: mesh, batch or buckets do not divide.
-    """
+    """Compiles the steps of a config with the job's compiler flags, for minutes; UserError if sizes do not divide."""
     # Programs for another machine cannot be read back from the cache, so writing them is waste.
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ.setdefault("LIBTPU_INIT_ARGS", compiler_flags(tpu, num_slices))  # read when libtpu is loaded
@@ -53,11 +39,7 @@ def make(config: ConfigDict, tpu: TpuType, num_slices: int, log: Callable[[str],
 
 
 def read(path: Path) -> Plan:
-    """A plan that `tpu.plan --output` wrote.
-
-    Raises:
-      UserError: it cannot be read, or is none.
-    """
+    """A plan that `tpu.plan --output` wrote; UserError if it cannot be read, or is none."""
     try:
         report = json.loads(path.read_text())
         whole = {"topology", "num_slices", "config", "steps", "fits"} <= report.keys()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset, check_sizes
 from experiments import train
-from experiments.common import cli
+from experiments.common import cli, files
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
@@ -41,11 +41,7 @@ def check_workdir(workdir: Path) -> None:
 
 
 def check_data(config: ConfigDict, workdir: Path) -> int:
-    """What `experiments.train` checks before it starts; returns the number of records.
-
-    Raises:
-      UserError: data, sizes, stages or starting points are wrong.
-    """
+    """What `experiments.train` checks before it starts, raising UserError; returns the number of records."""
     if not config.data.dir:
         raise UserError("data.dir is empty; give --config.data.dir=gs://BUCKET/DATA")
     stages = curriculum(config)
@@ -65,9 +61,7 @@ def get_plan(config: ConfigDict, tpu: TpuType, num_slices: int, path: Path) -> p
             print(f"preflight: planned before, in {path}", flush=True)
             return report
     report = plans.make(config, tpu, num_slices, log=lambda line: print(line, flush=True))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(path)
+    files.write_whole(path, json.dumps(report, indent=2) + "\n")
     return report
 
 

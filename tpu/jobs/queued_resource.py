@@ -2,9 +2,8 @@
 
 import shlex
 
-from omnihuman_jax.errors import UserError
 from tpu.jobs import storage
-from tpu.jobs.environment import training_environment
+from tpu.jobs.environment import environment
 from tpu.jobs.job import Handle, Job
 
 _SCRIPT = """\
@@ -39,31 +38,22 @@ def longest_suffix(job: Job) -> str:
     return f"-{job.num_slices - 1}" if job.num_slices > 1 else ""
 
 
-def check(job: Job) -> None:
-    """Raises UserError for a generation that is to be had through GKE only."""
-    if not job.tpu.series.runtime_version:
-        raise UserError(f"--tpu_type={job.tpu.cloud_name}: to be had through GKE only; use --format=jobset or xpk")
-
-
-def place(job: Handle) -> list[str]:
-    """Flags that say where the job is."""
-    return [f"--{name}={value}" for name, value in (("project", job.project), ("zone", job.zone)) if value]
-
-
 def gcloud(job: Handle, verb: str, *flags: str) -> list[str]:
     """A command of gcloud about the job's queued resource."""
-    return ["gcloud", "compute", "tpus", "queued-resources", verb, job.name, *place(job), *flags]
+    return ["gcloud", "compute", "tpus", "queued-resources", verb, job.name, *job.flags("project", "zone"), *flags]
 
 
 def script(job: Job) -> str:
     """A bash script that starts the job."""
-    several = [f"--node-count={job.num_slices}", f"--node-prefix={job.name}"]
+    nodes = [f"--node-id={job.name}"]
+    if job.num_slices > 1:
+        nodes = [f"--node-count={job.num_slices}", f"--node-prefix={job.name}"]
     create = gcloud(
         job,
         "create",
         f"--accelerator-type={job.tpu.cloud_name}",
         f"--runtime-version={job.tpu.series.runtime_version}",
-        *(several if job.num_slices > 1 else [f"--node-id={job.name}"]),
+        *nodes,
         *(["--spot"] if job.spot else []),
         *(["--reserved"] if job.reservation else []),
     )
@@ -81,11 +71,10 @@ def _on_every_host(job: Job) -> list[str]:
     """Lines of a shell script."""
     mount, registry = storage.MOUNT, job.image.split("/")[0]
     caches = "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
-    environment = training_environment(job.tpu, job.num_slices)
     run = [
         *("docker", "run", "--detach", f"--name={job.name}", "--privileged", "--user=0", "--network=host"),
         *(f"--stop-timeout={job.grace_seconds}", f"--volume={mount}:{mount}"),
-        *(f"--env={name}={value}" for name, value in environment.items()),
+        *(f"--env={name}={value}" for name, value in environment(job.tpu, job.num_slices).items()),
         *(job.image, *job.training_command(restarts=job.max_restarts)),
     ]
     return [

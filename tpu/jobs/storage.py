@@ -15,11 +15,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
 def find_bucket(workdir: str, bucket: str) -> str:
-    """The bucket that --workdir=gs://BUCKET/… or --bucket names.
-
-    Raises:
-      UserError: none is named, a wrong name, or two different ones.
-    """
+    """The bucket that --workdir=gs://BUCKET/… or --bucket names; UserError for none, a wrong name, or two."""
     named = workdir.removeprefix("gs://").split("/")[0] if workdir.startswith("gs://") else ""
     if named and bucket and named != bucket:
         raise UserError(f"--workdir={workdir} is not in --bucket={bucket}; a job mounts one bucket, leave --bucket out")
@@ -33,16 +29,7 @@ def find_bucket(workdir: str, bucket: str) -> str:
 
 
 def to_mounted(flag: str, value: str, bucket: str) -> str:
-    """The value of a flag with gs://BUCKET/x as /gcs/x; other values as they are.
-
-    Args:
-      flag: its name, for errors.
-      value: of the flag.
-      bucket: that the job mounts.
-
-    Raises:
-      UserError: another bucket, or another object store.
-    """
+    """The value of a flag with gs://BUCKET/x as /gcs/x, others as they are; UserError for another bucket or store."""
     scheme, found, rest = value.partition("://")
     if not found or not re.fullmatch(r"[a-z][a-z0-9]*", scheme):
         return value
@@ -55,11 +42,7 @@ def to_mounted(flag: str, value: str, bucket: str) -> str:
 
 
 def workdir_in_job(workdir: str, bucket: str) -> str:
-    """--workdir as the job sees it.
-
-    Raises:
-      UserError: not below the mounted bucket.
-    """
+    """--workdir as the job sees it; UserError unless it is below the mounted bucket."""
     path = to_mounted("--workdir", workdir, bucket)
     if not path.startswith(f"{MOUNT}/"):
         raise UserError(f"--workdir={workdir}: must be a folder in the bucket; give gs://{bucket}/RUN or {MOUNT}/RUN")

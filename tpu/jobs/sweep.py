@@ -21,8 +21,7 @@ AVERAGED = 10  # logged steps at the end of a run that a metric is the mean of
 def read_grid(path: Path) -> list[Row]:
     """The rows of a grid: {"config.KEY": [values], …} is every combination, [{"config.KEY": value, …}, …] as it is.
 
-    Raises:
-      UserError: it cannot be read or is neither.
+    Raises UserError if it cannot be read or is neither.
     """
     try:
         grid = json.loads(path.read_text())
@@ -61,29 +60,19 @@ def row_name(name: str, index: int) -> str:
 def collect(workdir: str, name: str, rows: Sequence[Row]) -> list[Row]:
     """One line for each row: its name and config keys, its last step, and metrics as means of the last logged steps.
 
-    Args:
-      workdir: directory of the runs; any that `etils.epath` can read.
-      name: of the sweep.
-      rows: of the grid.
-
-    Raises:
-      UserError: a log cannot be read.
+    The directory of the runs is any that `etils.epath` can read; UserError if a log cannot be read.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = []
     for i, row in enumerate(rows):
         steps = read_metrics(f"{workdir.rstrip('/')}/{row_name(name, i)}/metrics.jsonl")
-        last = steps[-AVERAGED:]
-        means = {}
+        last = steps[-1] if steps else {"step": 0, "stage": "not started"}
+        line = {"name": row_name(name, i), **{key: row.get(key, "") for key in keys}}
+        line |= {"step": last["step"], "stage": last.get("stage", "")}
         for metric in METRICS:
-            values = [step[metric] for step in last if isinstance(step.get(metric), int | float)]
-            means[metric] = f"{sum(values) / len(values):.5g}" if values else ""
-        at = (
-            {"step": last[-1]["step"], "stage": last[-1].get("stage", "")}
-            if last
-            else {"step": 0, "stage": "not started"}
-        )
-        table.append({"name": row_name(name, i), **{key: row.get(key, "") for key in keys}, **at, **means})
+            values = [step[metric] for step in steps[-AVERAGED:] if isinstance(step.get(metric), int | float)]
+            line[metric] = f"{sum(values) / len(values):.5g}" if values else ""
+        table.append(line)
     return table
 
 
@@ -91,10 +80,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl in the order of their steps; [] where there is none yet.
 
     Steps that were run again after a restart are there twice and count once. The last line of a run that goes on may be
-    half written, and is left out.
-
-    Raises:
-      UserError: it cannot be read.
+    half written, and is left out. Raises UserError if the file cannot be read.
     """
     try:
         file = epath.Path(path)

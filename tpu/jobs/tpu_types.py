@@ -39,15 +39,10 @@ SERIES: dict[str, Series] = {
 
 @dataclasses.dataclass(frozen=True)
 class TpuType:
-    """One slice.
+    """One slice."""
 
-    Attributes:
-      generation: key of `tpu.topologies.GENERATIONS`.
-      layout: chips in each dimension, "4x4x4".
-    """
-
-    generation: str
-    layout: str
+    generation: str  # key of `tpu.topologies.GENERATIONS`
+    layout: str  # chips in each dimension, "4x4x4"
 
     @property
     def series(self) -> Series:
@@ -92,11 +87,7 @@ TPU_TYPES: dict[str, TpuType] = {tpu.cloud_name: tpu for tpu in _ALL}
 
 
 def get_tpu_type(name: str) -> TpuType:
-    """The slice of a cloud name such as "v5p-128" or "v5litepod-256", or of a topology as `tpu.plan` has it.
-
-    Raises:
-      UserError: no such name; the nearest ones are given.
-    """
+    """The slice of a cloud name such as "v5p-128" or of a topology as `tpu.plan` has it; UserError if there is none."""
     found = TPU_TYPES.get(name) or next((tpu for tpu in _ALL if tpu.topology == name), None)
     if found:
         return found

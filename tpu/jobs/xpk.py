@@ -2,7 +2,7 @@
 
 import shlex
 
-from tpu.jobs.environment import training_environment
+from tpu.jobs.environment import environment
 from tpu.jobs.job import CONTAINER, Handle, Job
 
 # Every exit status but 0 and 2 (bad input); xpk adds 42 and 127-255 itself.
@@ -16,13 +16,11 @@ def longest_suffix(job: Job) -> str:
 
 def place(job: Handle) -> list[str]:
     """Flags that say where the job is."""
-    values = {"cluster": job.cluster, "project": job.project, "zone": job.zone, "namespace": job.namespace}
-    return [f"--{name}={value}" for name, value in values.items() if value]
+    return job.flags("cluster", "project", "zone", "namespace")
 
 
 def create_command(job: Job) -> list[str]:
     """Starts the job. xpk has no preflight: data and plan are checked where this is run."""
-    environment = training_environment(job.tpu, job.num_slices)
     return [
         *("xpk", "workload", "create", f"--workload={job.name}", *place(job)),
         *(f"--tpu-type={job.tpu.series.prefix}-{job.tpu.layout}", f"--num-slices={job.num_slices}"),
@@ -30,10 +28,10 @@ def create_command(job: Job) -> list[str]:
         *(f"--max-restarts={job.max_restarts}", f"--restart-on-exit-codes={_RESTARTED}"),
         f"--termination-grace-period-seconds={job.grace_seconds}",
         f"--ttl-seconds-after-finished={job.keep_seconds}",
-        *([f"--priority={job.priority}"] if job.priority else []),
+        *job.flags("priority"),
         *(["--spot"] if job.spot else []),
-        *([f"--reservation={job.reservation}"] if job.reservation else []),
-        *(f"--env={name}={value}" for name, value in environment.items()),
+        *job.flags("reservation"),
+        *(f"--env={name}={value}" for name, value in environment(job.tpu, job.num_slices).items()),
         # xpk passes SIGTERM to its shell's child; exec makes that the supervisor.
         f"--command=exec {shlex.join(job.training_command())}",
     ]

@@ -81,11 +81,11 @@ def entering(way: Way, *, encoded: bool = True) -> dict[str, Entry]:
     }
 
 
-def condition_modules() -> frozenset[str]:
-    """Names in the parameter tree that belong to conditions rather than to the base network."""
-    modules: set[str] = set()
+def module_conditions() -> dict[str, str]:
+    """Name in the parameter tree -> the condition that it belongs to; all others are of the base network."""
+    modules: dict[str, str] = {}
     for condition in conditions.table():
-        modules |= set(condition.parameters)
+        modules |= dict.fromkeys(condition.parameters, condition.name)
         if _ENTRIES[condition.name].encoder is not None:
-            modules |= {condition.name, f"{condition.name}_embed"}
-    return frozenset(modules)
+            modules |= {condition.name: condition.name, f"{condition.name}_embed": condition.name}
+    return modules

@@ -47,8 +47,7 @@ class Tiling:
     def of_side(cls, side: int, stride: int) -> "Tiling | None":
         """Tiles of `side` pixels that overlap by a quarter, for a VAE of that spatial stride; None for side 0.
 
-        Raises:
-          UserError: the side is not a multiple of the stride, or too small to overlap.
+        Raises UserError if the side is not a multiple of the stride, or too small to overlap.
         """
         if not side:
             return None
@@ -136,28 +135,18 @@ class _Pass:
 
 
 def encode_stream(vae: VAE, chunks: Iterable[Any], tiling: Tiling | None = None) -> Iterator[jax.Array | np.ndarray]:
-    """Encodes a clip in chunks.
+    """Encodes a clip in chunks: normalised latents (B, T, H, W, C) of each, of 1 + n, then n frames.
 
-    Args:
-      vae: the VAE.
-      chunks: float32 (B, F, Hp, Wp, 3) in [-1, 1]; F = 1 + n t for the first, n t for later ones, with temporal stride
-        t. Every new F is compiled once.
-      tiling: how to split frames, or None.
-
-    Returns:
-      an iterator over normalised latents (B, T, H, W, C) of each chunk: 1 + n, then n frames.
-
-    Raises:
-      UserError: the VAE does not divide a chunk or a tile.
+    Chunks are float32 (B, F, Hp, Wp, 3) in [-1, 1]; F = 1 + n t for the first, n t for later ones, with temporal stride
+    t. Every new F is compiled once. Raises UserError if the VAE does not divide a chunk or a tile.
     """
     return map(_Pass(vae, "encode", tiling), chunks)
 
 
 def decode_stream(vae: VAE, chunks: Iterable[Any], tiling: Tiling | None = None) -> Iterator[jax.Array | np.ndarray]:
-    """Decodes latents in chunks (B, T, H, W, C) of any T >= 1, with arguments as in `encode_stream`.
+    """Decodes latents in chunks (B, T, H, W, C), T >= 1: video (B, F, Hp, Wp, 3) in [-1, 1] of each.
 
-    Returns:
-      an iterator over video (B, F, Hp, Wp, 3) in [-1, 1] of each chunk: 1 + t (T - 1) frames, then t T.
+    The first has F = 1 + t (T - 1) frames with temporal stride t, every later one t T.
     """
     return map(_Pass(vae, "decode", tiling), chunks)
 
@@ -193,16 +182,10 @@ def _joined(parts: Iterable[Any], frames: int) -> np.ndarray:
 
 
 def encode_clip(vae: VAE, video: Any, *, latents: int | None = None, tiling: Tiling | None = None) -> np.ndarray:
-    """Normalised latents (B, T, H, W, C) of a whole clip (B, F, Hp, Wp, 3) in [-1, 1], in host memory.
+    """Normalised latents (B, T, H, W, C) of a whole clip (B, F, Hp, Wp, 3) in [-1, 1], F = 1 + t (T - 1), on the host.
 
-    Args:
-      vae: the VAE.
-      video: the clip; F = 1 + t (T - 1).
-      latents: latent frames per chunk; None chooses by size.
-      tiling: how to split frames, or None.
-
-    Raises:
-      UserError: the VAE does not divide the clip's size.
+    `latents` is the number of latent frames per chunk; None chooses by size. Raises UserError for a clip whose size the
+    VAE does not divide.
     """
     batch, frames, height, width, _ = video.shape
     vae.config.check_clip(frames, height, width)

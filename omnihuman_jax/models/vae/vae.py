@@ -234,8 +234,7 @@ class VAE(nnx.Module):
     def encode_moments(self, video: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, jax.Array]:
         """(B, F, Hp, Wp, 3) in [-1, 1] -> mean and log variance of the posterior, both (B, T, H, W, C), float32.
 
-        Raises:
-          UserError: the VAE does not divide the size.
+        Raises UserError if the VAE does not divide the size.
         """
         stream = stream or Stream()
         self.config.check_clip(*video.shape[1:4], first=stream.first)
@@ -309,13 +308,9 @@ def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mappi
 
 
 def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
-    """Reads a VAE that `save_vae` wrote.
+    """Reads a VAE that `save_vae` wrote, from its path or from a `vae` config ("checkpoint" and optionally "dtype").
 
-    Args:
-      source: the file, or a mapping with its path under "checkpoint" and optionally "dtype" (the `vae` config).
-
-    Raises:
-      UserError: the file is missing, is no VAE, or its tensors do not fit its config.
+    Raises UserError if the file is missing, is no VAE, or its tensors do not fit its config.
     """
     settings = source if isinstance(source, Mapping) else {"checkpoint": source}
     path = Path(settings.get("checkpoint") or "")
@@ -332,12 +327,10 @@ def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
     config = json.loads(metadata["config"])
     if settings.get("dtype"):
         config["dtype"] = settings["dtype"]
-    return _from_tensors(VAEConfig.from_dict(config), tensors, path)
+    sizes = VAEConfig.from_dict(config)
 
-
-def _from_tensors(config: VAEConfig, tensors: Mapping[str, np.ndarray], path: Path) -> VAE:
     def build() -> VAE:
-        return VAE(config, rngs=nnx.Rngs(0))
+        return VAE(sizes, rngs=nnx.Rngs(0))
 
     for name, shape in parameter_shapes(build).items():
         if name not in tensors:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,8 +17,10 @@ from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import mesh as mesh_lib
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import gather, is_main, process_rows, wait_for_all
+from omnihuman_jax.training import condition_gain
 from omnihuman_jax.training import metrics as metrics_lib
 from omnihuman_jax.training import stages as stages_lib
+from omnihuman_jax.training.condition_gain import ConditionGain
 from omnihuman_jax.training.held_out import HeldOutLoss
 from omnihuman_jax.training.hooks import Evaluation
 from omnihuman_jax.training.log_files import last_step_in
@@ -29,6 +30,7 @@ from omnihuman_jax.training.run_config import config_digest
 from omnihuman_jax.training.stages import Stage, ends_stage, stage_at
 from omnihuman_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_from_params
 from omnihuman_jax.training.step import jit_train_step
+from omnihuman_jax.training.step_settings import StepSettings
 from omnihuman_jax.training.task import Hook
 
 Batch = Mapping[str, np.ndarray]
@@ -49,8 +51,8 @@ class InputPipeline(Protocol):
     def fingerprint(self) -> str:
         """Hex digest of what the data set says of itself and of every record."""
 
-    def held_out(self, count: int, rows: slice) -> list[dict[str, np.ndarray]]:
-        """These global rows of `count` batches that training does not see."""
+    def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
+        """These global rows of `count` batches that training does not see: of full frames or of "face" crops."""
 
 
 class SampleVideo(Protocol):
@@ -90,11 +92,11 @@ class OmniHumanTask:
         self.config, self.network, self.input_pipeline = config, make_network(config), input_pipeline
         self._sample, self._replace_parameters_at = sample, replace_parameters_at
         self._rows = process_rows(rules.batch_sharding(self.mesh), config.global_batch_size)
-        every, count = config.evaluation.every, config.evaluation.batches
-        self._held_out = input_pipeline.held_out(count, self._rows) if every else []
-        if every and not self._held_out:
+        due = {key: config.evaluation[key] for key in ("every", "gain_every") if config.evaluation[key]}
+        self._held_out = input_pipeline.held_out(config.evaluation.batches, self._rows) if due else []
+        for key, every in () if self._held_out else due.items():
             raise UserError(
-                f"evaluation.every={every}: the data set has no held-out clips as long as the training window; set it "
+                f"evaluation.{key}={every}: the data set has no held-out clips as long as the training window; set it "
                 f"to 0, or prepare data with a held-out split"
             )
         self._data = input_pipeline.fingerprint()
@@ -167,9 +169,9 @@ class OmniHumanTask:
         return self._train_step
 
     def arguments(self, step: int, batch: Batch) -> tuple[Any, ...]:
-        """(batch on the mesh, learning rate)."""
+        """(batch on the mesh, settings of the stage)."""
         rate = stages_lib.learning_rate_at(self.stages, step)
-        return batch_lib.place(self.config, self.mesh, batch), jnp.float32(rate)
+        return batch_lib.place(self.config, self.mesh, batch), StepSettings.of(stage_at(self.stages, step), rate)
 
     def describe(self, step: int, batch: Batch) -> dict[str, Any]:
         """Records, conditions and ratios so far."""
@@ -200,9 +202,24 @@ class OmniHumanTask:
         }
 
     def hooks(self, run: Run) -> list[Hook]:
-        """Sample videos and the held-out loss, as far as the run has them."""
+        """Sample videos and what is measured on held-out clips, as far as the run has them."""
         hooks: list[Hook] = [SampleVideos(run, self, self._sample)] if self._sample else []
-        return hooks + ([HeldOutLosses(run, self, self._held_out)] if self._held_out else [])
+        parts, evaluation = (self.config, self.network, self.mesh), self.config.evaluation
+        if evaluation.every:
+
+            def held_out_loss() -> HeldOutLoss:
+                placed = [batch_lib.place(self.config, self.mesh, batch) for batch in self._held_out]
+                return HeldOutLoss(*parts, placed)
+
+            hooks.append(HeldOut(run, "held_out_loss", evaluation.every, held_out_loss))
+        if evaluation.gain_every:
+
+            def gain() -> ConditionGain:
+                crops = self.input_pipeline.held_out(evaluation.batches, self._rows, "face")
+                return ConditionGain(*parts, [*self._held_out, *crops])
+
+            hooks.append(HeldOut(run, "condition_gain", evaluation.gain_every, gain, condition_gain.summary))
+        return hooks
 
     def finish(self, state: TrainState) -> None:
         """Nothing is left to do."""
@@ -237,25 +254,40 @@ class SampleVideos(Evaluation):
         wait_for_all("sampled")
 
 
-class HeldOutLosses(Evaluation):
-    """Loss of the EMA on held-out clips, every `evaluation.every` steps."""
+class HeldOut(Evaluation):
+    """What is measured on held-out clips with the EMA every so many steps, written to evaluation.jsonl.
 
-    def __init__(self, run: Run, task: OmniHumanTask, batches: Sequence[Batch]):
+    Args:
+      run: the run.
+      name: of the values in the file.
+      every: steps.
+      measure: makes the function of the parameters that measures; called at the first evaluation.
+      summary: a line for the log; None writes none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        every: int,
+        measure: Callable[[], Callable[[Any], Mapping[str, Any]]],
+        summary: Callable[[Mapping[str, Any]], str] | None = None,
+    ):
         super().__init__(run)
-        self._task, self._batches, self._loss = task, batches, None
+        self._name, self._every, self._make, self._measure, self._summary = name, every, measure, None, summary
 
     def due(self, step: int) -> bool:
         """Every so many steps."""
-        return step % self._task.config.evaluation.every == 0
+        return step % self._every == 0
 
     def is_there(self, step: int) -> bool:
         """Whether evaluation.jsonl has it."""
-        return last_step_in(self.run.workdir / "evaluation.jsonl") >= step
+        return last_step_in(self.run.workdir / "evaluation.jsonl", self._name) >= step
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Writes a line of evaluation.jsonl."""
-        if self._loss is None:
-            config, mesh = self._task.config, self._task.mesh
-            placed = [batch_lib.place(config, mesh, batch) for batch in self._batches]
-            self._loss = HeldOutLoss(config, self._task.network, mesh, placed)
-        self.run.writer.evaluation(step, self._loss(state.ema))
+        self._measure = self._measure or self._make()
+        values = self._measure(state.ema)
+        self.run.writer.evaluation(step, self._name, values)
+        if self._summary:
+            self.run.log(f"step {step}: {self._name.replace('_', ' ')}: {self._summary(values)}")

@@ -60,6 +60,7 @@ def test_a_batch_has_the_documented_shapes_and_types(dataset, batches):
             "latents": ((8, 4, h, w, 4), np.float32),
             "motion": ((8, 2, h, w, 4), np.float32),
             "has_motion": ((8,), np.bool_),
+            "regions": ((8, 4, h, w, 3), np.bool_),
             "reference": ((8, h, w, 4), np.float32),
             "text": ((8, 6, 5), np.float32),
             "text_mask": ((8, 6), np.bool_),
@@ -97,12 +98,21 @@ def test_a_row_holds_the_right_slices_of_its_record():
     record["latents"] = np.arange(9)[:, None, None, None] * np.ones((9, 4, 4, 4))
     record["audio"] = np.arange(33)[:, None] * np.ones((33, 6))
     record["keypoints"] = np.arange(33)[:, None, None] * np.ones((33, 28, 3))
+    # The mouth is in the cell that the number of its pixel frame says, row by row.
+    cell = np.arange(33) % 16
+    corner = np.stack([cell % 4, cell // 4], 1) / 4 + 0.1
+    record["boxes"] = np.zeros((33, 4, 4))
+    record["boxes"][:, 1] = np.concatenate([corner, corner + 0.1], 1)
     # 0.99 is past the share of first windows, 0.5 of the starts 2..5 is 4; 0.6 of four references is the third.
     row = cut_window(record, 4, 0.75, MODEL, np.array([0.99, 0.5]), 0.6)
     assert row["latents"][:, 0, 0, 0].tolist() == [4, 5, 6, 7]
     assert row["motion"][:, 0, 0, 0].tolist() == [2, 3]
     assert row["has_motion"]
     assert row["keypoints"][:, 0, 0].tolist() == list(range(13, 29))
+    # Pixel frames 13..16 are cells 13, 14, 15 and 0, and so on, in region 1 of face, mouth and limbs.
+    cells = [np.flatnonzero(frame).tolist() for frame in row["regions"][..., 1]]
+    assert cells == [[0, 13, 14, 15], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert not row["regions"][..., [0, 2]].any()
     assert row["audio"][:, 0].tolist() == list(range(11, 31))
     np.testing.assert_array_equal(row["reference"], record["references"][2].astype(np.float32))
     np.testing.assert_array_equal(row["text"][:4], record["text"].astype(np.float32))
@@ -112,6 +122,9 @@ def test_a_row_holds_the_right_slices_of_its_record():
     assert first["latents"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert not first["has_motion"] and not first["motion"].any()
     assert first["keypoints"][:, 0, 0].tolist() == [0, 0, 0, 0, *range(1, 13)]
+    assert [np.flatnonzero(frame).tolist() for frame in first["regions"][..., 1]][:2] == [[0], [1, 2, 3, 4]]
+    record["boxes"] = np.zeros((0, 4, 4))
+    assert not cut_window(record, 4, 0.75, MODEL, np.array([0.1, 0.5]), 0.0)["regions"].any()
 
 
 def test_long_captions_are_cut_and_missing_conditions_are_zeros():

@@ -124,6 +124,20 @@ def test_held_out_clips_are_read_again_after_a_failure(dataset, monkeypatch):
     assert flaky.left == 0
 
 
+def test_crops_to_the_face_are_not_measured_as_held_out_clips(dataset):
+    changed = Dataset.open(dataset.directory)
+    held = [entry for entry in changed.index if entry["split"] == "heldout"]
+    kept = held[0]
+    for entry in held[1:]:
+        entry["view"] = "face"
+    assert len(held) > 2
+    row = changed.read(changed.index.index(kept))["latents"]
+    for batch in _feed(changed).held_out(2, slice(None)):
+        for latents in batch["latents"]:
+            # Every row is a part of the one clip that is left.
+            assert any(np.array_equal(row[i : i + len(latents)].astype(np.float32), latents) for i in range(len(row)))
+
+
 def test_a_held_out_clip_that_cannot_be_read_is_named(dataset, monkeypatch):
     monkeypatch.setattr(batches_lib, "RETRY_SECONDS", (0.01, 0.01))
     with pytest.raises(

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from data_pipelines import boxes
+from data_pipelines import keypoints as kp
 from data_pipelines.encoders import speech
 from data_pipelines.prepare import features, pipeline
 from data_pipelines.prepare.cut import Box, centre_box, choose_size, cuts, parse_sizes
@@ -164,6 +166,203 @@ def test_manifest_crop_moves_keypoints_and_picks_the_size(tmp_path):
     assert not record["keypoints"][:, 1].any()  # left of the crop
 
 
+def person(frames=9, shift=0.0):
+    """Keypoints (F,K,3) of a face and a left hand in the middle of the picture."""
+    places = {
+        "nose": (0.5, 0.5), "left_eye": (0.55, 0.4), "right_eye": (0.45, 0.4), "brow_left": (0.55, 0.36),
+        "brow_right": (0.45, 0.36), "left_ear": (0.6, 0.45), "right_ear": (0.4, 0.45), "mouth_left": (0.54, 0.56),
+        "mouth_right": (0.46, 0.56), "mouth_top": (0.5, 0.55), "mouth_bottom": (0.5, 0.58), "chin": (0.5, 0.65),
+        "left_wrist": (0.8, 0.8), "left_index_tip": (0.85, 0.75),
+    }  # fmt: skip
+    found = np.zeros((frames, kp.NUM_KEYPOINTS, 3), np.float32)
+    for name, (x, y) in places.items():
+        found[:, kp.INDEX[name]] = (x + shift, y, 1)
+    return found
+
+
+def test_boxes_come_from_any_keypoints_there_are_and_also_without_pose(tmp_path, talker):
+    np.savez(tmp_path / "given.npz", keypoints=person())
+    np.savez(tmp_path / "truth.npz", truth_keypoints=person())
+    np.savez(tmp_path / "both.npz", keypoints=person(), truth_keypoints=person(shift=0.2))
+    talker = dataclasses.replace(talker, end=0.36)
+    clips = [
+        dataclasses.replace(talker, id="given", annotations=tmp_path / "given.npz"),
+        dataclasses.replace(talker, id="no pose", annotations=tmp_path / "given.npz", pose=False),
+        dataclasses.replace(talker, id="truth", annotations=tmp_path / "truth.npz", pose=False),
+        dataclasses.replace(talker, id="both", annotations=tmp_path / "both.npz"),
+        dataclasses.replace(talker, id="detected"),
+        dataclasses.replace(talker, id="nothing", pose=False),
+    ]
+    seen = []
+
+    def detect(frames):
+        seen.append(len(frames))
+        return person(shift=0.1)
+
+    run(clips, tmp_path / "out", detect)
+    data = Dataset.open(tmp_path / "out")
+    records = {record["id"]: record for record in map(data.read, range(len(data)))}
+    expected = boxes.from_keypoints(person(), 1.0)
+    assert expected[:, :3].any((1, 2)).all() and not expected[:, 3].any()
+    for name in ("given", "no pose", "truth", "both"):
+        np.testing.assert_allclose(records[f"real/{name}"]["boxes"], expected, atol=1e-6)
+    moved = boxes.from_keypoints(person(shift=0.1), 1.0)
+    np.testing.assert_allclose(records["real/detected"]["boxes"], moved, atol=1e-6)
+    assert records["real/nothing"]["boxes"].shape == (0, 4, 4)
+    assert [entry["pose"] for entry in data.index] == [True, False, False, True, True, False]
+    assert seen == [9]  # nothing is detected for boxes alone
+
+
+def test_boxes_are_relative_to_the_crop_and_clipped_to_it(tmp_path):
+    media.write_mp4(tmp_path / "a.mp4", np.zeros((9, 64, 96, 3), np.uint8))
+    np.savez(tmp_path / "a.npz", truth_keypoints=person())
+    clip = manifest.RawClip(
+        "a", tmp_path / "a.mp4", "x", annotations=tmp_path / "a.npz", crop=(24, 0, 48, 64), pose=False
+    )
+    run([clip], tmp_path / "out")
+    record = Dataset.open(tmp_path / "out").read(0)
+    assert (record["height"], record["width"]) == (48, 32)
+    whole = boxes.from_keypoints(person(), 96 / 64) * [96, 64, 96, 64]
+    box = centre_box(Box(24, 0, 48, 64), (48, 32))  # 43 x 64 pixels
+    inside = (whole - [box.left, 0, box.left, 0]) / [box.width, 64, box.width, 64]
+    np.testing.assert_allclose(record["boxes"][:, :2], inside[:, :2], atol=1e-5)
+    # The arm is around x = 77..82 of 96; the crop ends at 69, and the padding reaches into it or not at all.
+    assert inside[0, 2, 0] > 1 and not record["boxes"][:, 2].any()
+
+
+def test_a_clip_with_too_few_annotated_rows_is_named_and_the_others_are_used(tmp_path, talker):
+    np.savez(tmp_path / "short.npz", keypoints=person(frames=12), mouth=np.zeros(20))
+    np.savez(tmp_path / "mouth.npz", mouth=np.zeros(7))
+    clips = [talker] + [
+        dataclasses.replace(talker, id=name, annotations=tmp_path / f"{name}.npz") for name in ("short", "mouth")
+    ]
+    summary, _ = run(clips, tmp_path / "out")
+    assert len(Dataset.open(tmp_path / "out")) == 2
+    assert "keypoints has 12 rows" in summary.table() and "mouth has 7 rows" in summary.table()
+
+
+def scene(folder, *, height=120, width=160, scale=0.5, pose=True, name="talker", frames=18):
+    """A clip of `person`, whose face moves right, in a picture with a gradient; `scale`: its size in the picture."""
+    points = person(frames)
+    seen = points[..., 2:] > 0
+    points[..., :2] = np.where(seen, 0.4 + (points[..., :2] - 0.5) * [scale * height / width, scale], 0)
+    points[..., 0] += np.where(seen[..., 0], np.linspace(0, 0.03, frames)[:, None], 0)
+    picture = np.zeros((frames, height, width, 3), np.uint8)
+    picture[..., 0] = np.arange(width)
+    picture[..., 1] = np.arange(height)[:, None]
+    media.write_mp4(folder / f"{name}.mp4", picture, audio=tone(frames), crf=4)
+    notes = {"truth_keypoints": points, "mouth": np.arange(frames, dtype=np.float32), "attributes": np.ones(2)}
+    np.savez(folder / f"{name}.npz", **notes, **({"keypoints": points} if pose else {}))
+    return manifest.RawClip(
+        name, folder / f"{name}.mp4", "synthetic", "hello", speaker="s", sentence="t", split="heldout",
+        pose=pose, annotations=folder / f"{name}.npz",
+    )  # fmt: skip
+
+
+def run_with_faces(clips, output, sizes=((32, 32),), **kwargs):
+    settings = dataclasses.replace(SETTINGS, face_crops=sizes)
+    options = {"latent_channels": 2, "extra": {}, "batch": 2} | kwargs
+    summary = pipeline.run(clips, output, settings, encoders(), CountingEncoder(), **options)
+    data = Dataset.open(output)
+    return summary, data, {record["id"]: record for record in map(data.read, range(len(data)))}
+
+
+def test_a_face_crop_shares_everything_but_the_picture_and_places_in_it(tmp_path):
+    summary, data, records = run_with_faces([scene(tmp_path), scene(tmp_path, name="b", pose=False)], tmp_path / "out")
+    whole = {f"synthetic/{name}-{cut}" for name in ("talker", "b") for cut in (0, 1)}
+    assert set(records) == whole | {f"{name}#face" for name in whole}
+    assert {entry["id"]: entry["view"] for entry in data.index} == {
+        name: "face" if name.endswith("#face") else "full" for name in records
+    }
+    moved = {"id", "view", "latents", "references", "keypoints", "boxes", "height", "width"}
+    for name in whole:
+        full, face = records[name], records[f"{name}#face"]
+        for field in set(full) - moved:
+            np.testing.assert_array_equal(face[field], full[field], err_msg=field)
+        assert face["audio"].any() and (face["height"], face["width"]) == (32, 32)
+        assert face["latents"].shape == (3, 4, 4, 2) and face["references"].shape == (4, 4, 4, 2)
+        assert (len(face["keypoints"]) > 0) == name.startswith("synthetic/talker")
+    # Clips and seconds are counted once.
+    columns, counts = (line.split() for line in summary.table().splitlines())
+    table = dict(zip(columns, counts, strict=False))
+    assert (table["clips"], table["seconds"], table["faces"], table["audio"], table["pose"]) == (
+        "4",
+        "1.4",
+        "4",
+        "4",
+        "2",
+    )
+    assert "4 of 32x32" in summary.table()
+
+
+def test_keypoints_boxes_latents_and_clip_of_a_face_crop_show_the_same_place(tmp_path):
+    """The picture's red says x and its green y in the source, so that the crop can be read from its frames."""
+    clip = scene(tmp_path)
+    settings = dataclasses.replace(SETTINGS, face_crops=((32, 32),))
+    made = {piece.record["id"]: piece for piece in pipeline.prepare_clip(clip, settings, encoders(), np.ones((1, 3)))}
+    face, full = made["synthetic/talker-0#face"], made["synthetic/talker-0"].record
+    shown = media.read_video(clip.path)[4].astype(float)
+    bias = [(shown[..., 0] - np.arange(160)).mean(), (shown[..., 1] - np.arange(120)[:, None]).mean(), 0]
+    frame = face.frames[4] - np.array(bias)  # the codec darkens colours by about one level
+    values = np.arange(4, 28) + 0.5  # the edges of a resized picture repeat pixels
+    x_fit = np.polyfit(values, frame[4:-4, 4:-4, 0].mean(0), 1)
+    y_fit = np.polyfit(values, frame[4:-4, 4:-4, 1].mean(1), 1)
+    scale, corner = np.array([x_fit[0], y_fit[0]]), np.array([x_fit[1], y_fit[1]]) + 0.5  # source pixels
+    nose = np.load(tmp_path / "talker.npz")["truth_keypoints"][4, kp.INDEX["nose"], :2] * [160, 120]
+    found = face.record["keypoints"][4, kp.INDEX["nose"], :2]
+    np.testing.assert_allclose(found * 32 * scale + corner, nose, atol=1)
+    # The mouth's box is at the same place of the source in both. The whole cut is 107 of the 120 pixels high.
+    cut = centre_box(Box(0, 0, 160, 120), (32, 48))
+    wanted = full["boxes"][4, 1] * np.tile([cut.width, cut.height], 2) + np.tile([cut.left, cut.top], 2)
+    found = face.record["boxes"][4, 1] * np.tile(32 * scale, 2) + np.tile(corner, 2)
+    np.testing.assert_allclose(found, wanted, atol=1)
+    # Latents, references and the mp4 are of these frames. The stand-in for the VAE averages 8 x 8 pixels.
+    _, data, records = run_with_faces([clip], tmp_path / "out")
+    record = records["synthetic/talker-0#face"]
+    for latent, chosen in zip(record["references"], record["reference_frames"], strict=True):
+        cells = face.frames[chosen].reshape(4, 8, 4, 8, 3).mean((1, 3, 4)) / 127.5 - 1
+        np.testing.assert_allclose(latent[..., 0], cells, atol=1e-3)
+    np.testing.assert_allclose(record["latents"][0, ..., 0], record["references"][0, ..., 0], atol=1e-3)
+    i = next(i for i, entry in enumerate(data.index) if entry["id"] == "synthetic/talker-0#face")
+    assert np.abs(media.read_video(data.clip_path(i)).astype(float) - face.frames).mean() < 4
+
+
+def test_a_face_that_is_too_far_too_near_or_missing_has_no_crop(tmp_path):
+    far, near = scene(tmp_path, scale=0.15, name="far"), scene(tmp_path, scale=2.8, name="near", width=120)
+    nobody = dataclasses.replace(scene(tmp_path, name="nobody"), annotations=None, pose=False)
+    summary, data, _ = run_with_faces([far, near, nobody], tmp_path / "out")
+    assert [entry["view"] for entry in data.index] == ["full"] * 6
+    assert dict(zip(*(line.split() for line in summary.table().splitlines()), strict=False))["faces"] == "0"
+
+
+def test_face_crops_are_made_from_one_decoding_and_one_encoding_of_speech_and_are_the_same_each_time(
+    tmp_path, monkeypatch
+):
+    clip, calls = scene(tmp_path), []
+
+    def counted(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(name), original(*a, **k))[1])
+
+    counted(media, "iter_video")
+    counted(media, "read_audio")
+    one = run_with_faces([clip], tmp_path / "one")[2]
+    assert calls == ["iter_video", "read_audio"]
+    other = run_with_faces([clip], tmp_path / "other", workers=1, batch=3)[2]
+    assert set(one) == set(other) and len(one) == 4
+    for name, record in one.items():
+        for field, value in record.items():
+            np.testing.assert_array_equal(other[name][field], value)
+
+
+def test_face_crops_change_the_digest_and_their_absence_does_not(tmp_path, talker):
+    digests = [
+        pipeline.inputs_digest([talker], dataclasses.replace(SETTINGS, face_crops=sizes), encoders(), "")
+        for sizes in ((), ((32, 32),), ((48, 48),))
+    ]
+    assert len(set(digests)) == 3 and digests[0] == pipeline.inputs_digest([talker], SETTINGS, encoders(), "")
+
+
 def test_bad_clips_are_named_and_the_others_are_used(tmp_path, talker):
     (tmp_path / "in/bad.mp4").write_text("no video")
     media.write_mp4(tmp_path / "in/short.mp4", brightness(0, 5, (32, 32)))
@@ -275,6 +474,7 @@ def test_the_command_writes_a_data_set_and_knows_it_again(tmp_path, talker):
     [
         (["--input=none", "--output=o", f"--vae={__file__}"], "does not exist"),
         (["--input=x", "--output=o", f"--vae={__file__}", "--clip_frames=10"], "1 + 4n"),
+        (["--input=x", "--output=o", f"--vae={__file__}", "--face_crops=50x48"], "--face_crops: 50x48 must be"),
         (["--input=x", "--output=o", f"--vae={__file__}", "--size=96x96"], "did you mean 'sizes'"),
     ],
 )

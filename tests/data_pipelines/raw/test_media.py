@@ -31,6 +31,19 @@ def test_frames_and_sound_round_trip(tmp_path):
     assert np.corrcoef(sound[middle], wave[middle])[0, 1] > 0.99  # also: not shifted by the coder's delay
 
 
+def test_the_same_frames_give_the_same_file_wherever_they_lie_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:96, :96]
+    disc = (x - 48 - 3 * np.arange(9)[:, None, None]) ** 2 + (y - 48) ** 2 < 400
+    clip = np.clip(np.where(disc, 200, 60)[..., None] + rng.normal(0, 10, (9, 96, 96, 3)), 0, 255).astype(np.uint8)
+    files, used = set(), []
+    for _ in range(20):
+        used = [rng.bytes(int(size)) for size in rng.integers(1000, 200_000, 30)]  # moves what is allocated next
+        media.write_mp4(tmp_path / "a.mp4", clip.copy())
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert used and len(files) == 1
+
+
 def test_file_plays_in_ordinary_players(tmp_path):
     media.write_mp4(tmp_path / "a.mp4", grey_ramp(25), audio=np.zeros(100, np.float32))
     with av.open(str(tmp_path / "a.mp4")) as file:

@@ -58,11 +58,44 @@ def test_a_third_of_training_clips_lacks_audio_or_pose_and_every_combination_occ
 
 
 def test_faces_dominate_and_all_sizes_and_framings_occur():
-    plans = [plan.plan(1, i) for i in range(400)]
-    near = np.mean([p.framing in ("close-up", "head and shoulders") for p in plans])
-    assert 0.55 < near < 0.75
+    plans = [plan.plan(1, i) for i in range(3000)]
+    for size in (*plan.SIZES, None):
+        of_size = [p for p in plans if size in (None, (p.height, p.width))]
+        assert 0.65 < np.mean([p.framing in ("close-up", "head and shoulders") for p in of_size]) < 0.8
     assert {p.framing for p in plans} == set(plan.FRAMINGS)
     assert {(p.height, p.width) for p in plans} == set(plan.SIZES)
+
+
+def test_two_fifths_are_calm_and_a_tenth_of_the_speakers_pause_at_either_end():
+    plans = [plan.plan(2, i) for i in range(3000)]
+    assert 0.37 < np.mean([p.sway == plan.CALM for p in plans]) < 0.43 and {p.sway for p in plans} == {plan.CALM, 1.0}
+    speakers = [p for p in plans if p.speaks]
+    for pause in plan.PAUSES:
+        assert 0.035 < np.mean([p.pause == pause for p in speakers]) < 0.065
+    assert not any(p.pause for p in plans if not p.speaks)
+
+
+@pytest.mark.parametrize("pause", plan.PAUSES)
+def test_a_pause_is_silent_and_the_mouth_is_shut_in_it(body, engine, pause):
+    wanted = (p for p in (plan.plan(3, i, (96, 96)) for i in range(2000)) if p.has_audio and p.pause == pause)
+    for chosen in (next(wanted), next(wanted)):
+        clip = clips.make(body, engine, dataclasses.replace(chosen, framing="close-up"), 3, 25)
+        loud = np.abs(clip.audio.reshape(25, -1)).max(1) > 0.02
+        silent = int(np.argmax(loud)) if pause == "begin" else int(np.argmax(loud[::-1]))
+        assert 0.2 * 25 < silent < 0.75 * 25 and loud.any()
+        # A frame or two at the border belong to the sound: lips move before and after it.
+        rest = clip.mouth[: silent - 3] if pause == "begin" else clip.mouth[len(loud) - silent + 3 :]
+        assert rest.max() < 0.1
+        assert clip.mouth.max() > rest.max() + 0.1
+
+
+def test_a_calm_person_moves_the_head_less_and_speaks_as_clearly(body, engine):
+    chosen = next(p for p in (plan.plan(3, i, (96, 96)) for i in range(200)) if _is_talking_close_up(p))
+    lively, calm = (clips.make(body, engine, dataclasses.replace(chosen, sway=s), 3, 25) for s in (1.0, plan.CALM))
+    nose = [np.ptp(clip.keypoints[:, kp.INDEX["nose"], :2], axis=0) for clip in (lively, calm)]
+    assert (nose[1] < 0.5 * nose[0]).all()
+    np.testing.assert_allclose(calm.mouth, lively.mouth, atol=0.02)
+    np.testing.assert_array_equal(calm.audio, lively.audio)
 
 
 def test_a_clip_is_a_function_of_seed_and_index(body, engine):

@@ -1,5 +1,6 @@
 """The parts of the renderer: speech and mouth shapes, seams, skeleton."""
 
+import re
 import time
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 
 from data_pipelines.raw import media
 from data_pipelines.synthetic import appearance, clips, clothes, mesh_cut, motion, people, skeleton, speech, visemes
-from data_pipelines.synthetic.sentences import HELDOUT, TRAIN
+from data_pipelines.synthetic.sentences import (
+    HELDOUT,
+    HELDOUT_FRAMES,
+    HELDOUT_WORDS,
+    TRAIN,
+    TRAIN_FRAMES,
+    TRAIN_WORDS,
+    sentences,
+)
 from omnihuman_jax.errors import UserError
 
 VOICE = speech.Voice("en-us+f2", 150, 50, 50)
@@ -20,14 +29,46 @@ def person(body):
 
 
 def test_there_are_enough_sentences_and_none_is_in_both_lists():
-    assert len(set(TRAIN)) >= 40 and len(set(HELDOUT)) >= 6
+    assert len(set(TRAIN)) == len(TRAIN) >= 2000 and len(set(HELDOUT)) == len(HELDOUT) >= 200
     assert not set(TRAIN) & set(HELDOUT)
+
+
+def words_of(texts):
+    return set(re.findall(r"[a-z']+", " ".join(texts).lower()))
+
+
+FUNCTION_WORDS = set("a an and as at away by have i in it my not of off or that the to up was you".split())
+
+
+def test_held_out_sentences_have_content_words_and_patterns_of_their_own():
+    assert len(words_of(TRAIN)) > 400 and len(words_of(HELDOUT)) > 100
+    assert words_of(TRAIN) & words_of(HELDOUT) <= FUNCTION_WORDS
+    assert not set(TRAIN_FRAMES) & set(HELDOUT_FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("made", "frames", "words"), [(TRAIN, TRAIN_FRAMES, TRAIN_WORDS), (HELDOUT, HELDOUT_FRAMES, HELDOUT_WORDS)]
+)
+def test_every_pattern_and_word_is_used_and_the_nth_sentence_depends_on_n_alone(made, frames, words):
+    everything = " ".join(made).lower()
+    assert all(word.lower() in everything for entries in words.values() for word in entries)
+    patterns = [re.sub(r"\\{\w\\}", ".+", re.escape(frame)) for frame in frames]
+    assert all(any(re.fullmatch(pattern, text, re.IGNORECASE) for text in made) for pattern in patterns)
+    assert not any("{" in text or "  " in text or text[0].islower() for text in made)
+    assert sentences(50, frames, words) == made[:50]
+
+
+def test_most_training_sentences_close_the_lips_and_bite_the_lower_lip_or_round_them():
+    closed = np.mean([bool(re.search("[pbm]", text.lower())) for text in TRAIN])
+    other = np.mean([bool(re.search("[fvw]|oo", text.lower())) for text in TRAIN])
+    assert closed > 0.97 and other > 0.9
 
 
 @pytest.mark.parametrize("accent", sorted(set(speech.ACCENTS)))
 def test_every_sound_of_every_sentence_has_a_mouth_shape(engine, accent):
-    said = speech.speak(engine, " ".join(TRAIN + HELDOUT), speech.Voice(accent, 170, 50, 50))
-    assert said.seconds > 60
+    some = TRAIN[::60] + HELDOUT[::20] + tuple(sorted(words_of(TRAIN + HELDOUT)))
+    said = speech.speak(engine, " ".join(some), speech.Voice(accent, 170, 50, 50))
+    assert said.seconds > 200
     assert all(visemes.shapes_of(symbol) for symbol in said.symbols)
 
 

@@ -1,0 +1,170 @@
+"""Condition gain: by how much the right condition lowers the loss, against another clip's and against none.
+
+Generated videos say after hours whether a network obeys a condition; this says it within minutes. On held-out clips at
+fixed noise, the loss of each clip is measured with the condition that belongs to it, with that of another clip, and
+without it. Stronger conditions are off, because a pose gives away what the audio says. A condition is obeyed where the
+right one beats both others; the region in which it shows (`conditions.Condition.region`) tells it first.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from omnihuman_jax import batch as batch_lib
+from omnihuman_jax import conditions, regions
+from omnihuman_jax.conditions import Condition
+from omnihuman_jax.diffusion import flow
+from omnihuman_jax.models.functional import Network
+from omnihuman_jax.random_keys import CONDITION_GAIN, purpose_key
+from omnihuman_jax.sharding import rules
+from omnihuman_jax.sharding.processes import compile_together
+from omnihuman_jax.training.state import abstract_state
+
+NOISE_LEVELS = (0.5, 0.75, 0.95)  # times t; the lower ones give away much of the picture
+VARIANTS = ("right", "wrong", "none")
+WHOLE = "all"  # beside the names of regions
+
+
+def partners(records: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """Row from which each row takes the wrong condition, int (B,); -1 where there is none.
+
+    Args:
+      records: (B,), the clip of each row.
+      has: bool (B,), whether it has the condition.
+    """
+    found = np.full(len(records), -1)
+    rows = np.flatnonzero(has)
+    for place, row in enumerate(rows):
+        # From the other half of the batch on, since neighbours in a data set may show the same person.
+        others = np.roll(rows, -(place + max(len(rows) // 2, 1)))
+        different = others[records[others] != records[row]]
+        if len(different):
+            found[row] = different[0]
+    return found
+
+
+def percent_gain(right: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Gain of losses `right` over `other`, both (n,) by clip: mean of the differences and its standard error.
+
+    Both are percentages of the mean of `right`; {} with fewer than two clips.
+    """
+    if len(right) < 2:
+        return {}
+    difference, scale = np.asarray(other, np.float64) - right, 100 / np.mean(right, dtype=np.float64)
+    return {
+        "gain": float(scale * difference.mean()),
+        "error": float(scale * difference.std(ddof=1) / np.sqrt(len(difference))),
+        "clips": len(difference),
+    }
+
+
+class ConditionGain:
+    """The gain of every condition on fixed batches.
+
+    Args:
+      config: resolved config.
+      network: the network.
+      mesh: the mesh.
+      batches: this process's rows of held-out batches; `active` names the conditions that each clip has and `record`
+        its clip.
+    """
+
+    def __init__(self, config: ConfigDict, network: Network, mesh: Mesh, batches: Sequence[Mapping[str, np.ndarray]]):
+        self._config, self._mesh, self._batches = config, mesh, batches
+        self._loss = _jit_losses(config, network, mesh)
+        self._compiled: dict[tuple[int, ...], Callable[..., jax.Array]] = {}
+
+    def __call__(self, params: Any) -> dict[str, Any]:
+        """condition -> region or "all" -> time -> "wrong" and "none" -> `percent_gain`."""
+        found: dict[tuple[str, str, float], list[np.ndarray]] = {}
+        for name, level, losses in self._measured(params):
+            for where, values in zip((WHOLE, conditions.get(name).region), np.moveaxis(losses, -1, 0), strict=True):
+                if where:
+                    found.setdefault((name, where, level), []).append(values)
+        result: dict[str, Any] = {}
+        for (name, where, level), parts in found.items():
+            rows = np.concatenate(parts, axis=1)  # (variants, clips)
+            right, *others = rows[:, np.isfinite(rows).all(0)]
+            gains = {variant: percent_gain(right, other) for variant, other in zip(VARIANTS[1:], others, strict=True)}
+            result.setdefault(name, {}).setdefault(where, {})[f"{level:g}"] = gains
+        return result
+
+    def _measured(self, params: Any) -> Iterator[tuple[str, float, np.ndarray]]:
+        """(condition, t, losses (variants, B, [all, region])) of every batch; NaN where a row cannot tell."""
+        for number, batch in enumerate(self._batches):
+            for condition in conditions.table():
+                variants = [self._variant(batch, condition, variant) for variant in VARIANTS]
+                for level in NOISE_LEVELS:
+                    key = jax.random.fold_in(purpose_key(self._config.seed, CONDITION_GAIN), number)
+                    losses = [self._losses(params, variant, level, key) for variant in variants]
+                    yield condition.name, level, np.stack(losses)
+
+    def _variant(self, batch: Mapping[str, np.ndarray], condition: Condition, variant: str) -> dict[str, jax.Array]:
+        place = conditions.index(condition.name)
+        has = batch["active"][:, place]
+        partner = partners(batch["record"], has)
+        active = batch["active"] & (np.arange(batch["active"].shape[1]) <= place - (variant == "none"))
+        changed = dict(batch) | {"active": active}
+        if variant == "wrong":
+            for name in condition.batch_fields(self._config.model, batch_lib.bucket_of(batch)):
+                changed[name] = np.where(_rows(partner >= 0, batch[name]), batch[name][partner], batch[name])
+        where = regions.index(condition.region) if condition.region else 0
+        placed = batch_lib.place(self._config, self._mesh, changed)
+        told = {"gain_region": batch["regions"][..., where], "gain_rows": partner >= 0}
+        return placed | {name: self._place(value) for name, value in told.items()}
+
+    def _place(self, value: np.ndarray) -> jax.Array:
+        shape = (self._config.global_batch_size, *value.shape[1:])
+        return jax.make_array_from_process_local_data(rules.batch_sharding(self._mesh), value, shape)
+
+    def _losses(self, params: Any, batch: Any, level: float, key: jax.Array) -> np.ndarray:
+        shape, arguments = batch["latents"].shape, (params, batch, jnp.float32(level), key)
+        if shape not in self._compiled:
+            self._compiled[shape] = compile_together(self._loss, *arguments)
+        return np.asarray(self._compiled[shape](*arguments))
+
+
+def _rows(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _jit_losses(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
+    """losses(params, batch, t, key) -> (B, 2): of all cells, of those in `gain_region`; NaN for other `gain_rows`."""
+
+    def losses(params: Any, batch: Any, level: jax.Array, key: jax.Array) -> jax.Array:
+        x0 = batch["latents"]
+        eps = jax.random.normal(key, x0.shape)
+        t = jnp.full(len(x0), level)
+        predicted, target = network.apply(params, flow.interpolate(x0, eps, t), t, batch), flow.velocity(x0, eps)
+        region = batch["gain_region"]
+        inside = flow.flow_loss(predicted, target, region)
+        inside = jnp.where(region.any(axis=(1, 2, 3)), inside, jnp.nan)
+        found = jnp.stack([flow.flow_loss(predicted, target), inside], axis=-1)
+        return jnp.where(batch["gain_rows"][:, None], found, jnp.nan)
+
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network)).params
+    replicated = rules.replicated(mesh)
+    return jax.jit(
+        losses,
+        in_shardings=(shardings, rules.batch_sharding(mesh), replicated, replicated),
+        out_shardings=replicated,
+    )
+
+
+def summary(gains: Mapping[str, Any]) -> str:
+    """One line for the log: the mean gain of each condition over the times, where it shows."""
+    parts = []
+    for name, by_region in gains.items():
+        where, by_level = list(by_region.items())[-1]  # the condition's own region if it has one
+        for variant in VARIANTS[1:]:
+            told = [gain[variant] for gain in by_level.values() if gain[variant]]
+            if told:
+                mean = np.mean([gain["gain"] for gain in told])
+                error = np.mean([gain["error"] for gain in told])  # of the same clips, so errors do not shrink
+                parts.append(f"{name} ({where}) {mean:+.2f} ± {error:.2f} % against {variant}")
+    return ", ".join(parts)
