@@ -27,13 +27,14 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
     config.model.dtype = "float32"  # the faster one on CPU
     config.data.dir = "runs/demo/data"
-    rows = (("stage1", 200, 4e-3), ("stage2_warmup", 500, 3e-3), ("stage2", 150, 3e-3), ("stage3", 150, 2e-3))
+    rows = (("stage1", 150, 4e-3), ("stage2_warmup", 400, 3e-3), ("stage2", 120, 3e-3), ("stage3", 120, 2e-3))
     for name, steps, rate in rows:
         config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
     teach_speech(config)
     config.optimizer.b2 = 0.99  # moments over 100 steps, not over 1000
     config.ema_decay = 0.98
     config.checkpoint.update({"every": 100, "keep": 2})
+    config.evaluation.update({"gain_every": 110, "batches": 1})
     config.log_every = 5
     config.guidance.update({"scale": 3.0, "final_scale": 1.5})
     config.sample.update({"steps": 12})

@@ -53,6 +53,7 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
     assert report["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
     assert [(step["stage"], step["same_as"]) for step in report["steps"]] == [
         ("stage1", "stage1"),
+        ("stage2_warmup", "stage1"),
         ("stage2", "stage1"),
         ("stage3", "stage1"),
     ]
