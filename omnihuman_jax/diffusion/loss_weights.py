@@ -19,9 +19,9 @@ def choose_only(key: jax.Array, batch: int, only: jax.Array) -> jax.Array:
 
     `only` (R,) is the share of the rows for each region.
     """
-    edges = jnp.cumsum(only)
+    edges = jnp.concatenate([jnp.zeros(1), jnp.cumsum(only)])
     draw = jax.random.uniform(key, (batch, 1))
-    return (draw < edges) & (draw >= edges - only)
+    return (draw >= edges[:-1]) & (draw < edges[1:])
 
 
 def region_weights(regions: jax.Array, shares: jax.Array, only: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """The stage table: what each stage trains on and for how long, and what becomes of it when the config changes.
 
 A run's table is what was really trained: a change in the middle of a stage ends its row and begins another of the same
-name. Rows of one name that follow each other directly are one stage. The position of every data source follows from the
+name. Rows of one name that follow each other directly are one stage. What only the train step reads (learning rate,
+times, weights of the loss) needs no new row: a row has the newest. The position of every data source follows from the
 rows, so a checkpoint that holds the table and its step needs to hold nothing else about the data.
 """
 
@@ -344,10 +345,10 @@ def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
         ("warm-up steps", old.warmup_steps, new.warmup_steps),
         ("mean of the times", old.time_mean, new.time_mean),
         ("spread of the times", old.time_std, new.time_std),
-        ("mean of the times by condition", old.time_mean_by_condition, new.time_mean_by_condition),
-        ("learning rate factors", old.rate_factors, new.rate_factors),
-        ("shares of the loss", old.region_shares, new.region_shares),
-        ("shares of samples with one region", old.region_only, new.region_only),
+        ("mean of the times by condition", old.time_mean_by_condition or "none", new.time_mean_by_condition or "none"),
+        ("learning rate factors", old.rate_factors or "none", new.rate_factors or "none"),
+        ("shares of the loss", old.region_shares or "none", new.region_shares or "none"),
+        ("shares of samples with one region", old.region_only or "none", new.region_only or "none"),
     ]
     return [(what, _text(a), _text(b)) for what, a, b in pairs if a != b]
 
@@ -355,6 +356,8 @@ def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
 def _text(value: Any) -> str:
     if value is None:
         return "by the data"
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         return ",".join(f"{_key(name)}={share:g}" for name, share in value.items())
     return f"{value:g}"
