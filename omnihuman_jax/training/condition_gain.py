@@ -1,9 +1,9 @@
 """Condition gain: by how much the right condition lowers the loss, against another clip's and against none.
 
-Generated videos say after hours whether a network obeys a condition; this says it within minutes. On held-out clips at
-fixed noise, the loss of each clip is measured with the condition that belongs to it, with that of another clip, and
-without it. Stronger conditions are off, because a pose gives away what the audio says. A condition is obeyed where the
-right one beats both others; the region in which it shows (`conditions.Condition.region`) tells it first.
+Generated videos show after hours whether a network follows a condition; the gain shows it within minutes. On held-out
+clips at fixed noise, the loss of each clip is measured with its own condition, with that of another clip, and without
+one. Stronger conditions are off, because a pose reveals what the audio contains. The network follows a condition if the
+right one beats both others. The effect appears first in the region of the condition (`conditions.Condition.region`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,22 +25,22 @@ from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.processes import compile_together
 from omnihuman_jax.training.state import abstract_state
 
-NOISE_LEVELS = (0.5, 0.75, 0.95)  # times t; the lower ones give away much of the picture
+NOISE_LEVELS = (0.5, 0.75, 0.95)  # times t; the lower ones reveal much of the picture
 VARIANTS = ("right", "wrong", "none")
-WHOLE = "all"  # beside the names of regions
+WHOLE = "all"  # the whole picture, next to the region names
 
 
 def partners(records: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """Row from which each row takes the wrong condition, int (B,); -1 where there is none.
+    """Row that supplies the wrong condition for each row, int (B,); -1 if there is none.
 
     Args:
       records: (B,), the clip of each row.
-      has: bool (B,), whether it has the condition.
+      has: bool (B,), whether the row has the condition.
     """
     found = np.full(len(records), -1)
     rows = np.flatnonzero(has)
     for place, row in enumerate(rows):
-        # From the other half of the batch on, since neighbours in a data set may show the same person.
+        # Start half a batch away, since neighbours in a data set may show the same person.
         others = np.roll(rows, -(place + max(len(rows) // 2, 1)))
         different = others[records[others] != records[row]]
         if len(different):
@@ -49,9 +49,9 @@ def partners(records: np.ndarray, has: np.ndarray) -> np.ndarray:
 
 
 def percent_gain(right: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Gain of losses `right` over `other`, both (n,) by clip: mean of the differences and its standard error.
+    """Gain of the per-clip losses `right` over `other`, both (n,): mean difference and its standard error.
 
-    Both are percentages of the mean of `right`; {} with fewer than two clips.
+    Both are percentages of the mean of `right`; {} for fewer than two clips.
     """
     if len(right) < 2:
         return {}
@@ -64,13 +64,13 @@ def percent_gain(right: np.ndarray, other: np.ndarray) -> dict[str, float]:
 
 
 class ConditionGain:
-    """The gain of every condition on fixed batches.
+    """Gain of every condition on fixed batches.
 
     Args:
       config: resolved config.
       network: the network.
       mesh: the mesh.
-      batches: this process's rows of held-out batches; `active` names the conditions that each clip has and `record`
+      batches: rows of held-out batches that this process holds; `active` marks the conditions of each row, `record` is
         its clip.
     """
 
@@ -95,7 +95,7 @@ class ConditionGain:
         return result
 
     def _measured(self, params: Any) -> Iterator[tuple[str, float, np.ndarray]]:
-        """(condition, t, losses (variants, B, [all, region])) of every batch; NaN where a row cannot tell."""
+        """(condition, t, losses (variants, B, [all, region])) of every batch; NaN if a row has no valid value."""
         for number, batch in enumerate(self._batches):
             for condition in conditions.table():
                 variants = [self._variant(batch, condition, variant) for variant in VARIANTS]
@@ -115,8 +115,8 @@ class ConditionGain:
                 changed[name] = np.where(_rows(partner >= 0, batch[name]), batch[name][partner], batch[name])
         where = regions.index(condition.region) if condition.region else 0
         placed = batch_lib.place(self._config, self._mesh, changed)
-        told = {"gain_region": batch["regions"][..., where], "gain_rows": partner >= 0}
-        return placed | {name: self._place(value) for name, value in told.items()}
+        masks = {"gain_region": batch["regions"][..., where], "gain_rows": partner >= 0}
+        return placed | {name: self._place(value) for name, value in masks.items()}
 
     def _place(self, value: np.ndarray) -> jax.Array:
         shape = (self._config.global_batch_size, *value.shape[1:])
@@ -134,7 +134,7 @@ def _rows(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def _jit_losses(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
-    """losses(params, batch, t, key) -> (B, 2): of all cells, of those in `gain_region`; NaN for other `gain_rows`."""
+    """losses(params, batch, t, key) -> (B, 2): over all cells and `gain_region`; NaN for rows not in `gain_rows`."""
 
     def losses(params: Any, batch: Any, level: jax.Array, key: jax.Array) -> jax.Array:
         x0 = batch["latents"]
@@ -157,14 +157,14 @@ def _jit_losses(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
 
 
 def summary(gains: Mapping[str, Any]) -> str:
-    """One line for the log: the mean gain of each condition over the times, where it shows."""
+    """One line for the log: the gain of each condition in its region, averaged over the times."""
     parts = []
     for name, by_region in gains.items():
-        where, by_level = list(by_region.items())[-1]  # the condition's own region if it has one
+        where, by_level = list(by_region.items())[-1]  # the region of the condition, if it has one
         for variant in VARIANTS[1:]:
-            told = [gain[variant] for gain in by_level.values() if gain[variant]]
-            if told:
-                mean = np.mean([gain["gain"] for gain in told])
-                error = np.mean([gain["error"] for gain in told])  # of the same clips, so errors do not shrink
+            measured = [gain[variant] for gain in by_level.values() if gain[variant]]
+            if measured:
+                mean = np.mean([gain["gain"] for gain in measured])
+                error = np.mean([gain["error"] for gain in measured])  # same clips, so the error does not shrink
                 parts.append(f"{name} ({where}) {mean:+.2f} ± {error:.2f} % against {variant}")
     return ", ".join(parts)
