@@ -27,7 +27,7 @@ from omnihuman_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of all outputs.")
 _CONFIG = flags.DEFINE_string("config", "experiments/configs/demo.py", "Preset to train, PRESET.py[:ARG].")
-_CLIPS = flags.DEFINE_integer("clips", 240, "Rendered clips to make.", lower_bound=8)
+_CLIPS = flags.DEFINE_integer("clips", 320, "Rendered clips to make.", lower_bound=8)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
 _EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per metric in the report.")
 

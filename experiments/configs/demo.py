@@ -27,7 +27,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
     config.model.dtype = "float32"  # the faster one on CPU
     config.data.dir = "runs/demo/data"
-    rows = (("stage1", 150, 4e-3), ("stage2_warmup", 400, 3e-3), ("stage2", 120, 3e-3), ("stage3", 120, 2e-3))
+    rows = (("stage1", 120, 4e-3), ("stage2_warmup", 250, 3e-3), ("stage2", 80, 3e-3), ("stage3", 120, 2e-3))
     for name, steps, rate in rows:
         config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
     teach_speech(config)
