@@ -1,7 +1,7 @@
 """Boxes around the face, the mouth and the lower arms, from keypoints.
 
-A box array is (..., 4, 4) float32: the boxes of `omnihuman_jax.regions.BOXES`, each left, top, right and bottom as
-fractions of the picture; zeros for a box that is unknown.
+A box array is (..., 4, 4) float32: the boxes of `omnihuman_jax.regions.BOXES`, each as left, top, right and bottom in
+fractions of the picture; unknown boxes are zeros.
 """
 
 import numpy as np
@@ -12,10 +12,10 @@ from omnihuman_jax import regions
 NAMES = regions.BOXES
 LIPS = ("mouth_left", "mouth_right", "mouth_top", "mouth_bottom")
 FACE = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "brow_left", "brow_right", "chin", *LIPS)
-# Without both eyes and the mouth the other points do not say how large the face is.
+# Without both eyes and the mouth, the other points do not determine the size of the face.
 FACE_NEEDS = ("left_eye", "right_eye", "mouth_top", "mouth_bottom")
 ARM = ("elbow", "wrist", "thumb_tip", "index_tip")
-ARM_LEAST = 0.04  # padding of an arm in picture heights, where only one point is seen or the arm points to the camera
+ARM_LEAST = 0.04  # minimum padding in picture heights, if only one point is seen or the arm points at the camera
 
 
 def from_keypoints(keypoints: np.ndarray, aspect: float) -> np.ndarray:
@@ -28,7 +28,7 @@ def from_keypoints(keypoints: np.ndarray, aspect: float) -> np.ndarray:
     Returns:
       (F,4,4) float32.
     """
-    points = np.asarray(keypoints, np.float64) * [aspect, 1, 1]  # in picture heights, so that paddings are round
+    points = np.asarray(keypoints, np.float64) * [aspect, 1, 1]  # in picture heights, so padding is equal in x and y
     points = np.where(np.isfinite(points).all(-1, keepdims=True), points, 0)
     found = {"face": _face(points), "mouth": _mouth(points)}
     found |= {f"{side}_arm": _arm(points, side) for side in ("left", "right")}
@@ -36,7 +36,7 @@ def from_keypoints(keypoints: np.ndarray, aspect: float) -> np.ndarray:
 
 
 def crop(boxes: np.ndarray, left: float, top: float, width: float, height: float) -> np.ndarray:
-    """Boxes (..., 4, 4) relative to a crop and clipped to it; left, top, width, height: fractions of the full picture.
+    """Boxes (..., 4, 4) relative to a crop and clipped to it; left, top, width, height are fractions of the picture.
 
     Raises:
       ValueError: width or height is not positive.
@@ -53,13 +53,13 @@ def known(boxes: np.ndarray) -> np.ndarray:
 
 
 def _clipped(boxes: np.ndarray) -> np.ndarray:
-    """Boxes (..., 4) float32 inside the picture; zeros where nothing is left, or where it is NaN."""
+    """Boxes (..., 4) float32 inside the picture; zeros if nothing is left or the box is NaN."""
     inside = np.clip(np.nan_to_num(boxes, nan=0.0), 0, 1).astype(np.float32)
     return np.where(known(inside)[..., None], inside, np.float32(0))
 
 
 def _around(points: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The box (F,4) around those of the named points that are seen, and (F,N) which are; NaN if none is."""
+    """The box (F,4) around the visible named points, NaN if none; and (F,N), which points are visible."""
     chosen = points[:, [kp.INDEX[name] for name in names]]
     seen = chosen[..., 2] > 0
     low = np.where(seen[..., None], chosen[..., :2], np.inf).min(1)
@@ -68,12 +68,12 @@ def _around(points: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, np.
 
 
 def _at(points: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """y (F,) of a point, and whether it is seen (F,)."""
+    """y (F,) of a point, and whether it is visible (F,)."""
     return points[:, kp.INDEX[name], 1], points[:, kp.INDEX[name], 2] > 0
 
 
 def _mouth(points: np.ndarray) -> np.ndarray:
-    """(F,4): from just above the upper lip to half way between lower lip and chin; NaN unless all four points are seen.
+    """(F,4): from above the upper lip to halfway between lower lip and chin; NaN unless all four points are visible.
 
     The points follow the inner edge of the lips, so an open mouth moves the lower edge down.
     """
@@ -87,11 +87,11 @@ def _mouth(points: np.ndarray) -> np.ndarray:
 
 
 def _face(points: np.ndarray) -> np.ndarray:
-    """(F,4): from the hair line to below the chin, with a margin at the sides; NaN unless `FACE_NEEDS` are seen."""
+    """(F,4): from the hair line to below the chin, with side margins; NaN unless all of `FACE_NEEDS` are visible."""
     box, _ = _around(points, FACE)
     needed = _around(points, FACE_NEEDS)[1].all(1)
     left, top, right, bottom = np.where(needed[:, None], box, np.nan).T
-    # From the brows to the chin are two thirds of a face. Without the chin, what is seen ends at the mouth.
+    # Brows to chin is two thirds of a face. Without the chin, the visible points end at the mouth.
     has_chin = _at(points, "chin")[1]
     below = np.where(has_chin, 0.08, 0.6) * (bottom - top)
     height = np.where(has_chin, 1.0, 1.5) * (bottom - top)
@@ -100,7 +100,7 @@ def _face(points: np.ndarray) -> np.ndarray:
 
 
 def _arm(points: np.ndarray, side: str) -> np.ndarray:
-    """(F,4): around those of elbow, wrist and finger tips that are seen; NaN if none is."""
+    """(F,4): around the visible points of elbow, wrist and fingertips; NaN if none."""
     box, _ = _around(points, tuple(f"{side}_{joint}" for joint in ARM))
     pad = np.maximum(0.2 * np.maximum(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]), ARM_LEAST)[:, None]
     return box + np.concatenate([-pad, -pad, pad, pad], 1)

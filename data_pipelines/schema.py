@@ -135,6 +135,11 @@ def view_id(record_id: str, view: str) -> str:
     return record_id if view == FULL else f"{record_id}#{view}"
 
 
+def clip_id(record_id: str) -> str:
+    """The inverse of `view_id`: the id of the clip that a record is a view of."""
+    return record_id.removesuffix(f"#{FACE}")
+
+
 def full_records(dataset: Dataset, split: str | None = None) -> list[int]:
     """Indices of a split's records (None: of all) that show the whole picture: those are evaluated and shown."""
     entries = enumerate(dataset.index)

@@ -27,7 +27,7 @@ from omnihuman_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of all outputs.")
 _CONFIG = flags.DEFINE_string("config", "experiments/configs/demo.py", "Preset to train, PRESET.py[:ARG].")
-_CLIPS = flags.DEFINE_integer("clips", 240, "Rendered clips to make.", lower_bound=8)
+_CLIPS = flags.DEFINE_integer("clips", 320, "Rendered clips to make.", lower_bound=8)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the rendered clips.")
 _EVALUATION_CLIPS = flags.DEFINE_integer("evaluation_clips", 6, "Held-out clips per metric in the report.")
 
@@ -195,6 +195,8 @@ def main(_: list[str]) -> None:
         # If the speech encoder could not be fetched, log-mel features of another width replace its own.
         width = f"--config.model.audio_dim={data.meta.sizes['audio_dim']}"
         places = [f"--workdir={workdir}", f"--config.data.dir={data.directory}"]
+        steps = sum(config.stages[name].steps for name in config.stage_order)
+        places.append(f"--config.evaluation.gain_every={max(1, steps // 7)}")
         if not any(entry["view"] == FACE and entry["audio"] and entry["split"] == "train" for entry in data.index):
             print("going on without the warm-up of speech: there are no crops of speaking faces", flush=True)
             places.append("--config.stages.stage2_warmup.steps=0")

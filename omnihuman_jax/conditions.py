@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from omnihuman_jax import frames
+from omnihuman_jax import frames, regions
 from omnihuman_jax.errors import UserError, nearest
 
 
@@ -119,10 +119,12 @@ def register(condition: Condition, *, after: str) -> None:
     """Adds a condition to the table, one place stronger than `after`. Call it before anything reads the table.
 
     Raises:
-      UserError: the name is taken, or there is no condition `after`.
+      UserError: the name is taken, or there is no condition `after` or no such region.
     """
     if condition.name in names():
         raise UserError(f"condition {condition.name!r} is already in the table; register another name")
+    if condition.region:
+        regions.index(condition.region)
     _TABLE.insert(index(after) + 1, condition)
 
 

@@ -1,7 +1,7 @@
-"""Regions of a picture in which a condition shows: the mouth and face follow speech, the limbs follow the pose.
+"""Picture regions in which a condition shows: mouth and face follow speech, the limbs follow the pose.
 
-Records hold boxes for each pixel frame; a batch holds, for each region, the latent cells that it touches. They weight
-the loss (`diffusion.loss_weights`) and say where the gain of a condition is measured. The network never sees them.
+Records hold boxes for each pixel frame; a batch holds the latent cells that each region touches. The cells weight the
+loss (`diffusion.loss_weights`) and define where condition gain is measured. The network never sees them.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.frames import STRIDE
 
-BOXES = ("face", "mouth", "left_arm", "right_arm")  # of a record, (F, 4, 4)
+BOXES = ("face", "mouth", "left_arm", "right_arm")  # in a record, (F, 4, 4)
 _BOXES_OF = {"face": ("face",), "mouth": ("mouth",), "limbs": ("left_arm", "right_arm")}
 NAMES = tuple(_BOXES_OF)
 
@@ -18,7 +18,7 @@ def index(name: str) -> int:
     """Position of a region in `NAMES`.
 
     Raises:
-      UserError: there is no such region.
+      UserError: unknown region.
     """
     if name not in NAMES:
         raise UserError(f"unknown region {name!r}{nearest(name, NAMES)}")
@@ -26,11 +26,11 @@ def index(name: str) -> int:
 
 
 def cells(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The latent cells that each region touches in any of the pixel frames of its latent frame.
+    """Latent cells that each region touches in any pixel frame of the latent frame.
 
     Args:
-      boxes: (4T, boxes, 4) left, top, right, bottom as fractions of the picture, the four pixel frames of each latent
-        frame after one another; a box without area is unknown.
+      boxes: (4T, boxes, 4) left, top, right, bottom as fractions of the picture, with the four pixel frames of each
+        latent frame in sequence; a box without area is unknown.
       height: latent rows H.
       width: latent columns W.
 

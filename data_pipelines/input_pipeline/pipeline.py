@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.batches import Batches, read_record
 from data_pipelines.input_pipeline.loader import make_loader
 from data_pipelines.input_pipeline.windows import cut_window
-from data_pipelines.schema import Dataset
+from data_pipelines.schema import Dataset, clip_id
 from omnihuman_jax import conditions
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.training.stages import Stage
@@ -63,7 +63,8 @@ class InputPipeline:
     def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
         """The global `rows` of `count` fixed batches of held-out clips, with all conditions that each clip has.
 
-        A batch has one shape and one view, full frames or crops to the "face". The most frequent shapes come first;
+        `clip` (B,) numbers the clips: a crop has that of its clip. A
+        batch has one shape and one view, full frames or crops to the "face". The most frequent shapes come first;
         clips repeat if there are too few.
         """
         dataset, (size, frames) = self._batches.dataset, self._held_out_size
@@ -83,7 +84,8 @@ class InputPipeline:
         draw = np.array([1.0, 0.5])  # the middle of the clip, after motion frames if it is long enough
         cut = [cut_window(read_record(dataset, i), frames, 1.0, self._batches.model, draw, 0.0) for i in members]
         active = np.stack([conditions.eligibility(dataset.index[i]) for i in members])
+        clips = sorted({clip_id(entry["id"]) for entry in dataset.index if entry["split"] == "heldout"})
         return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {
             "active": active,
-            "record": np.array(members, np.int32),
+            "clip": np.array([clips.index(clip_id(dataset.index[i]["id"])) for i in members], np.int32),
         }

@@ -1,4 +1,4 @@
-"""One more clip from a cut: a fixed box around the face, in which the lips have more pixels and latent cells."""
+"""Extra clip from a cut: a fixed crop of the face, in which the lips cover more pixels and latent cells."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from data_pipelines import boxes
 from data_pipelines.prepare.cut import Box, Cut, by_aspect
 
-MIN_SEEN = 0.9  # share of the frames in which the face must be known, and of those in which the crop must hold it
-EXTENT = 1.25  # side of the crop in extents of the face over the clip,
-LEAST_EXTENT = 1.05  # and where the picture or `MAX_PART` leave less room
-MAX_ENLARGED = 1.6  # more would train on blur
-MAX_PART = 0.85  # of the whole cut's area; a larger one would show the same again
-OUTLIERS = 0.02  # share of frames at either end that does not count for the extent; a detector jumps now and then
+MIN_SEEN = 0.9  # share of frames in which the face must be known, and of those, in which the crop must contain it
+EXTENT = 1.25  # side of the crop as a multiple of the face extent over the clip
+LEAST_EXTENT = 1.05  # minimum of this multiple, if the picture or `MAX_PART` leave less room
+MAX_ENLARGED = 1.6  # enlargement limit; more would train on blur
+MAX_PART = 0.85  # of the area of the cut; a larger crop would look the same as the cut
+OUTLIERS = 0.02  # share of frames ignored at either end of the extent, since a detector jumps occasionally
 
 
 def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut | None:
-    """The cut cropped to its face, at the first size that fits; None without one.
+    """The cut cropped to the face, at the first size that fits; None if no size fits.
 
-    Of sizes (height, width) with the aspect ratio nearest to the face's, the largest comes first. A size does not fit
-    if the crop would be enlarged by more than `MAX_ENLARGED`, have to cover more than `MAX_PART` of the cut, or lose
-    the face.
+    Sizes (height, width) are tried by aspect ratio, nearest to the face first, then from large to small. A size does
+    not fit if the crop would be enlarged by more than `MAX_ENLARGED`, would have to cover more than `MAX_PART` of the
+    cut, or would lose the face.
 
     Args:
-      found: (F,4,4) boxes relative to the cut's box, or no rows.
+      found: (F,4,4) boxes relative to the box of the cut, or no rows.
     """
     if not len(found) or not sizes:
         return None
@@ -37,7 +37,7 @@ def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut
     picture = np.array([cut.box.width, cut.box.height])
     face, mouth = face[seen] * np.tile(picture, 2), mouth[seen] * np.tile(picture, 2)
     low, high = np.quantile(face[:, :2], OUTLIERS, axis=0), np.quantile(face[:, 2:], 1 - OUTLIERS, axis=0)
-    # The upper edge of the mouth's box is half way from the tip of the nose to the lips.
+    # The upper edge of the mouth box is halfway from the tip of the nose to the lips.
     centre = np.array([(mouth[:, 0] + mouth[:, 2]).mean() / 2, mouth[:, 1].mean()])
     for size in by_aspect(*(high - low)[::-1], sizes):
         box = _box(picture, low, high, centre, size)
@@ -55,7 +55,7 @@ def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut
 def _box(
     picture: np.ndarray, low: np.ndarray, high: np.ndarray, centre: np.ndarray, size: tuple[int, int]
 ) -> Box | None:
-    """The box of a size's aspect ratio around `centre` that holds low..high, inside the picture; None if it is too big.
+    """A box in the picture around `centre` with the aspect ratio of `size` that holds low..high; None if too big.
 
     Args:
       picture: width, height in pixels.
@@ -68,13 +68,13 @@ def _box(
     if room < LEAST_EXTENT * face:
         return None
     sides = np.maximum(np.floor(shape * min(EXTENT * face, room) + 1e-6), 1)
-    corner = np.clip(centre - sides / 2, high - sides, np.maximum(low, high - sides))  # a moved face stays inside
+    corner = np.clip(centre - sides / 2, high - sides, np.maximum(low, high - sides))  # keeps an off-centre face inside
     corner = np.rint(np.clip(corner, 0, picture - sides))
     return Box(*(int(value) for value in (*corner, *sides)))
 
 
 def place(whole: Cut, part: Cut) -> tuple[float, float, float, float]:
-    """Left, top, width and height of the part's box as fractions of the whole cut's."""
+    """Left, top, width and height of the box of `part` as fractions of the box of `whole`."""
     outer, inner = whole.box, part.box
     return (
         (inner.left - outer.left) / outer.width,

@@ -69,7 +69,10 @@ def finished(output: pathlib.Path, digest: str) -> Dataset | None:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    dataset = Dataset.open(output)
+    try:
+        dataset = Dataset.open(output)
+    except UserError as error:  # as of an older schema version
+        raise UserError(f"{error}: delete {output} or choose another --output") from error
     if dataset.extra.get("inputs_sha256") != digest:
         raise UserError(f"{output} was made from other clips or settings; delete it or choose another --output")
     return dataset

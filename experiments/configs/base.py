@@ -42,9 +42,9 @@ def stage(**changes) -> ConfigDict:
     return row
 
 
-def warmup(condition: str) -> dict[str, float]:
-    """Ratios of a row that trains a condition in nine of ten samples: guidance needs the tenth."""
-    return conditions.complete_ratios({"text": 0.9, "reference": 1.0, condition: 0.9})
+def warmup(**ratios: float) -> dict[str, float]:
+    """Ratios of a row that trains a new condition in nine of ten samples: guidance needs the tenth."""
+    return conditions.complete_ratios({"text": 0.9, "reference": 1.0} | ratios)
 
 
 def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
@@ -108,9 +108,9 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "pretrain_image": stage(ratios=text_only, latent_frames=1, motion_ratio=0.0, learning_rate=1e-4),
             "pretrain_video": stage(ratios=text_only, motion_ratio=0.0, learning_rate=1e-4),
             "stage1": stage(),
-            "stage2_warmup": stage(ratios=warmup("audio"), inverted_ratios=True),
+            "stage2_warmup": stage(ratios=warmup(audio=0.9), inverted_ratios=True),
             "stage2": stage(),
-            "stage3_warmup": stage(ratios=warmup("pose"), inverted_ratios=True),
+            "stage3_warmup": stage(ratios=warmup(audio=0.5, pose=0.9), inverted_ratios=True),
             "stage3": stage(),
         }
     )

@@ -202,10 +202,10 @@ def obeyed(evaluation: Mapping[str, Any] | None) -> str:
     for name, measure in evaluation["measures"].items():
         low = measure.get("gap", {}).get("low")
         key = "not measured" if low is None else "obeyed" if low > 0 else "not shown to be obeyed"
-        condition, question = METRICS[name].title.split(": ", 1)
-        words[key].append(f"{condition.lower()} ({question.rstrip('?').lower()})")
+        condition, _, question = METRICS[name].title.rstrip("?").partition(": ")
+        words[key].append(f"{condition.lower()} ({question})" if question else condition)
     told = "; ".join(f"<b>{key}</b>: {escape(', '.join(names))}" for key, names in words.items() if names)
-    return f'<p class="verdict">On held-out people, {told}.</p>'
+    return f'<p class="verdict">On held-out people, {told}.</p>' if told else ""
 
 
 def data_section(data: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def loss_curves(lines: Sequence[Mapping[str, Any]]) -> str:
         figure = Figure(figsize=(9.5, 3.0))
         left, right = figure.subplots(1, 2, sharey=True)
         stages = list(dict.fromkeys(line["stage"] for line in lines))
-        for stage, colour in zip(stages, STAGE_COLOURS):
+        for stage, colour in zip(stages, itertools.cycle(STAGE_COLOURS)):
             part = [line for line in lines if line["stage"] == stage]
             steps, losses = [line["step"] for line in part], [line["loss"] for line in part]
             left.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
@@ -105,7 +106,7 @@ def gain_curves(gains: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
             axes.set_xlabel("step")
             axes.grid(alpha=0.25)
         figure.axes[0].set_ylabel("gain, % of the loss")
-        figure.axes[-1].legend(frameon=False, fontsize=8)
+        figure.axes[0].legend(frameon=False, fontsize=8)  # text: every clip has it
         figure.tight_layout()
         return _svg(figure)
 

@@ -74,8 +74,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 def read_gains(workdir: Path) -> list[tuple[int, dict[str, Any]]]:
     """(step, condition gain) of evaluation.jsonl in order, each step once; empty if none was measured."""
     path = workdir / "evaluation.jsonl"
-    text = path.read_text().splitlines() if path.is_file() else []
-    lines = [json.loads(line) for line in text if line.endswith("}")]  # a killed process may leave half a line
+    text = path.read_text() if path.is_file() else ""
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]  # a killed process may leave half a line
     return sorted({line["step"]: line["condition_gain"] for line in lines if "condition_gain" in line}.items())
 
 

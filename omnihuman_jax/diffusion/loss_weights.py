@@ -1,13 +1,13 @@
-"""Weights of the loss over the cells of a sample: how much of it a region, such as the mouth, gets.
+"""Loss weights over the latent cells of a sample, for regions such as the mouth.
 
-The mouth of a talking head is about a hundredth of the picture and of the loss. OmniHuman-1 describes no weights;
-FantasyTalking counts only the lips in a share of its samples, StableAvatar only lips or face. Both forms are here:
+The mouth of a talking head is about a hundredth of the picture and of the loss. OmniHuman-1 describes no weights. In a
+share of samples, FantasyTalking limits the loss to the lips, StableAvatar to lips or face. Two forms are supported:
 
-  share  region r gets the share s_r of the sample's loss:    w = 1 - sum s_r + sum s_r n m_r / |m_r|
-  only   in a share of the samples nothing else counts:       w = n m_r / |m_r|
+  share  region r gets the share s_r of the sample loss:      w = 1 - sum s_r + sum s_r n m_r / |m_r|
+  only   in a share of samples, only region r counts:         w = n m_r / |m_r|
 
-with n cells, m_r the cells of the region and |m_r| their number. The mean of w over a sample is one, so weights never
-change the size of its loss. A region that is unknown in a sample leaves its share to the whole picture.
+with n cells, m_r the cells of the region and |m_r| their number. The mean of w over a sample is one, so weights do not
+change the scale of its loss. If a region is unknown in a sample, its share goes to the whole picture.
 """
 
 import jax
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 
 def choose_only(key: jax.Array, batch: int, only: jax.Array) -> jax.Array:
-    """The rows in which one region alone counts, bool (B, R) with at most one True a row.
+    """Rows in which only one region counts, bool (B, R) with at most one True per row.
 
-    `only` (R,) is the share of the rows for each region.
+    `only` (R,) is the share of rows for each region.
     """
-    edges = jnp.cumsum(only)
+    edges = jnp.concatenate([jnp.zeros(1), jnp.cumsum(only)])
     draw = jax.random.uniform(key, (batch, 1))
-    return (draw < edges) & (draw >= edges - only)
+    return (draw >= edges[:-1]) & (draw < edges[1:])
 
 
 def region_weights(regions: jax.Array, shares: jax.Array, only: jax.Array) -> jax.Array:
@@ -30,7 +30,7 @@ def region_weights(regions: jax.Array, shares: jax.Array, only: jax.Array) -> ja
     Args:
       regions: bool (B, T, H, W, R), the cells of each region.
       shares: (R,), the share of the loss that each region gets; they sum to at most 1.
-      only: bool (B, R), the regions that alone count in a row, from `choose_only`.
+      only: bool (B, R), the only region that counts in a row, from `choose_only`.
     """
     cells = regions.astype(jnp.float32)
     count = jnp.sum(cells, axis=(1, 2, 3))  # (B, R)

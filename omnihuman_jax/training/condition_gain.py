@@ -22,7 +22,7 @@ from omnihuman_jax.diffusion import flow
 from omnihuman_jax.models.functional import Network
 from omnihuman_jax.random_keys import CONDITION_GAIN, purpose_key
 from omnihuman_jax.sharding import rules
-from omnihuman_jax.sharding.processes import compile_together
+from omnihuman_jax.sharding.processes import compile_together, gather
 from omnihuman_jax.training.state import abstract_state
 
 NOISE_LEVELS = (0.5, 0.75, 0.95)  # times t; the lower ones give away much of the picture
@@ -30,32 +30,41 @@ VARIANTS = ("right", "wrong", "none")
 WHOLE = "all"  # beside the names of regions
 
 
-def partners(records: np.ndarray, has: np.ndarray) -> np.ndarray:
+def partners(clips: np.ndarray, has: np.ndarray) -> np.ndarray:
     """Row from which each row takes the wrong condition, int (B,); -1 where there is none.
 
     Args:
-      records: (B,), the clip of each row.
+      clips: (B,), the clip of each row.
       has: bool (B,), whether it has the condition.
     """
-    found = np.full(len(records), -1)
+    found = np.full(len(clips), -1)
     rows = np.flatnonzero(has)
     for place, row in enumerate(rows):
         # From the other half of the batch on, since neighbours in a data set may show the same person.
         others = np.roll(rows, -(place + max(len(rows) // 2, 1)))
-        different = others[records[others] != records[row]]
+        different = others[clips[others] != clips[row]]
         if len(different):
             found[row] = different[0]
     return found
 
 
-def percent_gain(right: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Gain of losses `right` over `other`, both (n,) by clip: mean of the differences and its standard error.
+def percent_gain(right: np.ndarray, other: np.ndarray, clips: np.ndarray) -> dict[str, float]:
+    """Gain of losses `right` over `other`: mean of the differences and its standard error over clips.
 
     Both are percentages of the mean of `right`; {} with fewer than two clips.
+
+    Args:
+      right: (n,) losses, NaN for rows that cannot tell.
+      other: (n,), likewise.
+      clips: (n,), the clip of each row; rows of one clip count once, by their mean.
     """
-    if len(right) < 2:
+    usable = np.isfinite(right) & np.isfinite(other)
+    names = np.unique(clips[usable])
+    if len(names) < 2:
         return {}
-    difference, scale = np.asarray(other, np.float64) - right, 100 / np.mean(right, dtype=np.float64)
+    rows = [usable & (clips == name) for name in names]
+    right, other = (np.array([x[mine].mean(dtype=np.float64) for mine in rows]) for x in (right, other))
+    difference, scale = other - right, 100 / right.mean()
     return {
         "gain": float(scale * difference.mean()),
         "error": float(scale * difference.std(ddof=1) / np.sqrt(len(difference))),
@@ -70,53 +79,67 @@ class ConditionGain:
       config: resolved config.
       network: the network.
       mesh: the mesh.
-      batches: this process's rows of held-out batches; `active` names the conditions that each clip has and `record`
-        its clip.
+      batches: this process's rows of held-out batches; `active` names the conditions that each clip has and `clip`
+        numbers the clips.
     """
 
     def __init__(self, config: ConfigDict, network: Network, mesh: Mesh, batches: Sequence[Mapping[str, np.ndarray]]):
         self._config, self._mesh, self._batches = config, mesh, batches
         self._loss = _jit_losses(config, network, mesh)
         self._compiled: dict[tuple[int, ...], Callable[..., jax.Array]] = {}
+        rows = rules.batch_sharding(mesh)
+        self._take = jax.jit(lambda x, partner: jnp.take(x, jnp.maximum(partner, 0), axis=0), out_shardings=rows)
 
     def __call__(self, params: Any) -> dict[str, Any]:
-        """condition -> region or "all" -> time -> "wrong" and "none" -> `percent_gain`."""
+        """condition -> region or "all" -> time -> "wrong" and "none" -> `percent_gain`.
+
+        A region that is not known in at least two clips is left out.
+        """
         found: dict[tuple[str, str, float], list[np.ndarray]] = {}
-        for name, level, losses in self._measured(params):
-            for where, values in zip((WHOLE, conditions.get(name).region), np.moveaxis(losses, -1, 0), strict=True):
-                if where:
-                    found.setdefault((name, where, level), []).append(values)
+        clips: dict[str, list[np.ndarray]] = {}
+        for batch in self._batches:
+            of_rows = gather({name: self._place(batch[name]) for name in ("clip", "active")})
+            for condition in conditions.table():
+                clips.setdefault(condition.name, []).append(np.asarray(of_rows["clip"]))
+                for level, losses in self._measured(params, batch, condition, **of_rows):
+                    for where, values in zip((WHOLE, condition.region), np.moveaxis(losses, -1, 0), strict=True):
+                        if where:
+                            found.setdefault((condition.name, where, level), []).append(values)
         result: dict[str, Any] = {}
         for (name, where, level), parts in found.items():
-            rows = np.concatenate(parts, axis=1)  # (variants, clips)
-            right, *others = rows[:, np.isfinite(rows).all(0)]
-            gains = {variant: percent_gain(right, other) for variant, other in zip(VARIANTS[1:], others, strict=True)}
-            result.setdefault(name, {}).setdefault(where, {})[f"{level:g}"] = gains
+            right, *others = np.concatenate(parts, axis=1)  # each (rows,)
+            of_rows = np.concatenate(clips[name])
+            gains = {v: percent_gain(right, other, of_rows) for v, other in zip(VARIANTS[1:], others, strict=True)}
+            if where == WHOLE or any(gains.values()):
+                result.setdefault(name, {}).setdefault(where, {})[f"{level:g}"] = gains
         return result
 
-    def _measured(self, params: Any) -> Iterator[tuple[str, float, np.ndarray]]:
-        """(condition, t, losses (variants, B, [all, region])) of every batch; NaN where a row cannot tell."""
-        for number, batch in enumerate(self._batches):
-            for condition in conditions.table():
-                variants = [self._variant(batch, condition, variant) for variant in VARIANTS]
-                for level in NOISE_LEVELS:
-                    key = jax.random.fold_in(purpose_key(self._config.seed, CONDITION_GAIN), number)
-                    losses = [self._losses(params, variant, level, key) for variant in variants]
-                    yield condition.name, level, np.stack(losses)
+    def _measured(
+        self, params: Any, batch: Mapping[str, np.ndarray], condition: Condition, clip: np.ndarray, active: np.ndarray
+    ) -> Iterator[tuple[float, np.ndarray]]:
+        """(t, losses (variants, B, [all, region])) of a batch; NaN where a row cannot tell.
 
-    def _variant(self, batch: Mapping[str, np.ndarray], condition: Condition, variant: str) -> dict[str, jax.Array]:
-        place = conditions.index(condition.name)
-        has = batch["active"][:, place]
-        partner = partners(batch["record"], has)
-        active = batch["active"] & (np.arange(batch["active"].shape[1]) <= place - (variant == "none"))
-        changed = dict(batch) | {"active": active}
+        `clip` (B,) and `active` (B, conditions) are of all rows, whichever process has them.
+        """
+        has = np.asarray(active)[:, conditions.index(condition.name)]
+        partner = partners(np.asarray(clip), has)
+        variants = [self._variant(batch, condition, variant, partner) for variant in VARIANTS]
+        tells = np.stack([has, partner >= 0, has])[..., None]
+        key = jax.random.fold_in(purpose_key(self._config.seed, CONDITION_GAIN), int(clip[0]))
+        for level in NOISE_LEVELS:
+            losses = np.stack([self._losses(params, variant, level, key) for variant in variants])
+            yield level, np.where(tells, losses, np.nan)
+
+    def _variant(
+        self, batch: Mapping[str, np.ndarray], condition: Condition, variant: str, partner: np.ndarray
+    ) -> dict[str, jax.Array]:
+        keep = np.arange(batch["active"].shape[1]) <= conditions.index(condition.name) - (variant == "none")
+        placed = batch_lib.place(self._config, self._mesh, dict(batch) | {"active": batch["active"] & keep})
         if variant == "wrong":
-            for name in condition.batch_fields(self._config.model, batch_lib.bucket_of(batch)):
-                changed[name] = np.where(_rows(partner >= 0, batch[name]), batch[name][partner], batch[name])
+            own = condition.batch_fields(self._config.model, batch_lib.bucket_of(batch))
+            placed |= {name: self._take(placed[name], partner) for name in own}
         where = regions.index(condition.region) if condition.region else 0
-        placed = batch_lib.place(self._config, self._mesh, changed)
-        told = {"gain_region": batch["regions"][..., where], "gain_rows": partner >= 0}
-        return placed | {name: self._place(value) for name, value in told.items()}
+        return placed | {"gain_region": self._place(batch["regions"][..., where])}
 
     def _place(self, value: np.ndarray) -> jax.Array:
         shape = (self._config.global_batch_size, *value.shape[1:])
@@ -129,23 +152,16 @@ class ConditionGain:
         return np.asarray(self._compiled[shape](*arguments))
 
 
-def _rows(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return mask.reshape(-1, *[1] * (like.ndim - 1))
-
-
 def _jit_losses(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
-    """losses(params, batch, t, key) -> (B, 2): of all cells, of those in `gain_region`; NaN for other `gain_rows`."""
+    """losses(params, batch, t, key) -> (B, 2): of all cells, and of those in `gain_region`, NaN where it is empty."""
 
     def losses(params: Any, batch: Any, level: jax.Array, key: jax.Array) -> jax.Array:
-        x0 = batch["latents"]
+        x0, region = batch["latents"], batch["gain_region"]
         eps = jax.random.normal(key, x0.shape)
         t = jnp.full(len(x0), level)
         predicted, target = network.apply(params, flow.interpolate(x0, eps, t), t, batch), flow.velocity(x0, eps)
-        region = batch["gain_region"]
-        inside = flow.flow_loss(predicted, target, region)
-        inside = jnp.where(region.any(axis=(1, 2, 3)), inside, jnp.nan)
-        found = jnp.stack([flow.flow_loss(predicted, target), inside], axis=-1)
-        return jnp.where(batch["gain_rows"][:, None], found, jnp.nan)
+        inside = jnp.where(region.any(axis=(1, 2, 3)), flow.flow_loss(predicted, target, region), jnp.nan)
+        return jnp.stack([flow.flow_loss(predicted, target), inside], axis=-1)
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network)).params
     replicated = rules.replicated(mesh)
@@ -160,11 +176,11 @@ def summary(gains: Mapping[str, Any]) -> str:
     """One line for the log: the mean gain of each condition over the times, where it shows."""
     parts = []
     for name, by_region in gains.items():
-        where, by_level = list(by_region.items())[-1]  # the condition's own region if it has one
+        where, by_level = list(by_region.items())[-1]  # the condition's own region if it is known
         for variant in VARIANTS[1:]:
-            told = [gain[variant] for gain in by_level.values() if gain[variant]]
-            if told:
-                mean = np.mean([gain["gain"] for gain in told])
-                error = np.mean([gain["error"] for gain in told])  # of the same clips, so errors do not shrink
+            known = [gain[variant] for gain in by_level.values() if gain[variant]]
+            if known:
+                mean = np.mean([gain["gain"] for gain in known])
+                error = np.mean([gain["error"] for gain in known])  # of the same clips, so errors do not shrink
                 parts.append(f"{name} ({where}) {mean:+.2f} ± {error:.2f} % against {variant}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "no condition is in two held-out clips; prepare data with more of them"

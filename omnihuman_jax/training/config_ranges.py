@@ -1,4 +1,4 @@
-"""The range of every number in a config: one table, checked before anything is compiled."""
+"""Valid range of every number in a config: one table, checked before compilation."""
 
 import fnmatch
 import math
@@ -12,12 +12,12 @@ from omnihuman_jax.errors import UserError
 
 
 class Range(NamedTuple):
-    """Finite numbers that a key may have.
+    """Finite numbers that are valid for a key.
 
     Attributes:
-      words: what they are, for errors.
-      holds: whether a finite number is one.
-      whole: whether it has to be a whole number.
+      words: description for error messages.
+      holds: whether a finite number is in the range.
+      whole: whether it must be a whole number.
     """
 
     words: str
@@ -39,11 +39,10 @@ SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PART = Range("a number above 0 and at most 1", lambda x: 0 < x <= 1)
 DECAY = Range("a number of at least 0 and below 1", lambda x: 0 <= x < 1)
 FINITE = Range("a finite number", lambda x: True)
-# Sample videos have this seed and the next ones, and JAX cuts seeds to 32 bits.
+# Sample videos use this seed and the next ones, and JAX truncates seeds to 32 bits.
 SEED = Range(f"a whole number from 0 to {2**32 - 4}", lambda x: 0 <= x <= 2**32 - 4, whole=True)
 
-# (section, range, its keys): fnmatch patterns of dotted keys; the elements of a tuple are numbered. The first that
-# matches counts.
+# (section, range, keys): fnmatch patterns of dotted keys, with tuple elements numbered. The first match applies.
 RANGES = (
     ("", SEED, "seed"),
     ("", COUNT, "global_batch_size steps log_every"),
@@ -93,12 +92,12 @@ RANGES = (
     ("plan.", COUNT, "buckets.*"),
     ("output.", COUNT, "statistics_clips"),
 )
-# What experiments.train_vae reads otherwise: it always evaluates.
+# Differences for experiments.train_vae: it always evaluates.
 VAE_RANGES = (("evaluation.", COUNT, "every"), *RANGES)
 
 
 def range_of(key: str, ranges: Sequence[tuple[str, Range, str]] = RANGES) -> Range | None:
-    """The range of a dotted key; None where the table has none."""
+    """The range of a dotted key; None if the table has no entry."""
     for section, allowed, keys in ranges:
         if any(fnmatch.fnmatchcase(key, section + pattern) for pattern in keys.split()):
             return allowed
@@ -119,10 +118,10 @@ def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check(config: ConfigDict, ranges: Sequence[tuple[str, Range, str]] = RANGES) -> None:
-    """Checks every number of a resolved config that the table knows.
+    """Checks every number of a resolved config that is listed in the table.
 
     Raises:
-      UserError: the first value out of its range, with its key and what is allowed.
+      UserError: the first value out of range, with its key and the valid range.
     """
     for key, value in leaves(config):
         allowed = range_of(key, ranges)

@@ -1,4 +1,4 @@
-"""What can go wrong while training and is not the fault of the config: signals, stalls, steps that are not finite."""
+"""Runtime faults that the config does not cause: signals, stalls and non-finite steps."""
 
 import faulthandler
 import math
@@ -12,18 +12,18 @@ from types import FrameType
 
 from omnihuman_jax.errors import UserError
 
-STALLED = 3  # exit status of a run that the watchdog ended
+STALLED = 3  # exit status after the watchdog ends a run
 
 
 class StopSignal:
-    """Turns SIGTERM, which a preemption notice sends too, and the first Ctrl-C into a flag to stop at the next step."""
+    """Turns SIGTERM (also sent on preemption) and the first Ctrl-C into a flag to stop after the current step."""
 
     def __init__(self):
         self.name = ""
         self._before = {}
 
     def __enter__(self) -> "StopSignal":
-        # Only the main thread may set handlers; elsewhere (tests, notebooks) signals keep their meaning.
+        # Only the main thread may set handlers; elsewhere (tests, notebooks) the handlers stay unchanged.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._caught)
@@ -41,13 +41,13 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends the process when no step has finished for `seconds`: stacks of all threads on stderr, exit status 3.
+    """Ends the process if no step finishes for `seconds`: stack traces of all threads on stderr, exit status 3.
 
-    A stalled collective or file system cannot be interrupted from Python, and a job that ends is restarted.
+    Python cannot interrupt a stalled collective or file system, but a job that exits is restarted.
 
     Args:
-      seconds: longest time between two `step_done`; 0 switches the watchdog off.
-      last_good: called for the message; names the newest checkpoint.
+      seconds: longest time between two `step_done` calls; 0 disables the watchdog.
+      last_good: returns the newest checkpoint for the message.
     """
 
     def __init__(self, seconds: float, last_good):
@@ -62,11 +62,11 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step_done(self) -> None:
-        """Starts the clock again."""
+        """Restarts the clock."""
         self._alive = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        """Within this block the clock stands still: compiling, restoring and sampling have no fixed length."""
+        """Pauses the clock in this block: compiling, restoring and sampling have no fixed duration."""
         self._paused += 1
         return self
 
@@ -85,8 +85,8 @@ class Watchdog:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 print(
                     f"error: no step has finished for {still:.0f} s (faults.watchdog_seconds={self._seconds:g}); "
-                    f"stacks are above; the last checkpoint is {self._last_good()}; start the same command again to "
-                    f"continue",
+                    f"stack traces are above; the last checkpoint is {self._last_good()}; start the same command again "
+                    f"to continue",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -94,13 +94,13 @@ class Watchdog:
 
 
 class BadSteps:
-    """Counts the steps that were skipped because they were not finite: loss, gradient or what they would have left.
+    """Counts steps skipped because the loss, the gradient or the resulting state was not finite.
 
-    `total` and `in_a_row` are part of the checkpoint, so that a restart goes on counting.
+    Checkpoints hold `total` and `in_a_row`, so counting continues after a restart.
 
     Args:
-      limit: that many in a row end the run.
-      last_good: called for the message; names the newest checkpoint.
+      limit: number of consecutive skipped steps that ends the run.
+      last_good: returns the newest checkpoint for the message.
     """
 
     def __init__(self, limit: int, last_good):
@@ -108,7 +108,7 @@ class BadSteps:
         self.total, self.in_a_row = 0, 0
 
     def add(self, bad: bool, step: int, loss: float, grad_norm: float, records: Sequence[str]) -> str:
-        """Counts a step; returns the message to log, "" for a good one.
+        """Counts a step; returns the message to log, "" if the step is finite.
 
         Raises:
           UserError: the limit is reached.

@@ -1,4 +1,4 @@
-"""A step is judged by what it leaves: a state with a value that is not finite is not taken."""
+"""Rejects a step whose resulting state holds a non-finite value."""
 
 from typing import Any, TypeVar
 
@@ -14,8 +14,8 @@ State = TypeVar("State")
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree of parameters or optimizer state is finite, () bool; traceable.
 
-    With a mesh in context, arrays that lie as `rules.parameter_spec` says are looked at where they are and one
-    collective joins the devices. (Left to the compiler, a reduction of every array makes compiling three times longer.)
+    With a mesh in context, arrays sharded as in `rules.parameter_spec` are checked in place, and one collective joins
+    the devices. (If left to the compiler, one reduction per array makes compilation take three times as long.)
     """
     flat = [(p, x) for p, x in jax.tree_util.tree_leaves_with_path(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     leaves, mesh = [x for _, x in flat], jax.sharding.get_abstract_mesh()
@@ -36,10 +36,10 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def take_if_finite(made: State, before: State, *judged: jax.Array) -> tuple[State, jax.Array]:
-    """The state that a step made, or the one before it.
+    """The new state of a step if it is finite, else the previous state.
 
     Args:
-      judged: scalars that must be finite too, such as the loss and the gradient norm.
+      judged: further scalars that must be finite, such as the loss and the gradient norm.
 
     Returns:
       (state, whether the step was skipped () bool).

@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes: useful steps, and the rest by cause."""
+"""Breakdown of the wall time of a run: useful steps, and the rest by cause."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ CAUSES = ("start", "compile", "data", "save", "evaluate", "repeat")
 
 
 class Goodput:
-    """Wall seconds of this process by cause; whatever no cause claims is useful steps.
+    """Wall seconds of this process by cause; unclaimed time counts as useful steps.
 
     Args:
       started: `time.time()` of the process's start; the time up to now counts as "start" (imports, restoring).
@@ -21,7 +21,7 @@ class Goodput:
 
     @contextmanager
     def cause(self, name: str) -> Iterator[None]:
-        """Claims the time spent in the block."""
+        """Attributes the time spent in the block to a cause."""
         begin = time.perf_counter()
         try:
             yield
@@ -29,15 +29,15 @@ class Goodput:
             self.seconds[name] += time.perf_counter() - begin
 
     def claimed(self) -> float:
-        """Seconds that causes have claimed so far."""
+        """Seconds attributed to causes so far."""
         return sum(self.seconds.values())
 
     def add(self, name: str, seconds: float) -> None:
-        """Claims seconds already measured that nothing else claims: of a step done again after a restart ("repeat")."""
+        """Adds seconds that were measured elsewhere, such as a step repeated after a restart ("repeat")."""
         self.seconds[name] += max(0.0, seconds)
 
     def report(self) -> dict[str, float]:
-        """Shares of the wall time: `useful`, and each cause."""
+        """Share of the wall time of `useful` steps and of each cause."""
         wall = max(time.time() - self._started, 1e-9)
         shares = {name: seconds / wall for name, seconds in self.seconds.items()}
         return {"useful": max(0.0, 1.0 - sum(shares.values())), **shares}

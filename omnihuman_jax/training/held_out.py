@@ -18,18 +18,18 @@ from omnihuman_jax.training.step import jit_evaluation_loss
 
 
 def condition_sets() -> tuple[str, ...]:
-    """Sets of conditions by their strongest: each with the ones up to it; a clip that lacks one keeps the weaker."""
+    """Condition sets, named by their strongest condition and including all weaker ones that the clip has."""
     return conditions.names()[1:]
 
 
 class HeldOutLoss:
-    """Mean flow-matching loss of fixed batches, rows spread evenly over the times t.
+    """Mean flow-matching loss of fixed batches; the times t are spaced evenly over the rows.
 
     Args:
       config: resolved config.
       network: the network.
       mesh: the mesh that the batches are on.
-      batches: global batches as training's, placed on the mesh; `active` names the conditions each clip has.
+      batches: global batches as in training, placed on the mesh; `active` marks the conditions of each clip.
     """
 
     def __init__(self, config: ConfigDict, network: Network, mesh: Mesh, batches: Sequence[Mapping[str, jax.Array]]):
@@ -50,7 +50,7 @@ class HeldOutLoss:
                 self._batches.append((name, dict(batch) | {"active": masked(batch["active"], keep)}, t, noise))
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """Name of the strongest condition given ("reference", "audio", "pose") -> mean loss over all rows."""
+        """Name of the strongest condition ("reference", "audio", "pose") -> mean loss over all rows."""
         losses: dict[str, list[float]] = {name: [] for name in condition_sets()}
         for name, batch, t, noise in self._batches:
             shape = batch["latents"].shape

@@ -1,4 +1,4 @@
-"""What happens around the steps in addition to training: saves, evaluations, profiles."""
+"""Hooks that run around the training steps: saves, evaluations, profiles."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from omnihuman_jax.training.task import Hook, StepDone
 
 
 class Save(Hook):
-    """Checkpoints: every `checkpoint.every` steps, at a stage's end and before a stop."""
+    """Saves a checkpoint every `checkpoint.every` steps, at the end of a stage and before a stop."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -40,7 +40,7 @@ class Save(Hook):
 
 
 class Evaluation(Hook):
-    """Evaluates the state after some steps; what a stop skips, the next start does."""
+    """Evaluates the state after certain steps; an evaluation skipped by a stop runs at the next start."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -58,20 +58,20 @@ class Evaluation(Hook):
         raise NotImplementedError
 
     def after_step(self, done: StepDone) -> None:
-        """Evaluates where it is due."""
+        """Evaluates if due."""
         if self.due(done.step) and not done.stopping:
             with self.run.aside("evaluate"):
                 self.evaluate(done.step, done.state)
 
     def after_restore(self, step: int, state: Any) -> None:
-        """Evaluates where it is due and not there."""
+        """Evaluates if due and if the result is missing."""
         if self.due(step) and not broadcast_from_main(self.is_there(step)):
             with self.run.aside("evaluate"):
                 self.evaluate(step, state)
 
 
 class Profile(Hook):
-    """Writes a JAX profiler trace of some steps, for TensorBoard or Perfetto, into `workdir/profile`.
+    """Writes a JAX profiler trace of some steps to `workdir/profile`, for TensorBoard or Perfetto.
 
     `steps` is "FIRST:LAST", or "" for none; raises UserError for any other form.
     """
@@ -82,7 +82,7 @@ class Profile(Hook):
         if steps:
             parts = steps.split(":")
             if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
-                raise UserError(f"profile.steps={steps!r}: give FIRST:LAST, as 20:25")
+                raise UserError(f"profile.steps={steps!r}: give FIRST:LAST, such as 20:25")
             self._first, self._last = int(parts[0]), int(parts[1])
 
     def before_step(self, step: int) -> None:
@@ -92,13 +92,13 @@ class Profile(Hook):
             self._running = True
 
     def after_step(self, done: StepDone) -> None:
-        """Ends the trace when its last step is done."""
+        """Ends the trace after its last step."""
         if self._running and done.step >= self._last:
             jax.block_until_ready(done.metrics)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is running."""
+        """Ends a running trace."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

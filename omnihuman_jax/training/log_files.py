@@ -16,12 +16,12 @@ from omnihuman_jax.sharding import processes
 
 
 def last_step_in(path: Path, key: str = "step") -> int:
-    """The last step of the lines of metrics.jsonl or evaluation.jsonl that have a key; 0 without one."""
+    """The last step in metrics.jsonl or evaluation.jsonl whose line has `key`; 0 if there is none."""
     if not path.exists():
         return 0
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
-        whole = file.read().rpartition(b"\n")[0]  # a killed process may have left half a line
+        whole = file.read().rpartition(b"\n")[0]  # a killed process may leave half a line
     lines = [line for line in whole.split(b"\n") if line.startswith(b"{") and f'"{key}"'.encode() in line]
     return max((json.loads(line)["step"] for line in lines[-20:]), default=0)
 
@@ -30,15 +30,15 @@ _LONGEST_LINE = 1 << 24
 
 
 class LineFile:
-    """A file of lines that outlives a full disk: what could not be written is kept, and written with the next line.
+    """A file of lines that survives a full disk: unwritten lines stay in memory and are retried with the next line.
 
     Args:
-      path: appended to from the first write on, without the half line that a killed process may have left.
-      log: called once with why nothing can be written, and once when it can again.
+      path: opened for appending at the first write; the half line that a killed process may leave is removed.
+      log: called once when writing starts to fail, with the reason, and once when it works again.
     """
 
     def __init__(self, path: Path, log: Callable[[str], None]):
-        self._path, self._log, self._left, self._told = path, log, b"", False
+        self._path, self._log, self._left, self._failing = path, log, b"", False
         self._file = -1
 
     def _open(self) -> int:
@@ -48,19 +48,19 @@ class LineFile:
         return file
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line of JSON; NaN, which JSON does not have, becomes null."""
+        """Appends a line of JSON; NaN and infinity, which JSON lacks, become null."""
         plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
         self._left += (json.dumps(plain) + "\n").encode()
         try:
             self._flush()
         except OSError as error:
-            if not self._told:
+            if not self._failing:
                 self._log(f"{self._path}: {error.strerror}; lines are kept in memory until there is room")
-            self._told = True
+            self._failing = True
         else:
-            if self._told:
-                self._log(f"{self._path}: written again, nothing is missing")
-            self._told = False
+            if self._failing:
+                self._log(f"{self._path}: writable again, nothing is missing")
+            self._failing = False
 
     def _flush(self) -> None:
         self._file = self._open() if self._file < 0 else self._file
@@ -68,7 +68,7 @@ class LineFile:
             self._left = self._left[os.write(self._file, self._left) :]
 
     def close(self) -> None:
-        """Closes the file; says how many bytes could not be written."""
+        """Closes the file; logs how many bytes could not be written."""
         if self._left:
             with contextlib.suppress(OSError):
                 self._flush()
@@ -79,7 +79,7 @@ class LineFile:
 
 
 class _Board:
-    """TensorBoard events; after a write that fails, no more of them. (A full queue of SummaryWriter would wait.)"""
+    """TensorBoard events; stops after a failed write. (With a full queue, SummaryWriter would block.)"""
 
     def __init__(self, folder: Path, log: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class _Board:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._events.flush()
         except OSError as error:
-            self._log(f"TensorBoard: {error.strerror}; this start writes no more to it (metrics.jsonl has all)")
+            self._log(f"TensorBoard: {error.strerror}; no more events until a restart (metrics.jsonl has all)")
             self._events = None
 
     def close(self) -> None:
@@ -112,13 +112,13 @@ def _flat(values: Mapping[str, Any], tag: str) -> Iterator[tuple[str, float]]:
 
 
 class MetricsWriter:
-    """Appends JSON lines and TensorBoard events under a run directory; on other processes than the first, nothing.
+    """Appends JSON lines and TensorBoard events in a run directory; only process 0 writes.
 
     Args:
       workdir: run directory.
       log_records: whether to write data_log.jsonl.
       enabled: whether this process writes.
-      log: called with what cannot be written; the run goes on.
+      log: reports what cannot be written; the run continues.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class MetricsWriter:
         self._board = _Board(workdir / "tensorboard", log) if enabled else None
 
     def step(self, line: Mapping[str, Any], targets: Mapping[str, float]) -> None:
-        """Writes one logged step; `targets` are the stage's ratios, shown beside the realised ones."""
+        """Writes one logged step; `targets` are the ratios of the stage, shown beside the realised ones."""
         if not self._metrics:
             return
         self._metrics.write(line)
@@ -154,7 +154,7 @@ class MetricsWriter:
         self._board.add(line["step"], *(Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()))
 
     def evaluation(self, step: int, name: str, values: Mapping[str, Any]) -> None:
-        """Writes what an evaluation measured, numbers by (nested) names, to evaluation.jsonl and TensorBoard."""
+        """Writes evaluation results, numbers by (nested) names, to evaluation.jsonl and TensorBoard."""
         if not self._evaluation:
             return
         self._evaluation.write({"step": step, name: dict(values)})
@@ -162,13 +162,13 @@ class MetricsWriter:
         self._board.add(step, *(Summary.Value(tag=tag, simple_value=value) for tag, value in scalars))
 
     def records(self, step: int, described: Mapping[str, Any]) -> None:
-        """Writes which record was in each global row of a step, and which conditions it had where there are any."""
+        """Writes the record in each global row of a step, and its active conditions if the task has conditions."""
         if self._records:
-            told = {name: list(described[name]) for name in ("records", "active") if name in described}
-            self._records.write({"step": step} | told)
+            fields = {name: list(described[name]) for name in ("records", "active") if name in described}
+            self._records.write({"step": step} | fields)
 
     def video(self, tag: str, path: str | Path, size: tuple[int, int], step: int) -> None:
-        """Shows an animated GIF file of (height, width) in TensorBoard's image tab."""
+        """Adds an animated GIF file of (height, width) to the image tab of TensorBoard."""
         if not self._board:
             return
         image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes())

@@ -1,7 +1,7 @@
 """The training loop: restore → next batch → step → log → save → evaluate, through every stage.
 
-It runs alike in every process of a run; only the first writes logs. A batch, the noise and the stage are functions of
-the step, so a resume is the train state and a step number.
+All processes of a run execute it identically; only process 0 writes logs. Batch, noise and stage are functions of the
+step, so resuming needs only the train state and a step number.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from omnihuman_jax.training.task import State, StepDone, Task
 def train(
     task: Task, config: ConfigDict, plain_config: dict[str, Any], workdir: Path, *, started: float | None = None
 ) -> None:
-    """Trains through the stages of a task; called again on the same workdir it continues.
+    """Trains through the stages of a task; a second call with the same workdir continues the run.
 
-    SIGTERM, or Ctrl-C once, saves and returns after the step under way, in all processes at the same step.
+    After SIGTERM or one Ctrl-C, all processes finish the same step, save and return.
 
     Args:
       task: what is trained.
       config: resolved config.
       plain_config: the same as plain JSON types, stored in config.json and in every checkpoint.
       workdir: run directory.
-      started: `time.time()` of the process's start, for the goodput.
+      started: `time.time()` of the process's start, for goodput.
 
     Raises:
-      UserError: anything wrong with the config or with the checkpoints in `workdir`; too many steps in a row that are
-        not finite; a checkpoint of a stage, or the last one, that could not be written.
+      UserError: a bad config or bad checkpoints in `workdir`; too many non-finite steps in a row; the last checkpoint
+        or that of a stage could not be written.
     """
     with jax.set_mesh(task.mesh), StopSignal() as stop:
         run = Run(task, config, plain_config, workdir, stop, started or time.time())
@@ -45,7 +45,7 @@ def train(
             run.hooks += [Save(run), *task.hooks(run), Profile(config.profile.steps, workdir)]
             _train(run)
         except BaseException:
-            with contextlib.suppress(Exception):  # what happened first is reported
+            with contextlib.suppress(Exception):  # report the first error
                 run.close()
             raise
         run.close()
@@ -67,7 +67,7 @@ def _train(run: Run) -> None:
 
 
 def _restore(run: Run) -> tuple[State, int]:
-    """The state to go on from, and the steps that are done."""
+    """The state to continue from, and the number of completed steps."""
     run.watchdog.start()
     with run.watchdog:
         for what, digest in (run.task.digests() | {"config": shared_digest(run.plain_config)}).items():
@@ -89,7 +89,7 @@ def _restore(run: Run) -> tuple[State, int]:
 
 
 def _steps(run: Run, state: State, done: int) -> State | None:
-    """Runs steps done + 1 … last; the last state, or None after a stop."""
+    """Runs steps done + 1 … last; returns the last state, or None after a stop."""
     task, last = run.task, run.last_step
     batches = task.batches(done + 1)
     run.start_clock()

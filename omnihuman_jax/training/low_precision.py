@@ -1,4 +1,4 @@
-"""Optimizer moments and parameters in bfloat16, and the stochastic rounding that lets small updates through."""
+"""Optimizer moments and parameters in bfloat16, with stochastic rounding that preserves small updates."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from omnihuman_jax.random_keys import MOMENT_ROUNDING, purpose_key
 
 
 def round_to(tree: Any, dtypes: Any, key: jax.Array | None) -> Any:
-    """Rounds float32 arrays to other types.
+    """Rounds float32 arrays to other dtypes.
 
-    Nearest rounding drops every update below half of bfloat16's 8 bits, 0.4% of the value. Stochastic rounding goes up
-    with the probability of what is cut off, so that the mean of many updates is kept. It is a pure function of the key,
-    on every mesh the same. Inf and NaN stay what they are.
+    bfloat16 has 8 significant bits, so rounding to nearest drops updates below half a unit, up to 0.4% of the value.
+    Stochastic rounding rounds up with a probability equal to the discarded fraction, which preserves the mean of many
+    updates. It is a pure function of the key, the same on every mesh. Inf and NaN stay unchanged.
 
     Args:
       tree: float32 arrays.
-      dtypes: pytree of the same structure, a dtype or array for every array.
-      key: rounds to bfloat16 stochastically; None rounds to nearest.
+      dtypes: pytree of the same structure, with a dtype or array for each leaf.
+      key: for stochastic rounding to bfloat16; None rounds to nearest.
     """
     leaves, structure = jax.tree.flatten(tree)
     rounded = []
@@ -32,16 +32,16 @@ def round_to(tree: Any, dtypes: Any, key: jax.Array | None) -> Any:
 
 
 def _stochastic(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """float32 x on bfloat16's grid: adds random bits below the 16 that stay, which carry by chance, and cuts."""
+    """Rounds float32 x to the bfloat16 grid: adds random bits to the low 16, which may carry, then truncates."""
     whole = jax.lax.bitcast_convert_type(x, jnp.uint32)
     kept = (whole + bits.astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(kept, jnp.float32), x)
 
 
 def descend(params: Any, updates: Any, learning_rates: Any, key: jax.Array | None) -> Any:
-    """params - learning_rates * updates, computed in float32 and rounded to the parameters' types by `round_to`.
+    """params - learning_rates * updates, computed in float32 and rounded to the parameter dtypes by `round_to`.
 
-    `learning_rates` is a scalar or a tree with one for each parameter.
+    `learning_rates` is a scalar or a tree with one rate per parameter.
     """
     if jax.tree.structure(learning_rates) != jax.tree.structure(params):
         learning_rates = jax.tree.map(lambda _: learning_rates, params)
@@ -52,16 +52,16 @@ def descend(params: Any, updates: Any, learning_rates: Any, key: jax.Array | Non
 def scale_by_adam(
     *, b1: float, b2: float, eps: float, mu_dtype: Any, nu_dtype: Any, seed: int | None
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` that computes in float32 and keeps its moments in the given types.
+    """`optax.scale_by_adam` that computes in float32 and stores its moments in the given dtypes.
 
     Args:
       b1: decay of the first moments.
       b2: decay of the second moments.
-      eps: added to the root of the second moments.
-      mu_dtype: type of the first moments.
-      nu_dtype: type of the second moments. In bfloat16 to nearest they stop following gradients that shrink when
-        1 - b2 is below 0.4%, so it wants stochastic rounding.
-      seed: rounds stochastically; None rounds to nearest.
+      eps: added to the square root of the second moments.
+      mu_dtype: dtype of the first moments.
+      nu_dtype: dtype of the second moments. If 1 - b2 is below 0.4%, bfloat16 moments rounded to nearest stop following
+        shrinking gradients, so use stochastic rounding.
+      seed: for stochastic rounding; None rounds to nearest.
     """
     inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 

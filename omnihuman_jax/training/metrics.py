@@ -1,4 +1,4 @@
-"""What a line of `metrics.jsonl` says of a step: losses by condition and noise level, ratios, speed, memory."""
+"""Per-step values in `metrics.jsonl`: losses by condition and noise level, ratios, speed, memory."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from omnihuman_jax.models.dit.config import ModelConfig
 
 
 class RatioCounter:
-    """Counts, over a stage so far, how many samples had each condition; part of the checkpoint so a resume goes on."""
+    """Counts the samples of a stage so far that had each condition; saved in checkpoints, so counting continues."""
 
     def __init__(self, rows: int = 0, active: Sequence[int] = (), scheduled: Sequence[int] = ()):
         self.rows = rows
@@ -32,7 +32,7 @@ class RatioCounter:
             counts += [sum(condition in row for row in described[name]) for condition in conditions.names()]
 
     def state(self) -> dict[str, Any]:
-        """JSON form, the constructor's arguments."""
+        """The constructor arguments as JSON."""
         return {"rows": self.rows, "active": self.active.tolist(), "scheduled": self.scheduled.tolist()}
 
     def ratios(self, counts: np.ndarray) -> dict[str, float]:
@@ -43,7 +43,7 @@ class RatioCounter:
 def loss_by_condition(sample_loss: np.ndarray, active: np.ndarray) -> dict[str, float]:
     """Mean loss (B,) of the samples that have each condition (bool (B, conditions)).
 
-    Beside them "no_audio_no_pose": of those without any condition that selects records.
+    "no_audio_no_pose" is the mean over samples without any condition that selects records.
     """
     masks = dict(zip(conditions.names(), active.T, strict=True))
     selecting = conditions.selecting()
@@ -71,13 +71,13 @@ def loss_by_time(sample_loss: np.ndarray, times: np.ndarray) -> dict[str, float]
 
 
 def memory_bytes() -> int:
-    """High-water mark of the device's memory, or of the process where the device (a CPU) does not report it."""
+    """Peak memory of the device, or of the process if the device (a CPU) does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def losses(metrics: Mapping[str, Any], active: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Losses of a step's rows by condition, by set of conditions and by noise level.
+    """Losses of the rows of a step by condition, by set of conditions and by noise level.
 
     Args:
       metrics: `sample_loss` (B,) and `time` (B,) of the step.
@@ -92,7 +92,7 @@ def losses(metrics: Mapping[str, Any], active: Sequence[Sequence[str]]) -> dict[
 
 
 def throughput(model: ModelConfig, batch_size: int, bucket: Bucket, mesh: Mesh, seconds: float) -> dict[str, float]:
-    """Video tokens, seconds of video and model FLOPs a second of a step, and `mfu` where the devices' peak is known.
+    """Video tokens, video seconds and model FLOPs per second of a step, and `mfu` if the device peak is known.
 
     `batch_size` counts the global rows, `bucket` is the latent (T, H, W), `seconds` the duration of the step.
     """

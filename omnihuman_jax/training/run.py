@@ -1,4 +1,4 @@
-"""What one start of a training run holds open: checkpoints, logs, watchdog, hooks."""
+"""Resources of one start of a training run: checkpoints, logs, watchdog, hooks."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from omnihuman_jax.training.task import Hook, Task
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step that is under way: what is known of it, and its metrics when they are there."""
+    """A step in flight, with its metrics once the devices have computed them."""
 
     step: int
     metrics: Any
@@ -37,10 +37,10 @@ class Run:
 
     Args:
       task: what is trained.
-      config: resolved config; read are seed, data.log_records, checkpoint, faults, profile and log_every.
+      config: resolved config; uses seed, data.log_records, checkpoint, faults, profile and log_every.
       plain_config: the same as plain JSON types.
       workdir: run directory.
-      stop: the flag to stop.
+      stop: the stop flag.
       started: `time.time()` of the process's start.
     """
 
@@ -74,26 +74,26 @@ class Run:
         return self.task.stages[-1].last_step
 
     def log(self, message: str) -> None:
-        """Logs a line above the progress bar, once for all processes; where it cannot be written, the run goes on."""
+        """Logs a line above the progress bar, in process 0 only; a failed write does not stop the run."""
         if is_main():
-            with contextlib.suppress(OSError):  # a terminal's log on a full disk
+            with contextlib.suppress(OSError):  # stdout may be a file on a full disk
                 self.bar.write(message)
 
     def restore_counters(self, meta: dict[str, Any], path: Path) -> None:
-        """Restores what a checkpoint holds in addition to the arrays; logs what it is and what changes."""
+        """Restores the checkpoint contents other than arrays; logs the checkpoint and what changes."""
         done, lines = meta["step"], self.task.restore(meta)
         self.checkpoints.end_stages(last_steps(self.task.stages))
         self._repeated_until = last_step_in(self.workdir / "metrics.jsonl")
         self.log(
             f"continuing {self.workdir} after step {done} of {self.last_step}, in {meta['stage']}: {self.task.saved} "
-            f"from {path}; {max(0, self._repeated_until - done)} logged steps come again; {jax.process_count()} "
+            f"from {path}; {max(0, self._repeated_until - done)} logged steps will be repeated; {jax.process_count()} "
             f"process(es), mesh {dict(self.task.mesh.shape)}"
         )
         self.bad_steps.total, self.bad_steps.in_a_row = meta.get("bad_steps", (0, 0))
         for line in lines:
             self.log(line)
         if meta.get("data") != self.data:
-            self.log("the data set differs from the one the checkpoint was trained on: records may repeat or be left")
+            self.log("the data set differs from the one the checkpoint was trained on: records may repeat or be missed")
 
     def show_progress(self, done: int) -> None:
         """Opens the progress bar."""
@@ -101,7 +101,7 @@ class Run:
         self.bar = tqdm(total=self.last_step, initial=done, **options)
 
     def dispatch(self, step: int, state: Any, batch: Any) -> tuple[Any, Any]:
-        """Starts a step on the devices; the first of each shape compiles before it returns."""
+        """Starts a step on the devices; the first step of each shape compiles before this returns."""
         function, arguments = self.task.train_step(step), (state, *self.task.arguments(step, batch))
         key = (function, *(x.shape for x in jax.tree.leaves(arguments[1:])))
         if key not in self._compiled:
@@ -110,15 +110,15 @@ class Run:
         return self._compiled[key](*arguments)
 
     def log_later(self, step: int, metrics: Any, described: dict[str, Any], data_seconds: float) -> None:
-        """Logs the step before this one, and keeps this one for the next call: the host never stalls the devices."""
+        """Logs the previous step and keeps this one for the next call, so the host never stalls the devices."""
         self.flush()
         self._pending = Pending(step, metrics, described, data_seconds)
 
     def flush(self) -> None:
-        """Logs the step that is under way: waits for its metrics and checks them; a line every `log_every` steps.
+        """Waits for the metrics of the step in flight and checks them; writes a line every `log_every` steps.
 
         Raises:
-          UserError: too many steps in a row were not finite, or a save has failed that others wait for.
+          UserError: too many steps in a row were not finite, or a save failed that other processes wait for.
         """
         if self._pending is None:
             return
@@ -156,22 +156,22 @@ class Run:
         self.writer.step(line, p.described.get("target_ratio", {}))
 
     def start_clock(self) -> None:
-        """A step's time begins: what came before (a save, an evaluation) is not part of it."""
+        """Starts timing a step; earlier work (a save, an evaluation) is excluded."""
         self._clock, self._claimed = time.perf_counter(), self.goodput.claimed()
 
     @contextlib.contextmanager
     def aside(self, cause: str) -> Iterator[None]:
-        """For what is not training: logs the step under way first, and stops the watchdog and the step's clock."""
+        """For work other than training: logs the step in flight, then pauses the watchdog and the step clock."""
         self.flush()
         with self.watchdog, self.goodput.cause(cause):
             yield
         self.start_clock()
 
     def finish_saves(self, done: int) -> None:
-        """Logs the last step and waits for the saves under way.
+        """Logs the last step and waits for pending saves.
 
         Raises:
-          UserError: a checkpoint that could not be written and is still missing.
+          UserError: a checkpoint could not be written and is still missing.
         """
         self.flush()
         with self.watchdog:
@@ -184,7 +184,7 @@ class Run:
             )
 
     def close(self) -> None:
-        """Finishes the saves under way and closes the logs."""
-        with contextlib.ExitStack() as last:  # all of them, whatever one raises
+        """Finishes pending saves and closes the logs."""
+        with contextlib.ExitStack() as last:  # closes all, even if one raises
             for held_open in (self.bar, self.writer, self.checkpoints, *self.hooks, self.watchdog):
                 last.callback(held_open.close)

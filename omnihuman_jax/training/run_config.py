@@ -1,4 +1,4 @@
-"""config.json of a run, and what a changed config means to one that continues."""
+"""config.json of a run, and which config changes matter when a run continues."""
 
 import hashlib
 import json
@@ -31,12 +31,12 @@ SAFE = (
 )
 
 
-# Keys that may name another place on every host.
+# Keys that may differ between hosts, such as paths.
 LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint", ".init_from", "loss.lpips")
 
 
 def shared_digest(plain_config: dict[str, Any]) -> str:
-    """sha256 of the keys that all processes of a run must have alike."""
+    """sha256 of the keys that must be equal in all processes of a run."""
     return config_digest({k: v for k, v in flatten(plain_config).items() if not k.endswith(LOCAL)})
 
 
@@ -49,7 +49,7 @@ def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, 
     """Writes config.json; logs the keys that differ from the checkpoint's, `before`, and whether they are safe."""
     path = workdir / "config.json"
     if before is not None:
-        before, after = flatten(before), flatten(json.loads(json.dumps(plain_config)))  # tuples are lists there
+        before, after = flatten(before), flatten(json.loads(json.dumps(plain_config)))  # tuples become lists
         changed = [k for k in sorted(before | after) if before.get(k) != after.get(k)]
         for heading, safe in (("changes what is trained", False), ("safe", True)):
             lines = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]

@@ -1,8 +1,9 @@
-"""The stage table: what each stage trains on and for how long, and what becomes of it when the config changes.
+"""The stage table: what each stage trains on and for how long, and how config changes update the table.
 
-A run's table is what was really trained: a change in the middle of a stage ends its row and begins another of the same
-name. Rows of one name that follow each other directly are one stage. The position of every data source follows from the
-rows, so a checkpoint that holds the table and its step needs to hold nothing else about the data.
+The table of a run records what was actually trained: a change in the middle of a stage ends its row and begins another
+with the same name. Adjacent rows of one name are one stage. Settings that only the train step reads (learning rate,
+times, weights of the loss) start no new row; a row holds the latest. The position of every data source follows from the
+rows, so a checkpoint needs only the table and its step to restore the data position.
 """
 
 import dataclasses
@@ -46,19 +47,19 @@ class Stage(Span):
     Attributes:
       learning_rate: peak learning rate after the warm-up.
       warmup_steps: steps of linear warm-up at the start of the stage.
-      ratios: condition name -> share of the samples it is scheduled for.
-      latent_frames: latent frames T of the noisy window (1 = text-to-image); shorter clips are left out.
-      motion_ratio: share of the windows that continue from motion frames instead of starting at the clip's first frame.
-      batch_size: samples of a step, over all hosts.
+      ratios: condition name -> share of samples scheduled with it.
+      latent_frames: latent frames T of the noisy window (1 = text-to-image); shorter clips are excluded.
+      motion_ratio: share of windows that continue from motion frames; the rest start at the first frame of a clip.
+      batch_size: samples per step, over all hosts.
       init_from: checkpoint whose parameters the stage may start from, see `loads_init_from`; "" = none.
-      source_weights: source -> share of the samples; None = by the data.
-      bucket_weights: latent (H, W) -> share of the steps; None = by the data.
+      source_weights: source -> share of samples; None = determined by the data.
+      bucket_weights: latent (H, W) -> share of steps; None = determined by the data.
       time_mean: mean of the logit-normal training times (`diffusion.time`); above 0 means more noise.
-      time_std: their standard deviation before the logistic function.
-      time_mean_by_condition: condition -> `time_mean` of the samples whose strongest condition it is.
-      rate_factors: condition -> learning rate of its own modules as a multiple of `learning_rate`.
-      region_shares: region -> share of a sample's loss (`diffusion.loss_weights`).
-      region_only: region -> share of the samples in which nothing but the region counts.
+      time_std: standard deviation of the times before the logistic function.
+      time_mean_by_condition: condition -> `time_mean` for samples whose strongest condition it is.
+      rate_factors: condition -> learning rate of its modules as a multiple of `learning_rate`.
+      region_shares: region -> share of the loss of a sample (`diffusion.loss_weights`).
+      region_only: region -> share of samples whose loss covers only that region.
     """
 
     learning_rate: float
@@ -78,7 +79,7 @@ class Stage(Span):
     region_only: Mapping[str, float] | None = None
 
 
-# Of a row, "NAME=NUMBER,…" in the config: key -> (position of a name, numbers that are allowed in words, their test).
+# Row settings written "NAME=NUMBER,…" in the config: key -> (index of a name, description of valid numbers, test).
 _BY_NAME = {
     "time_mean_by_condition": (conditions.index, "a finite number", math.isfinite),
     "rate_factors": (conditions.index, "a finite number above 0", lambda x: math.isfinite(x) and x > 0),
@@ -91,7 +92,7 @@ def curriculum(config: ConfigDict) -> tuple[Stage, ...]:
     """The stage table of a resolved config, in `stage_order`, without stages of zero steps.
 
     Raises:
-      UserError: ratios against principle 2 or outside 0..1, weights that cannot be read, no stage left to train.
+      UserError: ratios violate principle 2 or are outside 0..1, weights cannot be parsed, or no stage has steps.
     """
     sources = _parse_weights(config.data.source_weights, "data.source_weights", str.strip, "source=weight")
     stages, first = [], 1
@@ -195,8 +196,8 @@ def learning_rate_at(stages: Sequence[Stage], step: int) -> float:
 def loads_init_from(stages: Sequence[Stage], step: int, replace_parameters_at: Collection[str]) -> bool:
     """Whether the parameters of `init_from` are loaded before a step.
 
-    They are at the first step of a run and where a stage begins that the user has named in `replace_parameters_at`.
-    Anywhere else they would replace what the run has trained so far.
+    They are loaded at the first step of a run and at the start of each stage listed in `replace_parameters_at`.
+    Anywhere else they would overwrite what the run has trained so far.
     """
     stage = stage_at(stages, step)
     named = step == 1 or stage.name in replace_parameters_at
@@ -207,13 +208,13 @@ def check_init_from(stages: Sequence[Stage], replace_parameters_at: Collection[s
     """Checks `init_from` of every stage against the stages named in --replace_parameters_at.
 
     Args:
-      stages: the config's own table.
-      replace_parameters_at: the stages named.
+      stages: the stage table of the config.
+      replace_parameters_at: the stages listed in the flag.
       fresh: whether the run starts at step 1.
 
     Raises:
-      UserError: a name that is no stage of the table, one without `init_from`, or, in a fresh run, an `init_from` that
-        would never be loaded.
+      UserError: a listed stage is not in the table or has no `init_from`, or a fresh run would never load an
+        `init_from`.
     """
     sources = {stage.name: stage.init_from for stage in stages}
     for name in replace_parameters_at:
@@ -234,7 +235,7 @@ def check_init_from(stages: Sequence[Stage], replace_parameters_at: Collection[s
 
 
 def to_json(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """The rows as plain JSON; latent sizes are written "HxW"."""
+    """The rows as plain JSON; latent sizes become "HxW"."""
     rows = []
     for stage in stages:
         row = dataclasses.asdict(stage)
@@ -252,7 +253,7 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
     """The inverse of `to_json`.
 
     Raises:
-      UserError: rows that are damaged or do not follow each other.
+      UserError: rows are damaged or not consecutive.
     """
     stages, expected = [], 1
     for row in rows:
@@ -272,19 +273,19 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-_OF_THE_STEP = ("time_mean", "time_std", *_BY_NAME)  # settings that the train step reads, not the input pipeline
+_OF_THE_STEP = ("time_mean", "time_std", *_BY_NAME)  # read by the train step, not by the input pipeline
 
 
 def _data_settings(stage: Stage) -> Stage:
-    """What decides the data of a row besides its place; other changes need no new row."""
+    """The settings of a row that determine its data, without its position; other changes need no new row."""
     usual = {field.name: field.default for field in dataclasses.fields(Stage) if field.name in _OF_THE_STEP}
     return dataclasses.replace(stage, first_step=0, steps=0, learning_rate=0.0, warmup_steps=0, init_from="", **usual)
 
 
 def continued(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> tuple[Stage, ...]:
-    """The table of a run that has trained steps 1 … done by `saved` and goes on by `own`, the config's.
+    """The table of a run that trained steps 1 … done from `saved` and continues with `own`, the table of the config.
 
-    A stage whose data stay the same stays one row, so an unchanged table stays what it is.
+    A stage whose data do not change stays one row, so an unchanged table stays identical.
     """
     past = [
         dataclasses.replace(stage, steps=min(stage.last_step, done) - stage.first_step + 1)
@@ -303,7 +304,7 @@ def continued(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> tuple[
 
 
 def changes(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> list[str]:
-    """What `continued` changes after step `done`, a line a stage, for the person at the terminal."""
+    """Log lines that describe what `continued` changes after step `done`, by stage."""
     lines = []
     left = [stage for stage in own if stage.last_step > done]
     for stage in left:
@@ -311,7 +312,7 @@ def changes(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> list[str
         if not named:
             lines.append(f"{stage.name}: new, steps {max(stage.first_step, done + 1)} to {stage.last_step}")
             continue
-        # What was planned for it from here on, else what it last was.
+        # The row planned from here on, else the last one trained.
         before = next((old for old in named if old.last_step > done), named[-1])
         goes_on = before.first_step <= done <= before.last_step
         differences = [
@@ -332,7 +333,7 @@ def changes(saved: Sequence[Stage], own: Sequence[Stage], done: int) -> list[str
 
 
 def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
-    """(what, before, now) of each setting in which two rows differ."""
+    """(setting, before, now) for each setting that differs between two rows."""
     pairs = [(f"{name} ratio", old.ratios.get(name), new.ratios.get(name)) for name in {**old.ratios, **new.ratios}]
     pairs += [
         ("source weights", old.source_weights, new.source_weights),
@@ -344,10 +345,10 @@ def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
         ("warm-up steps", old.warmup_steps, new.warmup_steps),
         ("mean of the times", old.time_mean, new.time_mean),
         ("spread of the times", old.time_std, new.time_std),
-        ("mean of the times by condition", old.time_mean_by_condition, new.time_mean_by_condition),
-        ("learning rate factors", old.rate_factors, new.rate_factors),
-        ("shares of the loss", old.region_shares, new.region_shares),
-        ("shares of samples with one region", old.region_only, new.region_only),
+        ("mean of the times by condition", old.time_mean_by_condition or "none", new.time_mean_by_condition or "none"),
+        ("learning rate factors", old.rate_factors or "none", new.rate_factors or "none"),
+        ("shares of the loss", old.region_shares or "none", new.region_shares or "none"),
+        ("shares of samples with one region", old.region_only or "none", new.region_only or "none"),
     ]
     return [(what, _text(a), _text(b)) for what, a, b in pairs if a != b]
 
@@ -355,6 +356,8 @@ def _differences(old: Stage, new: Stage) -> list[tuple[str, str, str]]:
 def _text(value: Any) -> str:
     if value is None:
         return "by the data"
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         return ",".join(f"{_key(name)}={share:g}" for name, share in value.items())
     return f"{value:g}"

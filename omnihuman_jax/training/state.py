@@ -1,4 +1,4 @@
-"""Train state: parameters, optimizer, EMA and step, sharded by the parameter rules; also abstract, to compile for."""
+"""Train state: parameters, optimizer, EMA and step, sharded by the parameter rules; also abstract, for compilation."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     """Everything a step changes.
 
     Attributes:
-      step: int32 scalar, optimizer steps done.
+      step: int32 scalar, completed optimizer steps.
       params: nested dict of parameters.
       opt_state: optax state.
       ema: exponential moving average of the parameters, float32.
@@ -32,12 +32,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW without the learning rate, which the step multiplies in (it changes by stage).
+    """Clip by global norm, then AdamW without the learning rate, which the train step applies (it varies by stage).
 
     Weight decay acts on kernels only (matrices and convolutions), not on biases, norms or learned tokens.
 
     Raises:
-      UserError: a type of the moments that there is not.
+      UserError: an unknown dtype for the moments.
     """
     opt = config.optimizer
 
@@ -65,7 +65,7 @@ def _float_type(optimizer: ConfigDict, key: str) -> Any:
 
 
 def create_state(config: ConfigDict, network: Network) -> TrainState:
-    """A fresh state from `config.seed` (traceable; nothing is placed)."""
+    """A fresh state from `config.seed` (traceable, without placement)."""
     params = network.init(purpose_key(config.seed, INIT))
     return state_from_params(config, params)
 
@@ -77,7 +77,7 @@ def state_from_params(config: ConfigDict, params: Any) -> TrainState:
 
 
 def abstract_state(config: ConfigDict, mesh: Mesh, network: Network | None = None) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct` with shardings: what to restore into, or to compile for."""
+    """The state as `jax.ShapeDtypeStruct` with shardings: the target of a restore, or for compilation."""
     network = network or make_network(config)
     shapes = jax.eval_shape(lambda params: state_from_params(config, params), network.abstract_params)
     return rules.with_shardings(shapes, rules.tree_shardings(shapes, mesh))

@@ -1,4 +1,4 @@
-"""The one train step: flow matching on a batch, a pure function of (state, batch, settings of the stage)."""
+"""The train step: flow matching on a batch, a pure function of (state, batch, stage settings)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ Metrics = dict[str, jax.Array]
 
 
 def ema_decay_at(step: jax.Array, decay: float) -> jax.Array:
-    """EMA decay with warm-up: min(decay, (1 + step) / (10 + step)), so early averages are not the initial values."""
+    """EMA decay with warm-up: min(decay, (1 + step) / (10 + step)), so early averages forget the initial values."""
     step = step.astype(jnp.float32)
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
@@ -37,9 +37,9 @@ def draw_noise(
     mean: jax.Array | float = 0.0,
     std: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Time t (B,) and noise eps of a step: a pure function of (seed, step), whatever the mesh.
+    """Time t (B,) and noise eps of a step: a pure function of (seed, step) on any mesh.
 
-    `mean`, a scalar or (B,), and `std` are of the times before the shift, see `time.sample_times`.
+    `mean`, a scalar or (B,), and `std` apply to the times before the shift, see `time.sample_times`.
     """
     time_key, noise_key = jax.random.split(jax.random.fold_in(purpose_key(config.seed, NOISE), step))
     t = time.sample_times(time_key, shape[0], mean, std)
@@ -50,7 +50,7 @@ def draw_noise(
 
 
 def rounding_key(config: ConfigDict, step: jax.Array) -> jax.Array | None:
-    """Key of a step's stochastic rounding of bfloat16 parameters; None without `optimizer.stochastic_rounding`."""
+    """Key for stochastic rounding of bfloat16 parameters in a step; None without `optimizer.stochastic_rounding`."""
     if not config.optimizer.stochastic_rounding:
         return None
     return jax.random.fold_in(purpose_key(config.seed, ROUNDING), step)
@@ -59,7 +59,7 @@ def rounding_key(config: ConfigDict, step: jax.Array) -> jax.Array | None:
 def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array) -> jax.Array:
     """Flow-matching loss (B,) float32 of each row of a batch at times t (B,) and noise eps (B, T, H, W, C).
 
-    `loss_weight` (B, T, H, W) in the batch weights its cells.
+    `loss_weight` (B, T, H, W) in the batch weights the latent cells.
     """
     x0 = batch["latents"]
     predicted = network.apply(params, flow.interpolate(x0, eps, t), t, batch)
@@ -67,12 +67,12 @@ def sample_losses(network: Network, params: Any, batch: Any, t: jax.Array, eps: 
 
 
 def weighs_regions(config: ConfigDict) -> bool:
-    """Whether any stage gives a region a share of its loss or of its samples."""
+    """Whether any stage sets region weights or trains samples on one region only."""
     return any(row.region_shares or row.region_only for row in config.stages.values() if row.steps)
 
 
 def loss_weight(config: ConfigDict, step: jax.Array, batch: Any, settings: StepSettings) -> jax.Array:
-    """Weight (B, T, H, W) of every cell; the rows in which one region alone counts are a function of (seed, step)."""
+    """Weight (B, T, H, W) of every cell; the rows with only one region depend on (seed, step) alone."""
     key = jax.random.fold_in(purpose_key(config.seed, LOSS_WEIGHTS), step)
     only = loss_weights.choose_only(key, len(batch["regions"]), settings.region_only)
     return loss_weights.region_weights(batch["regions"], settings.region_shares, only)
@@ -81,9 +81,9 @@ def loss_weight(config: ConfigDict, step: jax.Array, batch: Any, settings: StepS
 def gradients(
     network: Network, params: Any, batch: Any, t: jax.Array, eps: jax.Array, parts: int
 ) -> tuple[jax.Array, Any]:
-    """Row losses (B,) and the gradient of their mean, over `parts` micro-batches one after the other.
+    """Row losses (B,) and the gradient of their mean, over `parts` sequential micro-batches.
 
-    Micro-batch a has the rows a, a + parts, …, so that each is spread over the devices as the batch is.
+    Micro-batch a has the rows a, a + parts, …, so each is sharded over the devices like the batch.
     """
 
     def loss_fn(params: Any, rows: Any):
@@ -110,13 +110,13 @@ def gradients(
 
 
 def part_of(path: str) -> str:
-    """The part of the network that a parameter belongs to: the module, or a condition's attention in all blocks."""
+    """The part of the network of a parameter: its module, or the cross-attention of a condition in all blocks."""
     first, second, *_ = *path.split("/"), ""
     return f"{second}_attention" if first in STACKED and second in entering(Way.CROSS_ATTENTION) else first
 
 
 def learning_rates(params: Any, settings: StepSettings) -> Any:
-    """The learning rate of every parameter: those of a condition's modules have its factor."""
+    """The learning rate of every parameter; modules of a condition use the factor of that condition."""
     owners = module_conditions()
 
     def rate(path: Any, _: Any) -> jax.Array:
@@ -128,7 +128,7 @@ def learning_rates(params: Any, settings: StepSettings) -> Any:
 
 
 def norms_by_part(grads: Any) -> dict[str, jax.Array]:
-    """Part of the network -> norm of its gradient."""
+    """Part of the network -> gradient norm."""
     parts: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
         parts.setdefault(part_of(rules.path_name(path)), []).append(leaf)
@@ -140,7 +140,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], StepSettings], tuple[TrainState, Metrics]]:
     """Builds step(state, batch, settings) -> (state, metrics).
 
-    A step whose loss, gradient, parameters, moments or EMA are not finite changes nothing but the step number.
+    If the loss, gradient, parameters, moments or EMA are not finite, the step changes only the step number.
 
     Metrics: `loss`, `grad_norm` and `skipped` scalars; `grad_norm_by_part`; `sample_loss` (B,) per-sample losses
     (weighted, if the stage weights regions) and `time` (B,), from which the loop computes losses by condition and by
@@ -177,7 +177,7 @@ def make_train_step(
 def jit_train_step(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
     """The train step jitted over the mesh: state donated and kept in its shardings, metrics replicated.
 
-    Call, lower or trace it inside `jax.set_mesh(mesh)`, which the activation constraints read.
+    Call, lower or trace it inside `jax.set_mesh(mesh)`: the activation constraints need the mesh.
     """
     state = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network))
     replicated = rules.replicated(mesh)

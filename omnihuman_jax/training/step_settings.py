@@ -1,4 +1,4 @@
-"""What a row of the stage table says to the train step: small arrays, so that one compiled step serves every stage."""
+"""Stage settings for the train step, as small arrays so that one compiled step serves every stage."""
 
 from typing import NamedTuple, Self
 
@@ -15,12 +15,12 @@ class StepSettings(NamedTuple):
     """The third argument of the train step, float32.
 
     Attributes:
-      learning_rate: of this step, after warm-up.
-      rate_factors: (conditions,), what multiplies it for each condition's own modules.
-      time_mean: (conditions + 1,), mean of the logit-normal times by the strongest active condition; last: of none.
+      learning_rate: for this step, with warm-up applied.
+      rate_factors: (conditions,), learning rate multiplier for the modules of each condition.
+      time_mean: (conditions + 1,), mean of the logit-normal times by strongest active condition; last: none active.
       time_std: standard deviation of the logit-normal times.
       region_shares: (regions,), share of the loss.
-      region_only: (regions,), share of the samples in which only the region counts.
+      region_only: (regions,), share of samples whose loss covers only that region.
     """
 
     learning_rate: np.ndarray
@@ -32,7 +32,7 @@ class StepSettings(NamedTuple):
 
     @classmethod
     def of(cls, stage: Stage, learning_rate: float) -> Self:
-        """Of a row of the stage table."""
+        """The settings of a row of the stage table."""
         times, factors = stage.time_mean_by_condition or {}, stage.rate_factors or {}
         shares, only = stage.region_shares or {}, stage.region_only or {}
         values = (
@@ -47,7 +47,7 @@ class StepSettings(NamedTuple):
 
     @classmethod
     def usual(cls, learning_rate: float) -> Self:
-        """Of a row with the published settings."""
+        """The published settings."""
         row = Stage("", 1, 1, learning_rate, 0, {}, latent_frames=1, motion_ratio=0.0, batch_size=1)
         return cls.of(row, learning_rate)
 

@@ -1,4 +1,4 @@
-"""What the training loop needs of what it trains (see `training.tasks`), and what it calls around a step."""
+"""Interfaces of the training loop: the task that it trains (see `training.tasks`) and hooks around each step."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ State = Any  # NamedTuple of pytrees of arrays
 
 @dataclasses.dataclass(frozen=True)
 class StepDone:
-    """A step dispatched to the devices, with its metrics there.
+    """A step dispatched to the devices, with its metrics still on them.
 
     Attributes:
-      state: the state after it; the next step takes its buffers.
-      stopping: whether the run stops after it: the time left before a kill is for saving.
+      state: the state after the step; the next step donates its buffers.
+      stopping: whether the run stops after the step, so that the time left before a kill is used for saving.
     """
 
     step: int
@@ -35,22 +35,22 @@ class Hook:
         """Called before the batch of a step is read."""
 
     def after_step(self, done: StepDone) -> None:
-        """Called when a step has been dispatched to the devices."""
+        """Called after a step has been dispatched to the devices."""
 
     def after_restore(self, step: int, state: Any) -> None:
-        """Called when a run continues after `step`: does what the stop skipped."""
+        """Called when a run continues after `step`, to do what the stop skipped."""
 
     def close(self) -> None:
         """Called when the run ends."""
 
 
 class Task(Protocol):
-    """A model, its data and its step. Batches and noise are functions of the seed and the step alone.
+    """A model with its data and train step. Batches and noise depend only on the seed and the step.
 
     Attributes:
-      mesh: of the devices; the loop calls everything inside `jax.set_mesh(mesh)`.
+      mesh: device mesh; the loop calls everything inside `jax.set_mesh(mesh)`.
       stages: rows of the stage table in use; `restore` may change it.
-      saved: what a checkpoint restores, for the log.
+      saved: contents of a checkpoint, for the log.
     """
 
     mesh: Mesh
@@ -58,7 +58,7 @@ class Task(Protocol):
     saved: str
 
     def digests(self) -> dict[str, str]:
-        """Name -> hex digest of what must be the same in all processes in addition to the config; one is "data set"."""
+        """Name -> hex digest of whatever, besides the config, must be equal in all processes; one is "data set"."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
@@ -67,40 +67,40 @@ class Task(Protocol):
         """The state before step 1."""
 
     def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
-        """Raises UserError where a checkpoint's config is of another model than the run's."""
+        """Raises UserError if the config of a checkpoint describes a different model."""
 
     def meta(self) -> dict[str, Any]:
-        """Plain JSON that a checkpoint holds in addition to the state."""
+        """Plain JSON that is saved with the state."""
 
     def restore(self, meta: Mapping[str, Any]) -> list[str]:
-        """Continues after a checkpoint with this `meta`; returns lines about what changes from there on."""
+        """Continues from a checkpoint with this `meta`; returns log lines about changes from there on."""
 
     def enter_stage(self, state: State, step: int, log: Callable[[str], None]) -> State:
-        """The state that the stage beginning with `step` starts from."""
+        """The initial state of the stage that begins at `step`."""
 
     def batches(self, first_step: int) -> Iterator[Any]:
-        """This process's rows of the batches of steps first_step, first_step + 1, … on the host."""
+        """Host arrays with the rows of this process, for the batches of steps first_step, first_step + 1, …"""
 
     def train_step(self, step: int) -> Any:
-        """The jitted (state, *arguments) -> (state, metrics) of a step, the state donated.
+        """The jitted (state, *arguments) -> (state, metrics) of a step, with the state donated.
 
-        Metrics hold at least `loss`, `grad_norm` and `skipped`, scalars that are alike in all processes.
+        Metrics hold at least the scalars `loss`, `grad_norm` and `skipped`, equal in all processes.
         """
 
     def arguments(self, step: int, batch: Any) -> tuple[Any, ...]:
         """The arguments of a step after the state, on the devices."""
 
     def describe(self, step: int, batch: Any) -> dict[str, Any]:
-        """`records` (record ids of the global rows of a step) and what else `log_line` needs; called once a step.
+        """`records` (record ids of the global rows of a step) and other inputs of `log_line`; called once per step.
 
-        `active` (condition names of every row) is for data_log.jsonl, `target_ratio` for TensorBoard.
+        `active` (condition names of every row) goes to data_log.jsonl, `target_ratio` to TensorBoard.
         """
 
     def log_line(self, step: int, described: Mapping[str, Any], metrics: Any, seconds: float) -> dict[str, Any]:
-        """The task's own fields of a line of metrics.jsonl."""
+        """Task-specific fields of a line of metrics.jsonl."""
 
     def hooks(self, run: Any) -> list[Hook]:
-        """What happens every so many steps of a `run.Run`, in this order, after the checkpoint of the step."""
+        """Hooks of a `run.Run`, called in this order after the checkpoint hook."""
 
     def finish(self, state: State) -> None:
-        """Called when the last step is done and saved."""
+        """Called after the last step is done and saved."""

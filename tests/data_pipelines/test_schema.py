@@ -183,3 +183,4 @@ def test_views_have_ids_and_file_names_of_their_own_and_can_be_left_out(tmp_path
     assert [entry["view"] for entry in data.index] == ["full", "face", "face", "full"]
     assert schema.full_records(data, "heldout") == [0] and schema.full_records(data, "train") == [3]
     assert schema.full_records(data) == [0, 3]
+    assert all(schema.clip_id(schema.view_id("a/b#c", view)) == "a/b#c" for view in schema.VIEWS)

@@ -157,6 +157,7 @@ def test_a_metric_of_the_users_own_is_evaluated_and_shown(dataset, monkeypatch):
         patch.setitem(registry.METRICS, "brightness", metric)
         found = painted.evaluate(painted.obedient, dataset, metrics=registry.select(["brightness"]))
         text = page.evaluation_section(found.result, {})
+        assert "<b>not measured</b>: How &lt;bright&gt; is it." in page.obeyed(found.result)
         assert list(painted.evaluate(painted.obedient, dataset).result["measures"])[-1] == "brightness"
     measured = json.loads(json.dumps(found.result))["measures"]["brightness"]
     assert measured["rows"]["real"]["mean"] == pytest.approx(

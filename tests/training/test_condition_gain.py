@@ -44,7 +44,7 @@ def case():
     batch["audio"][:, 0, 0] = np.arange(size)  # right: no error
     batch["regions"][:, :, 2:, 1:3, regions.index("mouth")] = True
     batch["regions"][5] = False
-    batch["record"] = np.array([0, 1, 2, 3, 4, 5, 6, 6])
+    batch["clip"] = np.array([0, 1, 2, 3, 4, 5, 6, 6])
     return config, batch
 
 
@@ -62,20 +62,25 @@ def test_the_gain_of_a_network_that_hears_perfectly(case):
     assert set(gains) == {"text", "reference", "audio", "pose"} and set(gains["audio"]) == {"all", "mouth"}
     assert set(gains["audio"]["mouth"]) == {f"{level:g}" for level in NOISE_LEVELS}
 
-    partner = partners(batch["record"], batch["active"][:, AUDIO])
-    assert partner[3] == -1 and all(batch["record"][p] != batch["record"][i] for i, p in enumerate(partner) if p >= 0)
+    clip = batch["clip"]
+    partner = partners(clip, batch["active"][:, AUDIO])
+    assert partner[3] == -1 and all(clip[p] != clip[i] for i, p in enumerate(partner) if p >= 0)
     rows = [i for i in range(8) if i not in (3, 5)]  # 3 has no audio, the mouth of 5 is unknown
     for variant, heard in (("wrong", partner), ("none", np.zeros(8))):
-        difference = np.array([(heard[i] - i + 1.0) ** 2 - 1 for i in rows])  # the right loss is 1
+        by_row = {i: (heard[i] - i + 1.0) ** 2 - 1 for i in rows}  # the right loss is 1
+        by_clip = np.array([by_row[i] for i in rows[:4]] + [(by_row[6] + by_row[7]) / 2])
         found = gains["audio"]["mouth"]["0.75"][variant]
-        assert found["clips"] == 6
-        assert found["gain"] == pytest.approx(100 * difference.mean(), rel=1e-4, abs=1e-2)
-        assert found["error"] == pytest.approx(100 * difference.std(ddof=1) / np.sqrt(6), rel=1e-4)
+        assert found["clips"] == 5
+        assert found["gain"] == pytest.approx(100 * by_clip.mean(), rel=1e-4, abs=1e-2)
+        assert found["error"] == pytest.approx(100 * by_clip.std(ddof=1) / np.sqrt(5), rel=1e-4)
         assert gains["text"]["all"]["0.5"][variant]["gain"] == pytest.approx(0, abs=1e-4)
+    assert set(gains["pose"]) == {"all"}, "no limbs are known"
     assert "audio (mouth) " in summary(gains) and "against none" in summary(gains)
 
 
 def test_rows_without_another_clip_cannot_tell():
     assert partners(np.array([4, 4, 4]), np.array([True] * 3)).tolist() == [-1, -1, -1]
     assert partners(np.array([4, 5, 6]), np.array([True, False, True])).tolist() == [2, -1, 0]
-    assert percent_gain(np.ones(1), np.ones(1)) == {}
+    assert percent_gain(np.ones(2), np.ones(2), np.array([3, 3])) == {}
+    assert percent_gain(np.ones(2), np.array([1, np.nan]), np.array([3, 4])) == {}
+    assert "no condition is in two held-out clips" in summary({"audio": {"all": {"0.5": {"wrong": {}, "none": {}}}}})

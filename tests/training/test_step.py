@@ -73,12 +73,13 @@ QUICK = ({"sequence": 2, "tensor": 4}, {"sequence": 2, "tensor": 4, "sequence_at
 
 
 def gradients_on(mesh_sizes, parts=1):
-    """Row losses and gradients of one batch, all conditions of some rows in use, on a mesh or on one device."""
+    """Row losses and gradients of a batch with weights, all conditions of some rows in use, on a mesh or one device."""
     config = tiny_config("unused")
     config.model.update({"hidden_size": 64, "num_heads": 8, "mlp_hidden": 128})
     config.mesh.update(mesh_sizes or {})
     network = make_network(config)
     batch, params = random_batch(config), perturbed(network)
+    batch["loss_weight"] = np.random.default_rng(5).random(batch["latents"].shape[:-1], np.float32)
     t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape)
     run = jax.jit(lambda *args: gradients(network, *args, parts))
     if not mesh_sizes:

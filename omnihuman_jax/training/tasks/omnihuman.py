@@ -1,4 +1,4 @@
-"""Training of OmniHuman through its stages: flow matching on batches whose conditions follow the stage's ratios."""
+"""Training of OmniHuman through its stages: flow matching on batches whose conditions follow the stage ratios."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,32 +37,32 @@ Batch = Mapping[str, np.ndarray]
 
 
 class InputPipeline(Protocol):
-    """Where batches come from; a batch is a pure function of the step."""
+    """Source of batches; a batch is a pure function of the step."""
 
     def iterate(self, first_step: int, rows: slice) -> Iterator[Batch]:
-        """These global rows of the batches of steps first_step, first_step + 1, …"""
+        """The given global rows of the batches of steps first_step, first_step + 1, …"""
 
     def describe(self, step: int) -> dict[str, Any]:
         """`records`, `active` and `scheduled`: record id and condition names of every global row of a step."""
 
     def use_stages(self, stages: Sequence[Stage]) -> None:
-        """Draws every step by this table; UserError where the data set cannot."""
+        """Draws every step from this table; UserError if the data set cannot supply it."""
 
     def fingerprint(self) -> str:
-        """Hex digest of what the data set says of itself and of every record."""
+        """Hex digest of the metadata of the data set and of every record."""
 
     def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
-        """These global rows of `count` batches that training does not see: of full frames or of "face" crops."""
+        """The given global rows of `count` held-out batches, of full frames or of "face" crops."""
 
 
 class SampleVideo(Protocol):
-    """Writes a sample video at a stage's end."""
+    """Writes a sample video at the end of a stage."""
 
     def path(self, step: int, stage: Stage) -> Path:
         """The GIF that a call writes."""
 
     def __call__(self, params: Any, step: int, stage: Stage) -> tuple[Path, tuple[int, int]]:
-        """Writes it from the EMA parameters; its path and (height, width)."""
+        """Writes it from the EMA parameters; returns its path and (height, width)."""
 
 
 class OmniHumanTask:
@@ -71,12 +71,12 @@ class OmniHumanTask:
     Args:
       config: resolved config.
       input_pipeline: source of batches.
-      sample: writes a video at every stage's end; None for none.
+      sample: writes a video at the end of every stage; None for none.
       replace_parameters_at: stages whose `init_from` may replace what the run has trained; see
         `stages.loads_init_from`.
 
     Raises:
-      UserError: a mesh, stages or an evaluation that the devices or the data set cannot give.
+      UserError: the devices or the data set do not support the mesh, the stages or an evaluation.
     """
 
     saved = "parameters, optimizer, EMA, data position and ratio counts"
@@ -104,7 +104,7 @@ class OmniHumanTask:
         self._counter = RatioCounter()
 
     def digests(self) -> dict[str, str]:
-        """Of the data set and of --replace_parameters_at."""
+        """Digests of the data set and of --replace_parameters_at."""
         named = config_digest({"stages": sorted(self._replace_parameters_at)})
         return {"data set": self._data, "--replace_parameters_at": named}
 
@@ -117,7 +117,7 @@ class OmniHumanTask:
         return init_state(self.config, self.mesh, self.network)
 
     def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
-        """Raises UserError where a checkpoint is of a network of another shape."""
+        """Raises UserError if the checkpoint is of a network with different shapes."""
         same_network(saved, config, path)
 
     def meta(self) -> dict[str, Any]:
@@ -125,13 +125,13 @@ class OmniHumanTask:
         return {"stages": stages_lib.to_json(self.stages), "counter": self._counter.state()}
 
     def restore(self, meta: Mapping[str, Any]) -> list[str]:
-        """Makes `stages` the table that goes on after a saved one; returns what the config changes."""
+        """Sets `stages` to the continuation of the saved table; returns what the config changes."""
         saved, own, done = stages_lib.from_json(meta["stages"]), self.stages, meta["step"]
         self._counter = RatioCounter(**meta.get("counter", {}))
         table = stages_lib.continued(saved, own, done)
         try:
             self.input_pipeline.use_stages(table)
-        except UserError as error:  # of the saved rows: those of the config have been planned over this data set
+        except UserError as error:  # from the saved rows; the config rows were already planned on this data set
             return [
                 f"the data set at hand cannot give what steps 1 to {done} drew ({error}); they count as drawn by the "
                 f"stages of this config, so records may repeat or be left out once"
@@ -140,12 +140,12 @@ class OmniHumanTask:
         return stages_lib.changes(saved, own, done)
 
     def enter_stage(self, state: TrainState, step: int, log: Callable[[str], None]) -> TrainState:
-        """The state that a stage starts from: that of the stage before, or parameters from `init_from`."""
+        """The initial state of a stage: from the previous stage, or with parameters from `init_from`."""
         stage = stage_at(self.stages, step)
         log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}, ratios {dict(stage.ratios)}")
         shardings = jax.tree.map(lambda x: x.sharding, state)
         if stages_lib.loads_init_from(self.stages, step, self._replace_parameters_at):
-            raw = None if is_exported(stage.init_from) else False  # an exported directory holds one kind
+            raw = None if is_exported(stage.init_from) else False  # exports hold one set of parameters
             _, params, info = load_parameters(stage.init_from, use_ema=raw, shardings=shardings.params)
             log(f"{stage.name}: parameters from {info['path']} (step {info['step']}), fresh optimizer")
             fresh = jax.jit(lambda p: state_from_params(self.config, p), out_shardings=shardings)(params)
@@ -161,7 +161,7 @@ class OmniHumanTask:
         return state
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """This process's rows of the batches from a step on."""
+        """The rows of this process, for the batches from a step on."""
         return self.input_pipeline.iterate(first_step, self._rows)
 
     def train_step(self, step: int) -> Any:
@@ -174,10 +174,10 @@ class OmniHumanTask:
         return batch_lib.place(self.config, self.mesh, batch), StepSettings.of(stage_at(self.stages, step), rate)
 
     def describe(self, step: int, batch: Batch) -> dict[str, Any]:
-        """Records, conditions and ratios so far."""
+        """Records, conditions and the ratios so far."""
         described, stage = self.input_pipeline.describe(step), stage_at(self.stages, step)
         if step == stage.first_step:
-            self._counter = RatioCounter()  # other ratios are counted from here on
+            self._counter = RatioCounter()  # ratios are counted per stage
         counter = self._counter
         counter.add(described)
         return described | {
@@ -202,7 +202,7 @@ class OmniHumanTask:
         }
 
     def hooks(self, run: Run) -> list[Hook]:
-        """Sample videos and what is measured on held-out clips, as far as the run has them."""
+        """Sample videos and held-out evaluations, as configured."""
         hooks: list[Hook] = [SampleVideos(run, self, self._sample)] if self._sample else []
         parts, evaluation = (self.config, self.network, self.mesh), self.config.evaluation
         if evaluation.every:
@@ -222,47 +222,47 @@ class OmniHumanTask:
         return hooks
 
     def finish(self, state: TrainState) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
 
 class SampleVideos(Evaluation):
-    """A sample video of the EMA at every stage's end."""
+    """Writes a sample video from the EMA at the end of every stage."""
 
     def __init__(self, run: Run, task: OmniHumanTask, sample: SampleVideo):
         super().__init__(run)
         self._task, self._sample = task, sample
 
     def due(self, step: int) -> bool:
-        """At a stage's end."""
+        """Whether the step ends a stage."""
         return ends_stage(self._task.stages, step)
 
     def is_there(self, step: int) -> bool:
-        """Whether the file is there."""
+        """Whether the file exists."""
         return self._sample.path(step, stage_at(self._task.stages, step)).exists()
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Writes the video, in the first process; without one, training goes on."""
+        """Writes the video in process 0; training continues if that fails."""
         stage, ema = stage_at(self._task.stages, step), gather(state.ema)
         if is_main():
-            # What one process does alone must not be laid out over the devices of all.
+            # Work done by one process alone must not be sharded over all devices.
             with contextlib.nullcontext() if jax.process_count() == 1 else jax.set_mesh(mesh_lib.local_mesh()):
                 try:
                     path, size = self._sample(ema, step, stage)
                     self.run.writer.video(f"sample/{stage.name}", path, size, step)
-                except (OSError, UserError) as error:  # as a full disk; the training is worth more
+                except (OSError, UserError) as error:  # such as a full disk; training matters more
                     self.run.log(f"{stage.name}: the sample video could not be written: {error}; training goes on")
         wait_for_all("sampled")
 
 
 class HeldOut(Evaluation):
-    """What is measured on held-out clips with the EMA every so many steps, written to evaluation.jsonl.
+    """Evaluates the EMA on held-out clips every `every` steps and writes to evaluation.jsonl.
 
     Args:
       run: the run.
-      name: of the values in the file.
-      every: steps.
-      measure: makes the function of the parameters that measures; called at the first evaluation.
-      summary: a line for the log; None writes none.
+      name: key of the values in the file.
+      every: interval in steps.
+      measure: builds the function that evaluates parameters; called at the first evaluation.
+      summary: formats a log line; None for no line.
     """
 
     def __init__(
@@ -277,11 +277,11 @@ class HeldOut(Evaluation):
         self._name, self._every, self._make, self._measure, self._summary = name, every, measure, None, summary
 
     def due(self, step: int) -> bool:
-        """Every so many steps."""
+        """Whether `every` divides the step."""
         return step % self._every == 0
 
     def is_there(self, step: int) -> bool:
-        """Whether evaluation.jsonl has it."""
+        """Whether evaluation.jsonl has the result."""
         return last_step_in(self.run.workdir / "evaluation.jsonl", self._name) >= step
 
     def evaluate(self, step: int, state: TrainState) -> None:

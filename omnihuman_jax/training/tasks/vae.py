@@ -1,4 +1,4 @@
-"""Training of the causal VAE on windows of videos: reconstruction, then with a discriminator where one is wanted."""
+"""Training of the causal VAE on video windows: reconstruction, then optionally with a discriminator."""
 
 import dataclasses
 import json
@@ -30,34 +30,34 @@ RECONSTRUCTION, ADVERSARIAL = "reconstruction", "adversarial"
 
 
 class Videos(Protocol):
-    """Windows of videos (B, F, Hp, Wp, 3) float32 in [-1, 1]; a batch is a pure function of the step."""
+    """Video windows (B, F, Hp, Wp, 3) float32 in [-1, 1]; a batch is a pure function of the step."""
 
     def sizes(self) -> Sequence[tuple[int, int, int, int]]:
-        """(F, Hp, Wp, B) of every kind of batch."""
+        """(F, Hp, Wp, B) of every batch shape."""
 
     def iterate(self, first_step: int, rows: Callable[[int], slice]) -> Iterator[np.ndarray]:
-        """Rows of the batches of steps first_step, first_step + 1, …: `rows` says which of a batch of so many."""
+        """Rows of the batches of steps first_step, first_step + 1, …; `rows` maps a batch size to the rows to read."""
 
     def records(self, step: int) -> list[str]:
-        """The files that the rows of a step are from."""
+        """The source files of the rows of a step."""
 
     def windows(self, split: str, count: int, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
-        """`count` windows (1, F, Hp, Wp, 3) of "train" or "heldout" videos, the same at every call."""
+        """`count` windows (1, F, Hp, Wp, 3) of "train" or "heldout" videos, identical at every call."""
 
     def fingerprint(self) -> str:
-        """Hex digest of the files and of how they are split."""
+        """Hex digest of the files and their split."""
 
 
 class VAETask:
     """See `training.task.Task`.
 
     Args:
-      config: resolved config of `experiments/configs/demo_vae.py`'s kind.
+      config: resolved config like `experiments/configs/demo_vae.py`.
       videos: source of batches.
       output: the safetensors file to write at the end.
 
     Raises:
-      UserError: a size that the VAE does not divide, a batch that the devices do not divide, LPIPS weights that cannot
+      UserError: the VAE does not support a clip size, the devices do not divide a batch, or the LPIPS weights cannot
         be read.
     """
 
@@ -95,7 +95,7 @@ class VAETask:
         )
 
     def digests(self) -> dict[str, str]:
-        """Of the videos."""
+        """Digest of the videos."""
         return {"data set": self._data}
 
     def abstract_state(self) -> VAEState:
@@ -104,7 +104,7 @@ class VAETask:
         return rules.with_shardings(shapes, rules.tree_shardings(shapes, self.mesh))
 
     def init_state(self) -> VAEState:
-        """A fresh state; the linear path, if there is one, starts at the principal components of training windows."""
+        """A fresh state; a linear path is initialised with the principal components of training windows."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         state = jax.jit(lambda: vae_step.create_state(self.config), out_shardings=shardings)()
         if not self.config.vae.linear_path:
@@ -120,31 +120,31 @@ class VAETask:
         return state._replace(params=params, ema=ema)
 
     def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
-        """Raises UserError where a checkpoint is of a VAE, or with a discriminator, of another shape."""
+        """Raises UserError if the VAE or the discriminator of the checkpoint has a different shape."""
         there, here = _shape(saved), _shape(config.to_dict())
         if there != here:
             raise UserError(f"{path}: checkpoint of another VAE ({there}); use its config or another --workdir")
 
     def meta(self) -> dict[str, Any]:
-        """Nothing: data and stages follow from the config and the step."""
+        """Empty: data and stages follow from the config and the step."""
         return {}
 
     def restore(self, meta: Mapping[str, Any]) -> list[str]:
-        """Nothing to restore; what the config changes is in its own lines."""
+        """Nothing to restore; config changes are logged elsewhere."""
         return []
 
     def enter_stage(self, state: VAEState, step: int, log: Callable[[str], None]) -> VAEState:
-        """The state as it is."""
+        """The unchanged state."""
         stage = stage_at(self.stages, step)
         log(f"{stage.name}: steps {stage.first_step}–{stage.last_step}")
         return state
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
-        """This process's rows of the batches from a step on."""
+        """The rows of this process, for the batches from a step on."""
         return self.videos.iterate(first_step, lambda size: process_rows(self._rows, size))
 
     def train_step(self, step: int) -> Any:
-        """With the discriminator or without it."""
+        """The step with or without the discriminator, by stage."""
         return self._steps[stage_at(self.stages, step).name]
 
     def arguments(self, step: int, batch: np.ndarray) -> tuple[Any, ...]:
@@ -152,7 +152,7 @@ class VAETask:
         return jax.make_array_from_process_local_data(self._rows, batch), self._perceptual
 
     def describe(self, step: int, batch: np.ndarray) -> dict[str, Any]:
-        """The files of the rows, and their frames."""
+        """The source files and the number of frames."""
         return {"records": self.videos.records(step), "frames": batch.shape[1]}
 
     def log_line(self, step: int, described: Mapping[str, Any], metrics: Any, seconds: float) -> dict[str, Any]:
@@ -193,14 +193,14 @@ class VAETask:
 
 
 def _stages(config: ConfigDict) -> tuple[Span, ...]:
-    """Reconstruction, and with the discriminator after `adversarial.start_step`."""
+    """Reconstruction, then with the discriminator after `adversarial.start_step`."""
     alone = min(config.adversarial.start_step, config.steps) if config.adversarial.weight else config.steps
     rows = (Span(RECONSTRUCTION, 1, alone), Span(ADVERSARIAL, alone + 1, config.steps - alone))
     return tuple(row for row in rows if row.steps)
 
 
 def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the shapes of the state, as plain JSON."""
+    """The settings that determine the shapes of the state, as plain JSON."""
     adversarial = config.get("adversarial", {})
     width = adversarial["width"] if adversarial.get("weight") else None
     return json.loads(json.dumps({"vae": config.get("vae"), "discriminator": width}))
@@ -214,11 +214,11 @@ class HeldOutPSNR(Evaluation):
         self._task = task
 
     def due(self, step: int) -> bool:
-        """Every so many steps, and after the last."""
+        """Whether `evaluation.every` divides the step, or it is the last."""
         return step % self._task.config.evaluation.every == 0 or step == self.run.last_step
 
     def is_there(self, step: int) -> bool:
-        """Whether metrics.jsonl has it."""
+        """Whether metrics.jsonl has the result."""
         return last_step_in(self.run.workdir / "metrics.jsonl", "heldout_psnr") >= step
 
     def evaluate(self, step: int, state: VAEState) -> None:

@@ -1,7 +1,6 @@
-"""Losses of the causal VAE: L1 and edges at several scales, KL, LPIPS; and its PSNR.
+"""Losses of the causal VAE (L1 and edges at several scales, KL, LPIPS) and PSNR.
 
-The edge term weighs thin structure (lips, eyes, fingers) by its contrast instead of its area, without knowing what a
-face is.
+The edge term weights thin structures (lips, eyes, fingers) by contrast instead of area, without a face model.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from omnihuman_jax.models.vae.perceptual import LPIPS
 
 
 def halve(video: jax.Array) -> jax.Array:
-    """(B, F, H, W, C) -> (B, F, H/2, W/2, C), means of 2x2 pixels (an odd last row or column is left out)."""
+    """(B, F, H, W, C) -> (B, F, H/2, W/2, C), means of 2x2 pixels (an odd last row or column is dropped)."""
     b, f, h, w, c = video.shape
     video = video[:, :, : h // 2 * 2, : w // 2 * 2]
     return video.reshape(b, f, h // 2, 2, w // 2, 2, c).mean((3, 5))
@@ -27,10 +26,10 @@ def reconstruction_losses(video: jax.Array, output: jax.Array, scales: int) -> d
     Args:
       video: target (B, F, Hp, Wp, 3) in [-1, 1].
       output: reconstruction of the same shape.
-      scales: how many sizes: 1 the pixels as they are, each further one half the size.
+      scales: number of sizes: the first at full resolution, each further one at half the size of the one before.
 
     Returns:
-      "l1": at full size only. "pyramid": mean over the scales. "edge": the same for differences along rows and columns.
+      "l1": at full size only. "pyramid": mean over scales. "edge": the same for differences along rows and columns.
     """
     error = output - video
     l1, pyramid, edge = jnp.mean(jnp.abs(error)), 0.0, 0.0
@@ -43,7 +42,7 @@ def reconstruction_losses(video: jax.Array, output: jax.Array, scales: int) -> d
 
 
 def perceptual_distance(state: Any, video: jax.Array, output: jax.Array) -> jax.Array:
-    """Mean LPIPS of the frames of two clips (B, F, Hp, Wp, 3); `state` is that of an `LPIPS` module."""
+    """Mean LPIPS of the frames of two clips (B, F, Hp, Wp, 3); `state` is the state of an `LPIPS` module."""
     widths = tuple(weight.shape[0] for weight in jax.tree.leaves(state["weights"]))
     graph = nnx.graphdef(nnx.eval_shape(lambda: LPIPS(widths, rngs=nnx.Rngs(0))))
     frames = (x.reshape(-1, *x.shape[2:]) for x in (video, output))
@@ -51,7 +50,7 @@ def perceptual_distance(state: Any, video: jax.Array, output: jax.Array) -> jax.
 
 
 def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL of N(mean, exp(logvar)) from N(0, 1) in nats, averaged over the latent's elements."""
+    """KL of N(mean, exp(logvar)) from N(0, 1) in nats, averaged over the latent elements."""
     return 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
 
 

@@ -1,7 +1,7 @@
 """The train step of the causal VAE and its state, as pure functions over plain parameter trees.
 
-The loss is L1 at several scales, L1 between spatial differences (edges), a small KL term, LPIPS where its weights are
-given, and a discriminator's term from a step on.
+The loss is the sum of L1 at several scales, L1 of spatial differences (edges), a small KL term, LPIPS if its weights
+are given, and an adversarial term from a given step on.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Params = dict[str, Any]
 
 
 class VAEState(NamedTuple):
-    """Everything a step changes; the discriminator's two trees are empty when adversarial.weight is 0."""
+    """Everything a step changes; both trees of the discriminator are empty if adversarial.weight is 0."""
 
     step: jax.Array
     params: Params
@@ -65,7 +65,7 @@ def make_critic(config: ConfigDict) -> Functional:
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to a hundredth of the peak at the last step."""
+    """Linear warm-up, then cosine decay to a hundredth of the peak at the last step."""
     opt = config.optimizer
     warmup = min(opt.warmup_steps, max(config.steps - 1, 1))
     return optax.warmup_cosine_decay_schedule(
@@ -88,7 +88,7 @@ def _optimizer(
 ) -> optax.GradientTransformation:
     """Clip, then AdamW at `rate`; with `muon_rate`, Muon at that rate for the convolution kernels.
 
-    Muon (optax.contrib) reaches in 100 steps what AdamW does in several hundred on this network.
+    On this network Muon (optax.contrib) reaches in 100 steps what takes AdamW several hundred.
     """
     opt = config.optimizer
     if muon_rate is None:
@@ -126,17 +126,17 @@ def create_state(config: ConfigDict) -> VAEState:
 
 
 def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callable[..., tuple[VAEState, dict]]:
-    """step(state, video (B, F, Hp, Wp, 3) in [-1, 1], perceptual=None) -> (state, metrics); jit it, the state donated.
+    """step(state, video (B, F, Hp, Wp, 3) in [-1, 1], perceptual=None) -> (state, metrics); donate the state.
 
-    A step after which loss, gradient or state are not finite changes nothing but the step number.
+    If the loss, gradient or new state is not finite, the step changes only the step number.
 
-    `perceptual` is the state of an LPIPS module (`nnx.state`); with it, its mean distance over all frames joins the
-    loss with `config.loss.lpips_weight`. It is an argument, because constants of that size make compilation slow.
-    The posterior's noise is a function of (seed, step), so a run that is started again repeats itself.
+    `perceptual` is the state of an LPIPS module (`nnx.state`); if given, its mean distance over all frames is added to
+    the loss with `config.loss.lpips_weight`. It is an argument, because constants of that size slow down compilation.
+    The posterior noise is a function of (seed, step), so a restarted run repeats the same steps.
 
     Args:
       config: the resolved configuration.
-      adversarial: with the discriminator's term and its own update (`config.adversarial.weight` must not be 0).
+      adversarial: adds the adversarial term and discriminator update (`config.adversarial.weight` must not be 0).
     """
     vae, critic = make_vae(config), make_critic(config)
     schedule = learning_rate(config)
