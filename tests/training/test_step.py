@@ -248,7 +248,7 @@ def test_weights_of_regions_and_times_by_condition_are_those_of_the_stage():
     normal_t, eps = draw_noise(config, jnp.int32(0), batch["latents"].shape, jnp.asarray(mean, jnp.float32))
     np.testing.assert_allclose(metrics["time"], normal_t, rtol=1e-5)
     x0, t = batch["latents"], np.asarray(normal_t)[:, None, None, None, None]
-    v = make_network(config).apply(before.params, (1 - t) * x0 + t * np.asarray(eps), normal_t, batch)
+    v = jax.jit(make_network(config).apply)(before.params, (1 - t) * x0 + t * np.asarray(eps), normal_t, batch)
     error = (np.asarray(v, np.float64) - (np.asarray(eps) - x0)) ** 2
     regions = batch["regions"][..., mouth]
     expected = [0.5 * e.mean() + 0.5 * e[m].mean() for e, m in zip(error, regions, strict=True)]
