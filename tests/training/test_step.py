@@ -263,9 +263,11 @@ def test_without_weights_regions_change_nothing():
     _, same, _ = one_step(config, StepSettings.usual(1e-2), batch | {"regions": ~batch["regions"]})
     jax.tree.map(np.testing.assert_array_equal, plain, same)
     config.stages.stage2.region_shares = "mouth=0.5"
-    _, weighted, again = one_step(config, StepSettings.usual(1e-2), batch)
+    _, _, again = one_step(config, StepSettings.usual(1e-2), batch)
     np.testing.assert_allclose(metrics["sample_loss"], again["sample_loss"], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain.params, weighted.params)
+    # Not the parameters: Adam's first step would turn the rounding of a gradient that is zero into a whole step.
+    for name, norm in metrics["grad_norm_by_part"].items():
+        np.testing.assert_allclose(norm, again["grad_norm_by_part"][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_a_condition_s_own_modules_learn_at_their_own_rate():
