@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.batches import Batches, read_record
 from data_pipelines.input_pipeline.loader import make_loader
 from data_pipelines.input_pipeline.windows import cut_window
-from data_pipelines.schema import Dataset, clip_id
+from data_pipelines.schema import FULL, Dataset, clip_id
 from omnihuman_jax import conditions
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.training.stages import Stage
@@ -60,12 +60,11 @@ class InputPipeline:
         """A step's entry of data_log.jsonl; see `Batches.describe`."""
         return self._batches.describe(step)
 
-    def held_out(self, count: int, rows: slice, view: str = "full") -> list[dict[str, np.ndarray]]:
+    def held_out(self, count: int, rows: slice, view: str = FULL) -> list[dict[str, np.ndarray]]:
         """The global `rows` of `count` fixed batches of held-out clips, with all conditions that each clip has.
 
-        `clip` (B,) numbers the clips: a crop has that of its clip. A
-        batch has one shape and one view, full frames or crops to the "face". The most frequent shapes come first;
-        clips repeat if there are too few.
+        `clip` (B,) numbers the clips; a crop has the number of its clip. A batch has one shape and one view, full
+        frames or crops to the "face". The most frequent shapes come first; clips repeat if there are too few.
         """
         dataset, (size, frames) = self._batches.dataset, self._held_out_size
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -77,15 +76,16 @@ class InputPipeline:
         for turn in range(count if groups else 0):
             group, first = groups[turn % len(groups)], turn // len(groups) * size
             chosen.append([group[(first + row) % len(group)] for row in range(size)][rows])
-        return [self._held_out_batch(members) for members in chosen]
+        names = sorted({clip_id(entry["id"]) for entry in dataset.index if entry["split"] == "heldout"})
+        numbers = {name: number for number, name in enumerate(names)}
+        return [self._held_out_batch(members, numbers) for members in chosen]
 
-    def _held_out_batch(self, members: Sequence[int]) -> dict[str, np.ndarray]:
+    def _held_out_batch(self, members: Sequence[int], numbers: Mapping[str, int]) -> dict[str, np.ndarray]:
         dataset, (_, frames) = self._batches.dataset, self._held_out_size
         draw = np.array([1.0, 0.5])  # the middle of the clip, after motion frames if it is long enough
         cut = [cut_window(read_record(dataset, i), frames, 1.0, self._batches.model, draw, 0.0) for i in members]
         active = np.stack([conditions.eligibility(dataset.index[i]) for i in members])
-        clips = sorted({clip_id(entry["id"]) for entry in dataset.index if entry["split"] == "heldout"})
         return {name: np.stack([row[name] for row in cut]) for name in cut[0]} | {
             "active": active,
-            "clip": np.array([clips.index(clip_id(dataset.index[i]["id"])) for i in members], np.int32),
+            "clip": np.array([numbers[clip_id(dataset.index[i]["id"])] for i in members], np.int32),
         }

@@ -37,7 +37,7 @@ def choose(cut: Cut, found: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Cut
     picture = np.array([cut.box.width, cut.box.height])
     face, mouth = face[seen] * np.tile(picture, 2), mouth[seen] * np.tile(picture, 2)
     low, high = np.quantile(face[:, :2], OUTLIERS, axis=0), np.quantile(face[:, 2:], 1 - OUTLIERS, axis=0)
-    # The upper edge of the mouth box is halfway from the tip of the nose to the lips.
+    # Across the middle of the mouth, and down at the upper edge of its box, which lies between nose and lips.
     centre = np.array([(mouth[:, 0] + mouth[:, 2]).mean() / 2, mouth[:, 1].mean()])
     for size in by_aspect(*(high - low)[::-1], sizes):
         box = _box(picture, low, high, centre, size)

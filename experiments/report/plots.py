@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from omnihuman_jax import conditions
+from omnihuman_jax.training import condition_gain
 
 RIGHT, WRONG, LIMIT, INK = "#1f6fb2", "#d5702a", "#8a8f98", "#30343b"
 STAGE_COLOURS = ("#3a7ca5", "#6a9a3b", "#a8557f", "#8d7a3c", "#5d5aa6")
@@ -89,20 +90,15 @@ def gain_curves(gains: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 2.6))
         for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
-            # Where the condition shows: its region stands after the whole picture.
-            levels = [(step, list(gain[name].items())[-1]) for step, gain in gains if name in gain]
+            means = [(step, *condition_gain.mean_gains(gain)[name]) for step, gain in gains if name in gain]
             for variant, label, colour in (("wrong", "another clip's", RIGHT), ("none", "none", WRONG)):
-                known = []
-                for step, (_, by_level) in levels:
-                    told = [gain[variant] for gain in by_level.values() if gain[variant]]
-                    if told:
-                        known.append((step, *np.mean([(x["gain"], x["error"]) for x in told], axis=0)))
+                known = [(step, *by_variant[variant]) for step, _, by_variant in means if variant in by_variant]
                 if known:
                     steps, mean, error = np.array(known).T
                     axes.plot(steps, mean, color=colour, linewidth=2, label=f"against {label}")
                     axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
             axes.axhline(0, color=LIMIT, linewidth=1)
-            axes.set_title(f"{name} ({levels[-1][1][0]})", loc="left")
+            axes.set_title(f"{name} ({means[-1][1]})", loc="left")
             axes.set_xlabel("step")
             axes.grid(alpha=0.25)
         figure.axes[0].set_ylabel("gain, % of the loss")

@@ -43,7 +43,7 @@ def summarise_data(dataset: schema.Dataset, missing: Sequence[str] = ()) -> dict
     rows = []
     for (source, split), records in sorted(groups.items()):
         sizes = sorted({(8 * e["shape"][1], 8 * e["shape"][2]) for e in records})
-        entries = [e for e in records if e["view"] == "full"]
+        entries = [e for e in records if e["view"] == schema.FULL]
         rows.append(
             {
                 "source": source,

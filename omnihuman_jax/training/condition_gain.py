@@ -88,6 +88,7 @@ class ConditionGain:
         self._loss = _jit_losses(config, network, mesh)
         self._compiled: dict[tuple[int, ...], Callable[..., jax.Array]] = {}
         rows = rules.batch_sharding(mesh)
+        self._keep = jax.jit(lambda active, keep: active & keep, out_shardings=rows)
         self._take = jax.jit(lambda x, partner: jnp.take(x, jnp.maximum(partner, 0), axis=0), out_shardings=rows)
 
     def __call__(self, params: Any) -> dict[str, Any]:
@@ -96,91 +97,105 @@ class ConditionGain:
         A region that is not known in at least two clips is left out.
         """
         found: dict[tuple[str, str, float], list[np.ndarray]] = {}
-        clips: dict[str, list[np.ndarray]] = {}
+        clips: list[np.ndarray] = []
         for batch in self._batches:
-            of_rows = gather({name: self._place(batch[name]) for name in ("clip", "active")})
+            placed = batch_lib.place(self._config, self._mesh, batch)
+            clip, active = gather((self._rows(batch["clip"]), placed["active"]))
+            clips.append(np.asarray(clip))
             for condition in conditions.table():
-                clips.setdefault(condition.name, []).append(np.asarray(of_rows["clip"]))
-                for level, losses in self._measured(params, batch, condition, **of_rows):
+                for level, losses in self._measured(params, placed, condition, clips[-1], np.asarray(active)):
                     for where, values in zip((WHOLE, condition.region), np.moveaxis(losses, -1, 0), strict=True):
                         if where:
                             found.setdefault((condition.name, where, level), []).append(values)
         result: dict[str, Any] = {}
         for (name, where, level), parts in found.items():
             right, *others = np.concatenate(parts, axis=1)  # each (rows,)
-            of_rows = np.concatenate(clips[name])
+            of_rows = np.concatenate(clips)
             gains = {v: percent_gain(right, other, of_rows) for v, other in zip(VARIANTS[1:], others, strict=True)}
             if where == WHOLE or any(gains.values()):
                 result.setdefault(name, {}).setdefault(where, {})[f"{level:g}"] = gains
         return result
 
     def _measured(
-        self, params: Any, batch: Mapping[str, np.ndarray], condition: Condition, clip: np.ndarray, active: np.ndarray
+        self, params: Any, batch: Mapping[str, jax.Array], condition: Condition, clip: np.ndarray, active: np.ndarray
     ) -> Iterator[tuple[float, np.ndarray]]:
         """(t, losses (variants, B, [all, region])) of a batch; NaN where a row cannot tell.
 
         `clip` (B,) and `active` (B, conditions) are of all rows, whichever process has them.
         """
-        has = np.asarray(active)[:, conditions.index(condition.name)]
-        partner = partners(np.asarray(clip), has)
+        has = active[:, conditions.index(condition.name)]
+        partner = partners(clip, has)
         variants = [self._variant(batch, condition, variant, partner) for variant in VARIANTS]
         tells = np.stack([has, partner >= 0, has])[..., None]
         key = jax.random.fold_in(purpose_key(self._config.seed, CONDITION_GAIN), int(clip[0]))
+        region = jnp.int32(regions.index(condition.region) if condition.region else 0)
         for level in NOISE_LEVELS:
-            losses = np.stack([self._losses(params, variant, level, key) for variant in variants])
-            yield level, np.where(tells, losses, np.nan)
+            losses = [self._losses(params, variant, region, jnp.float32(level), key) for variant in variants]
+            yield level, np.where(tells, np.stack(losses), np.nan)
 
     def _variant(
-        self, batch: Mapping[str, np.ndarray], condition: Condition, variant: str, partner: np.ndarray
+        self, batch: Mapping[str, jax.Array], condition: Condition, variant: str, partner: np.ndarray
     ) -> dict[str, jax.Array]:
         keep = np.arange(batch["active"].shape[1]) <= conditions.index(condition.name) - (variant == "none")
-        placed = batch_lib.place(self._config, self._mesh, dict(batch) | {"active": batch["active"] & keep})
+        changed = dict(batch) | {"active": self._keep(batch["active"], keep)}
         if variant == "wrong":
             own = condition.batch_fields(self._config.model, batch_lib.bucket_of(batch))
-            placed |= {name: self._take(placed[name], partner) for name in own}
-        where = regions.index(condition.region) if condition.region else 0
-        return placed | {"gain_region": self._place(batch["regions"][..., where])}
+            changed |= {name: self._take(batch[name], partner) for name in own}
+        return changed
 
-    def _place(self, value: np.ndarray) -> jax.Array:
+    def _rows(self, value: np.ndarray) -> jax.Array:
         shape = (self._config.global_batch_size, *value.shape[1:])
         return jax.make_array_from_process_local_data(rules.batch_sharding(self._mesh), value, shape)
 
-    def _losses(self, params: Any, batch: Any, level: float, key: jax.Array) -> np.ndarray:
-        shape, arguments = batch["latents"].shape, (params, batch, jnp.float32(level), key)
+    def _losses(self, params: Any, batch: Any, *rest: jax.Array) -> np.ndarray:
+        shape, arguments = batch["latents"].shape, (params, batch, *rest)
         if shape not in self._compiled:
             self._compiled[shape] = compile_together(self._loss, *arguments)
         return np.asarray(self._compiled[shape](*arguments))
 
 
 def _jit_losses(config: ConfigDict, network: Network, mesh: Mesh) -> Any:
-    """losses(params, batch, t, key) -> (B, 2): of all cells, and of those in `gain_region`, NaN where it is empty."""
+    """losses(params, batch, region, t, key) -> (B, 2): of all cells, and of those of a region, NaN where it is empty.
 
-    def losses(params: Any, batch: Any, level: jax.Array, key: jax.Array) -> jax.Array:
-        x0, region = batch["latents"], batch["gain_region"]
+    `region` is its position in `regions.NAMES`.
+    """
+
+    def losses(params: Any, batch: Any, region: jax.Array, level: jax.Array, key: jax.Array) -> jax.Array:
+        x0, cells = batch["latents"], batch["regions"][..., region]
         eps = jax.random.normal(key, x0.shape)
         t = jnp.full(len(x0), level)
         predicted, target = network.apply(params, flow.interpolate(x0, eps, t), t, batch), flow.velocity(x0, eps)
-        inside = jnp.where(region.any(axis=(1, 2, 3)), flow.flow_loss(predicted, target, region), jnp.nan)
+        inside = jnp.where(cells.any(axis=(1, 2, 3)), flow.flow_loss(predicted, target, cells), jnp.nan)
         return jnp.stack([flow.flow_loss(predicted, target), inside], axis=-1)
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, network)).params
     replicated = rules.replicated(mesh)
     return jax.jit(
         losses,
-        in_shardings=(shardings, rules.batch_sharding(mesh), replicated, replicated),
+        in_shardings=(shardings, rules.batch_sharding(mesh), replicated, replicated, replicated),
         out_shardings=replicated,
     )
 
 
-def summary(gains: Mapping[str, Any]) -> str:
-    """One line for the log: the mean gain of each condition over the times, where it shows."""
-    parts = []
+def mean_gains(gains: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, tuple[float, float]]]]:
+    """condition -> (where it shows, "wrong" and "none" -> mean gain over the times and its error), as far as known."""
+    means = {}
     for name, by_region in gains.items():
         where, by_level = list(by_region.items())[-1]  # the condition's own region if it is known
-        for variant in VARIANTS[1:]:
-            known = [gain[variant] for gain in by_level.values() if gain[variant]]
-            if known:
-                mean = np.mean([gain["gain"] for gain in known])
-                error = np.mean([gain["error"] for gain in known])  # of the same clips, so errors do not shrink
-                parts.append(f"{name} ({where}) {mean:+.2f} ± {error:.2f} % against {variant}")
+        known = {v: [gain[v] for gain in by_level.values() if gain[v]] for v in VARIANTS[1:]}
+        # The mean of the errors too: all times have the same clips, so errors do not shrink.
+        pairs = {
+            v: np.mean([(gain["gain"], gain["error"]) for gain in found], 0) for v, found in known.items() if found
+        }
+        means[name] = where, {v: (float(gain), float(error)) for v, (gain, error) in pairs.items()}
+    return means
+
+
+def summary(gains: Mapping[str, Any]) -> str:
+    """One line for the log: the mean gain of each condition over the times, where it shows."""
+    parts = [
+        f"{name} ({where}) {gain:+.2f} ± {error:.2f} % against {variant}"
+        for name, (where, by_variant) in mean_gains(gains).items()
+        for variant, (gain, error) in by_variant.items()
+    ]
     return ", ".join(parts) or "no condition is in two held-out clips; prepare data with more of them"
