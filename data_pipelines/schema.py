@@ -68,7 +68,7 @@ class Meta:
     Attributes:
       sizes: sizes of the conditions' rows by name (`Condition.sizes`): audio_dim, text_dim, num_keypoints.
       encoders: condition -> name of its encoder.
-      vae_sha256: digest of the VAE's file.
+      vae_sha256: digest of the VAE's encoder (`omnihuman_jax.models.vae.vae.encoder_sha256`).
     """
 
     latent_channels: int

@@ -80,9 +80,11 @@ def _settings() -> pipeline.Settings:
     vae = pathlib.Path(_VAE.value)
     if not vae.is_file():
         raise UserError(f"--vae={vae}: no such file; train one with python -m experiments.train_vae")
+    from omnihuman_jax.models.vae.vae import encoder_sha256  # imports JAX, which `--help` does not need
+
     faces = tuple(parse_sizes(_FACE_CROPS.value, "face_crops")) if _FACE_CROPS.value else ()
     return pipeline.Settings(
-        tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, fetch.sha256_of(vae), _TILE.value, faces
+        tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, encoder_sha256(vae), _TILE.value, faces
     )
 
 

@@ -15,9 +15,9 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from data_pipelines.raw.fetch import sha256_of
 from omnihuman_jax import command
 from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.models.vae.vae import encoder_sha256
 from omnihuman_jax.sharding import processes
 
 flags.disclaim_key_flags()  # so that --help lists flags defined here under the command
@@ -164,10 +164,10 @@ def make_workdir(path: str) -> Path:
 
 def check_vae(checkpoint: str, made_with: str) -> None:
     """Raises UserError if `vae.checkpoint`, unless "", is not the VAE that made the latents."""
-    if checkpoint and Path(checkpoint).is_file() and sha256_of(checkpoint) != made_with:
+    if checkpoint and Path(checkpoint).is_file() and encoder_sha256(checkpoint) != made_with:
         raise UserError(
-            f"vae.checkpoint={checkpoint} is not the VAE that made the latents (sha256 {made_with[:12]}…); set "
-            f"--config.vae.checkpoint to that file, or prepare the data again with this one"
+            f"vae.checkpoint={checkpoint} is not the VAE that made the latents (digest of its encoder: "
+            f"{made_with[:12]}…); set --config.vae.checkpoint to that file, or prepare the data again with this one"
         )
 
 

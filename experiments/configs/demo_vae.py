@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.log_every = 25
     config.ema_decay = 0.999
     vae = VAEConfig(dim=24, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
-    vae = dataclasses.replace(vae, patch_size=2, linear_path=True)
+    vae = dataclasses.replace(vae, patch_size=2, linear_path=True, linear_context=1)
+    # A VAE file whose encoder is kept, and only the decoder trained: records made with it stay valid. "" = train both.
+    config.encoder_from = ""
     # The latent statistics are measured at the end of training.
     config.vae = ConfigDict({k: v for k, v in dataclasses.asdict(vae).items() if not k.startswith("latent_")})
 
@@ -34,8 +36,9 @@ def get_config() -> ConfigDict:
             "buckets": ((5, 64, 64, 4, 0.5), (17, 64, 64, 2, 0.3), (1, 96, 96, 6, 0.2)),
         }
     )
-    # See omnihuman_jax/training/tasks/vae_step.py; `lpips` is a file (omnihuman_jax/weights/lpips.py), "" for none.
-    config.loss = ConfigDict({"edge": 1.0, "scales": 3, "kl": 1e-4, "lpips": "", "lpips_weight": 0.1})
+    # See omnihuman_jax/training/tasks/vae_step.py; latent_noise: largest noise on the latents that the decoder reads, in
+    # their standard deviations; `lpips` is a file (omnihuman_jax/weights/lpips.py), "" for none.
+    config.loss = ConfigDict({"edge": 1.0, "scales": 3, "kl": 1e-4, "latent_noise": 0.5, "lpips": "", "lpips_weight": 0.1})
     config.adversarial = ConfigDict({"weight": 0.0, "start_step": 0, "learning_rate": 1e-4, "width": 32})
     config.optimizer = ConfigDict(
         {

@@ -18,7 +18,6 @@ With a naming of `weights.formats`, these replace model.safetensors:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -34,6 +33,7 @@ from omnihuman_jax import conditions
 from omnihuman_jax.checkpoints.load import BASE_FOLDER, CONDITIONS_FILE, CONFIG_FILE, KIND, VAE_FILE, VERSION
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import make_network
+from omnihuman_jax.models.vae.vae import encoder_sha256
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.names import STACKED, is_condition, leaf_names
 from omnihuman_jax.weights.write import Renamed, write_files
@@ -135,7 +135,7 @@ def save(
             if vae:
                 shutil.copyfile(vae, folder / VAE_FILE)
                 plain["vae"] |= {"checkpoint": VAE_FILE}
-                head["vae_sha256"] = hashlib.sha256(vae.read_bytes()).hexdigest()
+                head["vae_sha256"] = encoder_sha256(vae)
             if naming:
                 head["naming"] = naming
             _write_json(folder / CONFIG_FILE, head | {"config": plain})

@@ -4,6 +4,7 @@ The first frame is encoded alone, so an image is a clip of one frame, and a refe
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -45,6 +46,8 @@ class VAEConfig:
       linear_path: add a linear map from each latent pixel's block of pixels to the latent, and one back; the network
         then starts at zero. Initialised to the data's principal components, as by experiments.train_vae, it makes a
         small VAE useful from the first step. False in Wan2.1.
+      linear_context: latent pixels on each side that the linear path back also reads. With 0 every block of pixels is
+        made from one latent pixel, and errors of generated latents show as a grid of squares.
       latent_mean: mean of each latent channel over the data; None means 0.
       latent_std: standard deviation of each latent channel; None means 1.
       dtype: compute dtype; parameters are float32.
@@ -57,6 +60,7 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
     linear_path: bool = False
+    linear_context: int = 0
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
     dtype: str = "float32"
@@ -170,7 +174,8 @@ class LinearPath(nnx.Module):
         init = nnx.initializers.orthogonal()
         self.encode_matrix = nnx.Param(init(rngs.params(), (size, config.z_dim), jnp.float32))
         self.encode_bias = nnx.Param(jnp.zeros((config.z_dim,), jnp.float32))
-        self.decode_matrix = nnx.Param(init(rngs.params(), (config.z_dim, size), jnp.float32))
+        inputs = config.z_dim * (2 * config.linear_context + 1) ** 2
+        self.decode_matrix = nnx.Param(init(rngs.params(), (inputs, size), jnp.float32))
         self.decode_bias = nnx.Param(jnp.zeros((size,), jnp.float32))
 
     def blocks(self, video: jax.Array, first: bool = True) -> jax.Array:
@@ -192,9 +197,17 @@ class LinearPath(nnx.Module):
         t, s = self.config.temporal_stride, self.config.spatial_stride
         b, frames, h, w, _ = z.shape
         matrix, bias = lax.stop_gradient((self.decode_matrix[...], self.decode_bias[...]))
-        video = (z @ matrix + bias).reshape(b, frames, h, w, t, s, s, 3)
+        video = (self.neighbours(z) @ matrix + bias).reshape(b, frames, h, w, t, s, s, 3)
         video = video.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, frames * t, h * s, w * s, 3)
         return video[:, t - 1 :] if first else video
+
+    def neighbours(self, z: jax.Array) -> jax.Array:
+        """(B, T, H, W, z_dim) -> (B, T, H, W, (2c+1)^2 z_dim), c = `linear_context`; borders repeat the edge."""
+        c = self.config.linear_context
+        rows, columns = z.shape[2:4]
+        z = jnp.pad(z, ((0, 0), (0, 0), (c, c), (c, c), (0, 0)), mode="edge")
+        window = range(2 * c + 1)
+        return jnp.concatenate([z[:, :, i : i + rows, j : j + columns] for i in window for j in window], axis=-1)
 
     def principal_components(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters that encode blocks (n, size) as their first principal components with unit variance."""
@@ -203,7 +216,14 @@ class LinearPath(nnx.Module):
         variance, axes = variance[::-1][: self.config.z_dim], axes[:, ::-1][:, : self.config.z_dim]
         scale = np.sqrt(np.maximum(variance, 1e-8))
         values = {"encode_matrix": axes / scale, "encode_bias": -mean @ (axes / scale)}
-        values |= {"decode_matrix": (axes * scale).T, "decode_bias": mean}
+        return {name: value.astype(np.float32) for name, value in values.items()}
+
+    def least_squares(self, neighbours: np.ndarray, blocks: np.ndarray) -> dict[str, np.ndarray]:
+        """Parameters that decode neighbours (n, inputs) to blocks (n, size) with the smallest squared error."""
+        x = np.concatenate([neighbours, np.ones((len(blocks), 1))], axis=1, dtype=np.float64)
+        # The ridge only matters for latents that never vary.
+        solution = np.linalg.solve(x.T @ x + 1e-6 * len(x) * np.eye(x.shape[1]), x.T @ blocks.astype(np.float64))
+        values = {"decode_matrix": solution[:-1], "decode_bias": solution[-1]}
         return {name: value.astype(np.float32) for name, value in values.items()}
 
 
@@ -307,13 +327,28 @@ def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mappi
     save_tensors(path, tensors, metadata)
 
 
-def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
-    """Reads a VAE that `save_vae` wrote, from its path or from a `vae` config ("checkpoint" and optionally "dtype").
+def encoder_sha256(path: str | Path) -> str:
+    """Hex digest of what decides the latents: the encoder of a VAE file and its latent statistics.
 
-    Raises UserError if the file is missing, is no VAE, or its tensors do not fit its config.
+    Files that differ only in the decoder have one digest: either decodes the latents of the other. Raises the UserErrors
+    of `load_vae` for a file that is no VAE.
     """
-    settings = source if isinstance(source, Mapping) else {"checkpoint": source}
-    path = Path(settings.get("checkpoint") or "")
+    config, tensors = _read(Path(path))
+    deciding = ("latent_mean", "latent_std", "patch_size", "temporal_downsample")
+    digest = hashlib.sha256(json.dumps([config.get(key) for key in deciding]).encode())
+    for name in sorted(filter(is_of_encoder, tensors)):
+        value = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+    return digest.hexdigest()
+
+
+def is_of_encoder(name: str) -> bool:
+    """Whether a parameter, by dotted path, decides the latents."""
+    return name.startswith(("encoder.", "conv1.", "linear.encode_"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config and the tensors of a VAE file."""
     if not path.is_file():
         raise UserError(f"vae.checkpoint={str(path)!r}: no such file; train one with python -m experiments.train_vae")
     try:
@@ -324,7 +359,17 @@ def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
         raise UserError(f"vae.checkpoint={path}: not a readable safetensors file ({error}); give a VAE file") from error
     if metadata.get("format") != "omnihuman_jax.vae" or "config" not in metadata:
         raise UserError(f"vae.checkpoint={path}: has no VAE config; give a file from experiments.train_vae")
-    config = json.loads(metadata["config"])
+    return json.loads(metadata["config"]), tensors
+
+
+def load_vae(source: str | Path | Mapping[str, Any]) -> VAE:
+    """Reads a VAE that `save_vae` wrote, from its path or from a `vae` config ("checkpoint" and optionally "dtype").
+
+    Raises UserError if the file is missing, is no VAE, or its tensors do not fit its config.
+    """
+    settings = source if isinstance(source, Mapping) else {"checkpoint": source}
+    path = Path(settings.get("checkpoint") or "")
+    config, tensors = _read(path)
     if settings.get("dtype"):
         config["dtype"] = settings["dtype"]
     sizes = VAEConfig.from_dict(config)

@@ -13,7 +13,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.vae.vae import VAEConfig, save_vae
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig, is_of_encoder, load_vae, save_vae
+from omnihuman_jax.random_keys import POSTERIOR, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
 from omnihuman_jax.sharding.processes import gather, is_main, process_rows, wait_for_all
@@ -25,6 +26,7 @@ from omnihuman_jax.training.task import Hook
 from omnihuman_jax.training.tasks import vae_step
 from omnihuman_jax.training.tasks.vae_step import VAEState
 from omnihuman_jax.weights import lpips
+from omnihuman_jax.weights.modules import parameter_shapes, parameters
 
 RECONSTRUCTION, ADVERSARIAL = "reconstruction", "adversarial"
 
@@ -77,6 +79,7 @@ class VAETask:
         self._rows, self._replicated = rules.batch_sharding(self.mesh), rules.replicated(self.mesh)
         weights = nnx.state(lpips.load(config.loss.lpips)) if config.loss.lpips else None
         self._perceptual = jax.device_put(weights, self._replicated)
+        self._encoder = load_encoder(config) if config.encoder_from else None
         self._data = videos.fingerprint()
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._steps = {
@@ -104,20 +107,36 @@ class VAETask:
         return rules.with_shardings(shapes, rules.tree_shardings(shapes, self.mesh))
 
     def init_state(self) -> VAEState:
-        """A fresh state; a linear path is initialised with the principal components of training windows."""
+        """A fresh state, with the encoder of `encoder_from`. A linear path starts with the best fit to training windows.
+
+        The way in starts with their principal components, the way back with the smallest squared error, for latents
+        with as much noise as in training.
+        """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         state = jax.jit(lambda: vae_step.create_state(self.config), out_shardings=shardings)()
-        if not self.config.vae.linear_path:
-            return state
-        linear = vae_step.make_vae(self.config).bind(gather(state.params)).linear
-        windows = self.videos.windows("train", self.config.output.statistics_clips, self._window)
-        blocks = [np.asarray(linear.blocks(v)).reshape(-1, linear.encode_matrix.shape[0]) for v in windows]
-        start = linear.principal_components(np.concatenate(blocks))
-        params, ema = (
-            tree | {"linear": jax.device_put(start, where["linear"])}
-            for tree, where in ((state.params, shardings.params), (state.ema, shardings.ema))
-        )
+        params = gather(state.params)
+        if self._encoder is not None:
+            params = vae_step.with_encoder(params, nnx.to_pure_dict(nnx.state(self._encoder)))
+        if self.config.vae.linear_path:
+            params = params | {"linear": self._fitted(params)}
+        # Copied, since the step donates both.
+        params, ema = (jax.device_put(jax.tree.map(np.array, params), at) for at in (shardings.params, shardings.ema))
         return state._replace(params=params, ema=ema)
+
+    def _fitted(self, params: Any) -> dict[str, np.ndarray]:
+        """The parameters of the linear path, fitted to training windows."""
+        linear = vae_step.make_vae(self.config).bind(params).linear
+        windows = list(self.videos.windows("train", self.config.output.statistics_clips, self._window))
+        blocks = np.concatenate([np.asarray(linear.blocks(v)).reshape(-1, linear.decode_bias.shape[0]) for v in windows])
+        values = params["linear"]
+        if self._encoder is None:
+            values = values | linear.principal_components(blocks)
+        key, inputs = purpose_key(self.config.seed, POSTERIOR), []
+        for index, video in enumerate(windows):
+            mean = self._evaluate(params | {"linear": values}, video)[1]
+            noise = vae_step.latent_noise(jax.random.fold_in(key, index), mean, self.config.loss.latent_noise)
+            inputs.append(np.asarray(linear.neighbours(mean + noise)).reshape(-1, linear.decode_matrix.shape[0]))
+        return values | linear.least_squares(np.concatenate(inputs), blocks)
 
     def check_saved(self, saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
         """Raises UserError if the VAE or the discriminator of the checkpoint has a different shape."""
@@ -180,7 +199,11 @@ class VAETask:
 
     def finish(self, state: VAEState) -> None:
         """Measures the latent statistics and writes the file, from the EMA."""
-        (mean, std), psnr, ema = self.statistics(state.ema), self.psnr(state.ema), gather(state.ema)
+        psnr, ema = self.psnr(state.ema), gather(state.ema)
+        if self._encoder is None:
+            mean, std = self.statistics(state.ema)
+        else:
+            mean, std = self._encoder.config.latent_mean, self._encoder.config.latent_std
         if is_main():
             vae = vae_step.make_vae(self.config).bind(jax.tree.map(jnp.asarray, ema))
             vae.config = dataclasses.replace(vae.config, latent_mean=mean, latent_std=std)
@@ -197,6 +220,21 @@ def _stages(config: ConfigDict) -> tuple[Span, ...]:
     alone = min(config.adversarial.start_step, config.steps) if config.adversarial.weight else config.steps
     rows = (Span(RECONSTRUCTION, 1, alone), Span(ADVERSARIAL, alone + 1, config.steps - alone))
     return tuple(row for row in rows if row.steps)
+
+
+def load_encoder(config: ConfigDict) -> VAE:
+    """The VAE of `encoder_from`; UserError if its encoder is not of the config's shape."""
+    vae = load_vae(config.encoder_from)
+    there = {k: v.shape for k, v in parameters(vae).items() if is_of_encoder(k)}
+    mine = parameter_shapes(lambda: VAE(VAEConfig.from_dict(config.vae.to_dict()), rngs=nnx.Rngs(0)))
+    here = {k: shape for k, shape in mine.items() if is_of_encoder(k)}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"encoder_from={config.encoder_from}: {name} is {there.get(name, 'missing')}, the config needs "
+                f"{here.get(name, 'none')}; set vae.* as in that file's header"
+            )
+    return vae
 
 
 def _shape(config: Mapping[str, Any]) -> dict[str, Any]:

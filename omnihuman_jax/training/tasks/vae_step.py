@@ -1,7 +1,8 @@
 """The train step of the causal VAE and its state, as pure functions over plain parameter trees.
 
 The loss is the sum of L1 at several scales, L1 of spatial differences (edges), a small KL term, LPIPS if its weights
-are given, and an adversarial term from a given step on.
+are given, and an adversarial term from a given step on. With `loss.latent_noise` the decoder reads latents with noise,
+like those that a diffusion model makes: it learns to hide their errors. With `encoder_from` only the decoder learns.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
+from jax import lax
 from ml_collections import ConfigDict
 
 from omnihuman_jax.models.vae.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
-from omnihuman_jax.models.vae.vae import VAE, VAEConfig
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig, is_of_encoder
 from omnihuman_jax.random_keys import CRITIC_INIT, POSTERIOR, VAE_INIT, purpose_key
 from omnihuman_jax.sharding.rules import path_name
 from omnihuman_jax.training.finite import take_if_finite
@@ -125,6 +127,20 @@ def create_state(config: ConfigDict) -> VAEState:
     )
 
 
+def latent_noise(key: jax.Array, mean: jax.Array, largest: float) -> jax.Array:
+    """Noise for latents (B, T, H, W, C): normal, of a size drawn per clip from 0 to `largest` channel deviations."""
+    size = jax.random.uniform(key, (len(mean), 1, 1, 1, 1), maxval=largest)
+    deviation = lax.stop_gradient(jnp.std(mean, axis=(0, 1, 2, 3)))
+    return size * deviation * jax.random.normal(jax.random.fold_in(key, 1), mean.shape)
+
+
+def with_encoder(params: Params, source: Params) -> Params:
+    """`params` with the encoder of `source`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, here, there: there if is_of_encoder(path_name(path).replace("/", ".")) else here, params, source
+    )
+
+
 def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callable[..., tuple[VAEState, dict]]:
     """step(state, video (B, F, Hp, Wp, 3) in [-1, 1], perceptual=None) -> (state, metrics); donate the state.
 
@@ -148,7 +164,10 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         module = vae.bind(params)
         mean, logvar = module.encode_moments(video)
         noise = jax.random.normal(key, mean.shape)
-        output = module.decode_raw(mean + jnp.exp(0.5 * logvar) * noise)
+        z = lax.stop_gradient(mean) if config.encoder_from else mean + jnp.exp(0.5 * logvar) * noise
+        if weights.latent_noise:
+            z += latent_noise(jax.random.fold_in(key, 1), mean, weights.latent_noise)
+        output = module.decode_raw(z)
         terms = reconstruction_losses(video, output, weights.scales)
         terms["kl"] = kl_divergence(mean, logvar)
         loss = terms["pyramid"] + weights.edge * terms["edge"] + weights.kl * terms["kl"]
@@ -176,6 +195,8 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+        if config.encoder_from:
+            params, ema = with_encoder(params, state.params), with_encoder(ema, state.ema)
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
         critic_params, critic_opt_state = state.critic, state.critic_opt_state
         if adversarial:
