@@ -1,6 +1,6 @@
 """Batches: their fields, from the table of conditions, and their placement on the devices."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -9,9 +9,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions, regions
+from omnihuman_jax.conditions import Kind
 from omnihuman_jax.sharding import rules
 
 Bucket = tuple[int, int, int]  # latent frames T, rows H, columns W
+
+
+def never_present(ratios: Mapping[str, float], motion_ratio: float) -> frozenset[str]:
+    """Fields that no sample of a stage with these ratios has, and without which the network does less work."""
+    absent = {c.field for c in conditions.table() if c.kind is not Kind.TOKENS and not ratios.get(c.name)}
+    return frozenset(absent if motion_ratio else absent | {"motion"})
 
 
 def fields(model: Any, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -41,8 +48,10 @@ def bucket_of(batch: Mapping[str, Any]) -> Bucket:
     return batch["latents"].shape[1:4]
 
 
-def place(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch onto the mesh as global arrays, one for each of `fields`.
+def place(
+    config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray], leave_out: Collection[str] = ()
+) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch onto the mesh as global arrays, one for each of `fields` not in `leave_out`.
 
     Raises:
       ValueError: a field does not have the shape that `fields` gives.
@@ -50,6 +59,8 @@ def place(config: ConfigDict, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> di
     sharding, size = rules.batch_sharding(mesh), config.global_batch_size
     placed = {}
     for name, (shape, _) in fields(config.model, bucket_of(batch)).items():
+        if name in leave_out:
+            continue
         if batch[name].shape[1:] != shape:
             raise ValueError(f"batch field {name} has rows of shape {batch[name].shape[1:]}, expected {shape}")
         placed[name] = jax.make_array_from_process_local_data(sharding, batch[name], (size, *shape))

@@ -69,8 +69,8 @@ def grid_positions(times: Sequence[float] | np.ndarray, rows: int, columns: int)
 
 def pack_visual(
     video: jax.Array,
-    reference: jax.Array,
-    motion: jax.Array,
+    reference: jax.Array | None,
+    motion: jax.Array | None,
     *,
     has_reference: jax.Array,
     has_motion: jax.Array,
@@ -81,8 +81,8 @@ def pack_visual(
 
     Args:
       video: noisy latents (B, T, H, W, C), at times 0..T-1.
-      reference: clean latent (B, H, W, C).
-      motion: clean latents (B, M, H, W, C) of the frames before the window, at times -M..-1.
+      reference: clean latent (B, H, W, C); None leaves its tokens out, as if no sample had one.
+      motion: clean latents (B, M, H, W, C) of the frames before the window, at times -M..-1; None leaves them out.
       has_reference, has_motion: (B,) bool; absent tokens get segment 0, so nothing attends to them, and value 0.
       patch: (pt, ph, pw).
       reference_time_slot: RoPE time of the reference, in patches; 0 is the paper's zeroed temporal component.
@@ -91,12 +91,14 @@ def pack_visual(
       Tokens with N = (pt-patches of 1 + M + T frames) * P; the video tokens come last.
     """
     b, t, h, w, c = video.shape
-    chex.assert_shape([reference, motion], [(b, h, w, c), (b, None, h, w, c)])
+    reference = jnp.zeros((b, 0, h, w, c)) if reference is None else reference[:, None]
+    motion = jnp.zeros((b, 0, h, w, c)) if motion is None else motion
+    chex.assert_shape([reference, motion], [(b, None, h, w, c), (b, None, h, w, c)])
     chex.assert_shape([has_reference, has_motion], (b,))
     pt, ph, pw = patch
     rows, columns = h // ph, w // pw
     frames = [
-        (jnp.repeat(reference[:, None], pt, axis=1), [reference_time_slot], has_reference, True),
+        (jnp.repeat(reference, pt, axis=1), [reference_time_slot] * reference.shape[1], has_reference, True),
         (motion, np.arange(-(motion.shape[1] // pt), 0), has_motion, True),
         (video, np.arange(t // pt), jnp.ones(b, bool), False),
     ]

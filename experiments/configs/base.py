@@ -95,6 +95,9 @@ def get_config(recipe: str = "published") -> ConfigDict:
             "latent_frames": 6,  # noisy latent frames T of a window
             "source_weights": "",  # "real=2,synthetic=1"; empty = in proportion to the number of records
             "cache_mb": 2048,  # decoded records kept in memory
+            # Leave out of the batches what a stage never has: references, motion frames, audio or pose. Its steps are
+            # faster and the same up to rounding; every stage and size then compiles for itself.
+            "omit_absent": False,
             # Guidance dropout on top of the ratios, which already drop conditions; it lowers `active_ratio` below
             # `scheduled_ratio`.
             **{f"drop_{name}": 0.0 for name in conditions.guided()},

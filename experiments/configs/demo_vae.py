@@ -53,5 +53,6 @@ def get_config() -> ConfigDict:
     )
     config.checkpoint.update({"every": 500, "keep": 2})
     config.evaluation = ConfigDict({"every": 500, "frames": 17, "height": 96, "width": 96, "clips": 8})
-    config.output = ConfigDict({"dtype": "float16", "statistics_clips": 64})  # clips for the latent statistics
+    # statistics_clips: clips for the latent statistics; spectrum: `VAETask.statistics`.
+    config.output = ConfigDict({"dtype": "float16", "statistics_clips": 64, "spectrum": 0.5})
     return config

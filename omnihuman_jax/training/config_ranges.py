@@ -92,6 +92,7 @@ RANGES = (
     ("plan.", COUNT_OR_NONE, "buckets.*.0"),  # latent frames; 0 = the stage's
     ("plan.", COUNT, "buckets.*"),
     ("output.", COUNT, "statistics_clips"),
+    ("output.", SHARE, "spectrum"),
 )
 # Differences for experiments.train_vae: it always evaluates.
 VAE_RANGES = (("evaluation.", COUNT, "every"), *RANGES)

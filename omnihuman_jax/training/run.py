@@ -103,7 +103,8 @@ class Run:
     def dispatch(self, step: int, state: Any, batch: Any) -> tuple[Any, Any]:
         """Starts a step on the devices; the first step of each shape compiles before this returns."""
         function, arguments = self.task.train_step(step), (state, *self.task.arguments(step, batch))
-        key = (function, *(x.shape for x in jax.tree.leaves(arguments[1:])))
+        leaves, structure = jax.tree.flatten(arguments[1:])
+        key = (function, structure, *(x.shape for x in leaves))
         if key not in self._compiled:
             with self.watchdog, self.goodput.cause("compile"):
                 self._compiled[key] = compile_together(function, *arguments)

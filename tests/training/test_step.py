@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from omnihuman_jax import batch as batch_lib
+from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
@@ -338,3 +339,31 @@ def test_a_step_that_would_leave_something_not_finite_changes_nothing_but_the_st
             assert after.step == 1
             if name != "fine":
                 jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "motion_ratio", "absent"),
+    [
+        ({"text": 0.9, "reference": 0.0, "audio": 0.0}, 0.0, {"reference", "audio", "keypoints", "motion"}),
+        ({"text": 0.9, "reference": 0.7}, 0.5, {"audio", "keypoints"}),
+        ({"reference": 0.7, "audio": 0.5, "pose": 0.25}, 0.75, set()),
+    ],
+)
+def test_fields_that_a_stage_never_has_change_nothing_but_the_work(ratios, motion_ratio, absent):
+    config = tiny_config()
+    network, never = make_network(config), batch_lib.never_present(ratios, motion_ratio)
+    assert never == absent
+    batch = random_batch(config)
+    for index, name in enumerate(conditions.names()):
+        batch["active"][:, index] &= bool(ratios.get(name))
+    batch["has_motion"] &= bool(motion_ratio)
+    mesh = make_mesh(config.mesh)
+    less = batch_lib.place(config, mesh, batch, never)
+    assert batch.keys() - less.keys() == never
+    rng = np.random.default_rng(1)
+    t, eps = rng.random(config.global_batch_size), rng.standard_normal(batch["latents"].shape)
+    t, eps, params = t.astype(np.float32), eps.astype(np.float32), perturbed(network)
+    losses, grads = gradients(network, params, less, t, eps, 1)
+    expected_losses, expected = gradients(network, params, batch, t, eps, 1)
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    assert_close_gradients(grads, expected, rtol=1e-4)

@@ -170,8 +170,9 @@ class OmniHumanTask:
 
     def arguments(self, step: int, batch: Batch) -> tuple[Any, ...]:
         """(batch on the mesh, settings of the stage)."""
-        rate = stages_lib.learning_rate_at(self.stages, step)
-        return batch_lib.place(self.config, self.mesh, batch), StepSettings.of(stage_at(self.stages, step), rate)
+        stage, rate = stage_at(self.stages, step), stages_lib.learning_rate_at(self.stages, step)
+        never = batch_lib.never_present(stage.ratios, stage.motion_ratio) if self.config.data.omit_absent else ()
+        return batch_lib.place(self.config, self.mesh, batch, never), StepSettings.of(stage, rate)
 
     def describe(self, step: int, batch: Batch) -> dict[str, Any]:
         """Records, conditions and the ratios so far."""

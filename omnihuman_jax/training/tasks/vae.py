@@ -79,12 +79,13 @@ class VAETask:
         self._rows, self._replicated = rules.batch_sharding(self.mesh), rules.replicated(self.mesh)
         weights = nnx.state(lpips.load(config.loss.lpips)) if config.loss.lpips else None
         self._perceptual = jax.device_put(weights, self._replicated)
-        self._encoder = load_encoder(config) if config.encoder_from else None
         self._data = videos.fingerprint()
+        self._encoder = load_encoder(config) if config.encoder_from else None
+        self._unit = self._encoder.config.latent_std if self._encoder else None
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._steps = {
             stage.name: jax.jit(
-                vae_step.make_train_step(config, adversarial=stage.name == ADVERSARIAL),
+                vae_step.make_train_step(config, adversarial=stage.name == ADVERSARIAL, unit=self._unit),
                 in_shardings=(shardings, self._rows, self._replicated),
                 out_shardings=(shardings, self._replicated),
                 donate_argnums=0,
@@ -134,7 +135,9 @@ class VAETask:
         key, inputs = purpose_key(self.config.seed, POSTERIOR), []
         for index, video in enumerate(windows):
             mean = self._evaluate(params | {"linear": values}, video)[1]
-            noise = vae_step.latent_noise(jax.random.fold_in(key, index), mean, self.config.loss.latent_noise)
+            noise = vae_step.latent_noise(
+                jax.random.fold_in(key, index), mean, self._unit, self.config.loss.latent_noise
+            )
             inputs.append(np.asarray(linear.neighbours(mean + noise)).reshape(-1, linear.decode_matrix.shape[0]))
         return values | linear.least_squares(np.concatenate(inputs), blocks)
 
@@ -189,13 +192,32 @@ class VAETask:
         return np.array([self._evaluate(params, v)[0][0] for v in windows])
 
     def statistics(self, params: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each latent channel over training windows."""
+        """Mean and scale of each latent channel over training windows, by which latents are normalised.
+
+        With `output.spectrum` = a, a channel that changes the picture by s when it varies by one deviation keeps a
+        variance proportional to s^2a, with mean one over the channels. At a = 0 all have variance one: a diffusion model
+        then spends as much on the last details as on light and shape. At a = 1 an error counts as much as it shows.
+        """
         windows = self.videos.windows("train", self.config.output.statistics_clips, self._window)
-        means = [np.asarray(self._evaluate(params, v)[1]) for v in windows]
-        flat = np.concatenate(means).reshape(-1, self.config.vae.z_dim).astype(np.float64)
+        means = [self._evaluate(params, v)[1] for v in windows]
+        flat = np.concatenate([np.asarray(z) for z in means]).reshape(-1, self.config.vae.z_dim).astype(np.float64)
         if not np.isfinite(flat).all():
             raise UserError("the VAE's latents are not finite: training diverged; lower optimizer.learning_rate")
-        return tuple(flat.mean(0).round(6).tolist()), tuple(np.maximum(flat.std(0), 1e-6).round(6).tolist())
+        mean, std = flat.mean(0), np.maximum(flat.std(0), 1e-6)
+        if self.config.output.spectrum:
+            shown = self._visible_change(params, means, mean) ** self.config.output.spectrum
+            std = std / (shown / np.sqrt(np.mean(shown**2)))
+        return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
+
+    def _visible_change(self, params: Any, latents: Sequence[np.ndarray], mean: np.ndarray) -> np.ndarray:
+        """RMS change of the decoded windows when a channel is replaced by its mean, (C,)."""
+        decode = jax.jit(lambda params, z: vae_step.make_vae(self.config).bind(params).decode_raw(z))
+        total = np.zeros(len(mean))
+        for z in latents[: self.config.evaluation.clips]:
+            whole = decode(params, z)
+            changed = (decode(params, z.at[..., k].set(mean[k])) for k in range(len(mean)))
+            total += [float(jnp.mean(jnp.square(other - whole))) for other in changed]
+        return np.sqrt(total / min(len(latents), self.config.evaluation.clips))
 
     def finish(self, state: VAEState) -> None:
         """Measures the latent statistics and writes the file, from the EMA."""

@@ -5,7 +5,7 @@ are given, and an adversarial term from a given step on. With `loss.latent_noise
 like those that a diffusion model makes: it learns to hide their errors. With `encoder_from` only the decoder learns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,11 +127,14 @@ def create_state(config: ConfigDict) -> VAEState:
     )
 
 
-def latent_noise(key: jax.Array, mean: jax.Array, largest: float) -> jax.Array:
-    """Noise for latents (B, T, H, W, C): normal, of a size drawn per clip from 0 to `largest` channel deviations."""
+def latent_noise(key: jax.Array, mean: jax.Array, unit: Sequence[float] | None, largest: float) -> jax.Array:
+    """Noise for latents (B, T, H, W, C): normal, of a size drawn per clip from 0 to `largest` units.
+
+    `unit` (C,) is the scale by which a channel is normalised; None: its standard deviation in this batch.
+    """
     size = jax.random.uniform(key, (len(mean), 1, 1, 1, 1), maxval=largest)
-    deviation = lax.stop_gradient(jnp.std(mean, axis=(0, 1, 2, 3)))
-    return size * deviation * jax.random.normal(jax.random.fold_in(key, 1), mean.shape)
+    unit = lax.stop_gradient(jnp.std(mean, axis=(0, 1, 2, 3))) if unit is None else jnp.asarray(unit)
+    return size * unit * jax.random.normal(jax.random.fold_in(key, 1), mean.shape)
 
 
 def with_encoder(params: Params, source: Params) -> Params:
@@ -141,7 +144,9 @@ def with_encoder(params: Params, source: Params) -> Params:
     )
 
 
-def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callable[..., tuple[VAEState, dict]]:
+def make_train_step(
+    config: ConfigDict, *, adversarial: bool = False, unit: Sequence[float] | None = None
+) -> Callable[..., tuple[VAEState, dict]]:
     """step(state, video (B, F, Hp, Wp, 3) in [-1, 1], perceptual=None) -> (state, metrics); donate the state.
 
     If the loss, gradient or new state is not finite, the step changes only the step number.
@@ -152,6 +157,7 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
 
     Args:
       config: the resolved configuration.
+      unit: scale of each latent channel, for `loss.latent_noise`, if it is known.
       adversarial: adds the adversarial term and discriminator update (`config.adversarial.weight` must not be 0).
     """
     vae, critic = make_vae(config), make_critic(config)
@@ -166,7 +172,7 @@ def make_train_step(config: ConfigDict, *, adversarial: bool = False) -> Callabl
         noise = jax.random.normal(key, mean.shape)
         z = lax.stop_gradient(mean) if config.encoder_from else mean + jnp.exp(0.5 * logvar) * noise
         if weights.latent_noise:
-            z += latent_noise(jax.random.fold_in(key, 1), mean, weights.latent_noise)
+            z += latent_noise(jax.random.fold_in(key, 1), mean, unit, weights.latent_noise)
         output = module.decode_raw(z)
         terms = reconstruction_losses(video, output, weights.scales)
         terms["kl"] = kl_divergence(mean, logvar)
