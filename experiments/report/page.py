@@ -200,7 +200,9 @@ def obeyed(evaluation: Mapping[str, Any] | None) -> str:
         return ""
     words = {"obeyed": [], "not shown to be obeyed": [], "not measured": []}
     for name, measure in evaluation["measures"].items():
-        low = measure.get("gap", {}).get("low")
+        if "gap" not in measure:  # a metric of the picture, not of a condition
+            continue
+        low = measure["gap"]["low"]
         key = "not measured" if low is None else "obeyed" if low > 0 else "not shown to be obeyed"
         condition, _, question = METRICS[name].title.rstrip("?").partition(": ")
         words[key].append(f"{condition.lower()} ({question})" if question else condition)

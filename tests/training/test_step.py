@@ -345,12 +345,11 @@ def test_a_step_that_would_leave_something_not_finite_changes_nothing_but_the_st
     ("ratios", "motion_ratio", "absent"),
     [
         ({"text": 0.9, "reference": 0.0, "audio": 0.0}, 0.0, {"reference", "audio", "keypoints", "motion"}),
-        ({"text": 0.9, "reference": 0.7}, 0.5, {"audio", "keypoints"}),
-        ({"reference": 0.7, "audio": 0.5, "pose": 0.25}, 0.75, set()),
+        ({"reference": 0.7, "audio": 0.5, "pose": 0.0}, 0.75, {"keypoints"}),
     ],
 )
 def test_fields_that_a_stage_never_has_change_nothing_but_the_work(ratios, motion_ratio, absent):
-    config = tiny_config()
+    config = tiny_config("")
     network, never = make_network(config), batch_lib.never_present(ratios, motion_ratio)
     assert never == absent
     batch = random_batch(config)
@@ -363,7 +362,7 @@ def test_fields_that_a_stage_never_has_change_nothing_but_the_work(ratios, motio
     rng = np.random.default_rng(1)
     t, eps = rng.random(config.global_batch_size), rng.standard_normal(batch["latents"].shape)
     t, eps, params = t.astype(np.float32), eps.astype(np.float32), perturbed(network)
-    losses, grads = gradients(network, params, less, t, eps, 1)
-    expected_losses, expected = gradients(network, params, batch, t, eps, 1)
+    both = jax.jit(lambda params, batch: gradients(network, params, batch, t, eps, 1))
+    (losses, grads), (expected_losses, expected) = both(params, less), both(params, batch)
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
     assert_close_gradients(grads, expected, rtol=1e-4)

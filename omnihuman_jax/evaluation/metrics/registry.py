@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from omnihuman_jax.errors import UserError, nearest
-from omnihuman_jax.evaluation.metrics import colour, identity, mouth, pose
+from omnihuman_jax.evaluation.metrics import borders, colour, identity, mouth, pose, silence
 from omnihuman_jax.evaluation.metrics.metric import Metric
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (mouth.METRIC, pose.METRIC, colour.METRIC, identity.METRIC)
+    metric.name: metric
+    for metric in (mouth.METRIC, silence.METRIC, pose.METRIC, colour.METRIC, identity.METRIC, borders.METRIC)
 }
 
 
