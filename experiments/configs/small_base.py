@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.mesh.update({"data": 1, "fsdp": -1})
     config.data.update({"dir": "runs/base/data", "omit_absent": True})
     for name in config.stage_order:
-        config.stages[name].steps = 0
+        config.stages[name].update({"steps": 0, "init_from": ""})
     config.stages.pretrain_image.update({"steps": 1000, "learning_rate": 3e-3, "warmup_steps": 50})
     config.stages.pretrain_video.update({"steps": 1000, "learning_rate": 2e-3, "warmup_steps": 50})
     # A crop has a quarter of the tokens; as many of the steps as clips would be too many.

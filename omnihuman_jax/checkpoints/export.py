@@ -30,13 +30,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints.load import BASE_FOLDER, CONDITIONS_FILE, CONFIG_FILE, KIND, VAE_FILE, VERSION
+from omnihuman_jax.checkpoints.load import BASE_FOLDER, CONDITIONS_FILE, CONFIG_FILE, HEAD, KIND, VAE_FILE, VERSION
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import encoder_sha256
 from omnihuman_jax.weights import formats
 from omnihuman_jax.weights.names import STACKED, is_condition, leaf_names
-from omnihuman_jax.weights.write import Renamed, write_files
+from omnihuman_jax.weights.write import Renamed, save_tensors, write_files
 
 FORMATS = ("safetensors",)
 MAX_SHARD_BYTES = 5 * 10**9
@@ -69,6 +69,45 @@ def _write_renamed(folder: Path, config: ConfigDict, tensors: Mapping[str, np.nd
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _head(config: ConfigDict, info: Mapping[str, Any], *, ema: bool, count: int) -> dict[str, Any]:
+    """What an export says of itself: its kind, what it was exported from, and the resolved config."""
+    head = {
+        "kind": KIND,
+        "version": VERSION,
+        "step": info["step"],
+        "stage": info["stage"],
+        "ema": ema,
+        "conditions": list(conditions.names()),
+        "parameters": count,
+    }
+    if config.vae.checkpoint:
+        head["vae_sha256"] = encoder_sha256(config.vae.checkpoint)
+    return head | {"config": json.loads(json.dumps(config.to_dict()))}
+
+
+def save_file(
+    output: str | Path, config: ConfigDict, params: Any, info: Mapping[str, Any], *, ema: bool, dtype: str
+) -> Path:
+    """Writes one safetensors file with parameters in `dtype`; the config is in its header, the VAE stays where it is.
+
+    Args:
+      output: file to write, ending in .safetensors.
+      config, params, info, ema: as in `save`.
+      dtype: "bfloat16" or "float32".
+
+    Raises:
+      UserError: the file exists or cannot be written, or the VAE file is missing.
+    """
+    output = Path(output).absolute()
+    if output.exists() or not output.parent.is_dir():
+        problem = "exists" if output.exists() else f"the directory {output.parent} does not exist"
+        raise UserError(f"--output={output}: {problem}; name a new file in a directory that exists")
+    tensors = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in to_tensors(params).items()}
+    head = _head(config, info, ema=ema, count=sum(value.size for value in tensors.values()))
+    save_tensors(output, tensors, {"format": KIND, HEAD: json.dumps(head)})
+    return output
 
 
 def check_format(name: str) -> None:
@@ -122,23 +161,13 @@ def save(
                 count = _write_renamed(folder, config, tensors, naming, max_shard_bytes)
             else:
                 count = write_files(folder, tensors, "model", max_bytes=max_shard_bytes, metadata={"format": KIND})
-            plain = json.loads(json.dumps(config.to_dict()))
-            head = {
-                "kind": KIND,
-                "version": VERSION,
-                "step": info["step"],
-                "stage": info["stage"],
-                "ema": ema,
-                "conditions": list(conditions.names()),
-                "parameters": count,
-            }
+            head = _head(config, info, ema=ema, count=count)
             if vae:
                 shutil.copyfile(vae, folder / VAE_FILE)
-                plain["vae"] |= {"checkpoint": VAE_FILE}
-                head["vae_sha256"] = encoder_sha256(vae)
+                head["config"]["vae"] |= {"checkpoint": VAE_FILE}
             if naming:
                 head["naming"] = naming
-            _write_json(folder / CONFIG_FILE, head | {"config": plain})
+            _write_json(folder / CONFIG_FILE, head)
             if output.is_dir():
                 output.rmdir()
             folder.rename(output)

@@ -1,11 +1,13 @@
 """Configs and parameters of training checkpoints and of exported directories."""
 
+import json
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from ml_collections import ConfigDict
 
 from omnihuman_jax.checkpoints.read import check_conditions, find_checkpoint, load_for_inference, network_config
@@ -22,34 +24,47 @@ CONFIG_FILE, WEIGHTS_FILE, VAE_FILE = "config.json", "model.safetensors", "vae.s
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 BASE_FOLDER, CONDITIONS_FILE = "transformer", "conditions.safetensors"
 KIND, VERSION = "omnihuman_jax.model", 1
+HEAD = "head"  # of a single exported file, in its header: what an exported directory has in CONFIG_FILE
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether `path` is a directory that `export.save` wrote."""
+    """Whether `path` is a directory that `export.save` wrote, or a file, as `export.save_file` writes it."""
     path = Path(path)
+    if path.is_file():
+        return path.suffix == ".safetensors"
     weights = (WEIGHTS_FILE, INDEX_FILE, CONDITIONS_FILE)
     return (path / CONFIG_FILE).is_file() and any((path / name).is_file() for name in weights)
 
 
 def read_config(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """The resolved config and the head (`step`, `stage`, `ema`, …) of an exported directory, without its weights.
+    """The resolved config and the head (`step`, `stage`, `ema`, …) of an exported directory or file, without weights.
 
     Raises UserError for another kind or version, or other conditions than this program's.
     """
     path = Path(path).absolute()
-    head = read_json(path / CONFIG_FILE)
+    where = path if path.is_file() else path / CONFIG_FILE
+    head = read_json(where) if path.is_dir() else _head_in_file(path)
     found = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
     if found != (KIND, VERSION):
-        raise UserError(f"{path / CONFIG_FILE}: kind and version are {found}, this program reads {(KIND, VERSION)}")
+        raise UserError(f"{where}: kind and version are {found}, this program reads {(KIND, VERSION)}")
     check_conditions(head, path)
     config = ConfigDict(head.pop("config"))
-    if config.vae.checkpoint:
+    if config.vae.checkpoint and path.is_dir():
         config.vae.checkpoint = str(path / VAE_FILE)
     return config, head
 
 
+def _head_in_file(path: Path) -> Any:
+    """What the header of a file of `export.save_file` says; None if it says nothing."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get(HEAD, "null"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); export it again") from error
+
+
 def load_config(path: str | Path) -> ConfigDict:
-    """The resolved config of a training checkpoint or an exported directory; UserError if it cannot be read."""
+    """The resolved config of a training checkpoint or of what was exported; UserError if it cannot be read."""
     return read_config(path)[0] if is_exported(path) else network_config(find_checkpoint(path))[0]
 
 
@@ -62,7 +77,8 @@ def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapp
     shapes = our_shapes(network.abstract_params)
     if not naming:
         index = path / INDEX_FILE
-        return _open_same(index if index.is_file() else path / WEIGHTS_FILE, shapes)
+        file = path if path.is_file() else path / WEIGHTS_FILE
+        return _open_same(index if index.is_file() else file, shapes)
     files = open_files(path / BASE_FOLDER)
     entries = formats.base_entries(naming, network.config, network.abstract_params)
     formats.check_files(naming, files, entries, network.config, network.abstract_params)
@@ -80,10 +96,10 @@ def _open_same(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Source:
 def load_parameters(
     path: str | Path, *, use_ema: bool | None = None, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
-    """Loads the parameters of a training checkpoint or of an exported directory.
+    """Loads the parameters of a training checkpoint or of an exported directory or file.
 
     Args:
-      path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
+      path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory or file.
       use_ema: EMA or raw parameters; None means EMA for a checkpoint, and what it holds for an exported directory.
       shardings: nested dict of shardings to load into; None = one device.
 

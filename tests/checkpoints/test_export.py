@@ -170,3 +170,22 @@ def test_a_training_checkpoint_exports_its_ema_or_its_raw_parameters(tmp_path, c
         assert_same(params, expected)
         assert (info["step"], info["stage"], info["ema"]) == (7, "stage1", use_ema)
     assert "step 7 (stage1), raw parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_file_holds_parameters_and_config(tmp_path, config, dtype):
+    made = export.save_file(tmp_path / "base.safetensors", config, tiny.params(), INFO, ema=True, dtype=dtype)
+    moved = made.rename(tmp_path / "moved.safetensors")
+    assert is_exported(moved) and not is_exported(tmp_path / "other.safetensors")
+    loaded, params, info = load_parameters(moved)
+    assert loaded.vae.checkpoint == config.vae.checkpoint  # not moved with it
+    assert (info["step"], info["stage"], info["ema"]) == (12, "stage2", True)
+    assert_same(params, jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(dtype)), tiny.params()))
+    with pytest.raises(UserError, match="exists; name a new file"):
+        export.save_file(moved, config, tiny.params(), INFO, ema=True, dtype=dtype)
+    moved.write_bytes(moved.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"moved\.safetensors: not a readable safetensors file"):
+        load_config(moved)
+    safetensors.numpy.save_file({"x": np.zeros(2)}, moved)
+    with pytest.raises(UserError, match=r"moved\.safetensors: kind and version are \(None, None\)"):
+        load_config(moved)

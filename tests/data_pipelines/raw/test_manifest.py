@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines.raw import fetch, manifest, media, real
 from omnihuman_jax.errors import UserError
@@ -85,6 +86,8 @@ def test_real_clips_come_with_captions_licences_and_what_they_can_give(tmp_path)
     assert talking == {"jwpIntro", "testMovie", "podium"}
     assert media.has_audio(clips["dancer-open"].path) and not clips["dancer-open"].speech
     assert not clips["cap13-talk"].pose
+    with Image.open(tmp_path / "portraits" / "astronaut.png") as portrait:
+        assert portrait.size == (260, 260) and portrait.mode == "RGB"
 
 
 def test_a_package_that_cannot_be_had_is_named_and_the_rest_is_used(tmp_path, monkeypatch, capsys):
@@ -102,7 +105,7 @@ def test_a_package_that_cannot_be_had_is_named_and_the_rest_is_used(tmp_path, mo
 
     monkeypatch.setattr(fetch, "fetch_member", member)
     missing = real.collect(tmp_path / "raw")
-    assert len(missing) == 4 and "psychopy 2026.2.5" in missing[0]
+    assert len(missing) == 5 and "psychopy 2026.2.5" in missing[0]
     assert [entry.id for entry in manifest.read(tmp_path / "raw")] == ["carphone"]
     monkeypatch.setattr(
         fetch, "fetch_member", lambda package, *rest: member(fetch.Package("pypi", "x", "1", ""), *rest)
