@@ -36,9 +36,11 @@ def get_config() -> ConfigDict:
             "buckets": ((5, 64, 64, 4, 0.5), (17, 64, 64, 2, 0.3), (1, 96, 96, 6, 0.2)),
         }
     )
-    # See omnihuman_jax/training/tasks/vae_step.py; latent_noise: largest noise on the latents that the decoder reads, in
-    # their standard deviations; `lpips` is a file (omnihuman_jax/weights/lpips.py), "" for none.
-    config.loss = ConfigDict({"edge": 1.0, "scales": 3, "kl": 1e-4, "latent_noise": 0.5, "lpips": "", "lpips_weight": 0.1})
+    # See omnihuman_jax/training/tasks/vae_step.py; latent_noise: largest noise on the latents that the decoder reads,
+    # in units of normalised latents; `lpips` is a file (omnihuman_jax/weights/lpips.py), "" for none.
+    config.loss = ConfigDict(
+        {"edge": 1.0, "scales": 3, "kl": 1e-4, "latent_noise": 0.5, "lpips": "", "lpips_weight": 0.1}
+    )
     config.adversarial = ConfigDict({"weight": 0.0, "start_step": 0, "learning_rate": 1e-4, "width": 32})
     config.optimizer = ConfigDict(
         {

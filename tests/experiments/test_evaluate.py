@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from data_pipelines import schema
-from data_pipelines.raw.fetch import sha256_of
 from experiments.evaluate import __main__ as command
 from experiments.evaluate import checkpoint, rendered
 from experiments.evaluate.checkpoint import Options
@@ -21,6 +20,7 @@ from omnihuman_jax.evaluation.metrics import mouth, registry
 from omnihuman_jax.evaluation.metrics.metric import REAL, TALKING, Generated, Metric, Row
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.functional import make_network
+from omnihuman_jax.models.vae.vae import encoder_sha256
 from tests.experiments import painted
 from tests.inference import tiny
 
@@ -180,7 +180,7 @@ def files(tmp_path_factory):
     params = jax.tree.map(lambda shape: np.full(shape.shape, 0.01, shape.dtype), shapes)
     export.save(folder / "checkpoint", config, params, {"step": 9, "stage": "stage3"}, ema=True)
     painted.heldout_dataset(
-        folder, encoders={"text": "minilm-l6-v2", "audio": "log-mel"}, vae_sha256=sha256_of(config.vae.checkpoint)
+        folder, encoders={"text": "minilm-l6-v2", "audio": "log-mel"}, vae_sha256=encoder_sha256(config.vae.checkpoint)
     )
     probe_lib.save_probe(folder / "probe.safetensors", painted.PaintedProbe())
     return folder
@@ -226,7 +226,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(run, tmp_path, monkeypa
 
 
 def test_data_prepared_for_another_model_are_refused(run, files, tmp_path):
-    sha256 = sha256_of(files / "vae.safetensors")
+    sha256 = encoder_sha256(files / "vae.safetensors")
     painted.heldout_dataset(tmp_path, vae_sha256=sha256)
     with pytest.raises(UserError, match="text made by random, the checkpoint was trained with minilm-l6-v2"):
         run(data=tmp_path / "data")

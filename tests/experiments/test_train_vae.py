@@ -20,8 +20,10 @@ from experiments import train_vae
 from experiments.configs import demo_vae
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae.perceptual import LPIPS
-from omnihuman_jax.models.vae.vae import load_vae
+from omnihuman_jax.models.vae.vae import encoder_sha256, is_of_encoder, load_vae
 from omnihuman_jax.training.tasks import vae_losses, vae_step
+from omnihuman_jax.training.tasks.vae import VAETask
+from omnihuman_jax.weights.modules import parameters
 from tests.training import launch
 
 
@@ -45,13 +47,13 @@ def tiny_config(clips, steps: int):
     config = demo_vae.get_config()
     config.steps = steps
     # From scratch: the principal components would leave 30 steps little to learn.
-    config.vae.update({"dim": 8, "z_dim": 4, "dim_mult": (1, 1, 1), "linear_path": False})
+    config.vae.update({"dim": 8, "z_dim": 4, "dim_mult": (1, 1, 1), "linear_path": False, "linear_context": 0})
     config.data.update({"dir": str(clips), "buckets": ((5, 16, 16, 8, 1.0),)})
     config.evaluation.update({"every": 1000, "frames": 5, "height": 16, "width": 16, "clips": 2})
     config.optimizer.update({"learning_rate": 5e-3, "warmup_steps": 5})
     config.checkpoint.every = 15
     config.log_every = 1
-    config.output.statistics_clips = 4
+    config.output.update({"statistics_clips": 4, "spectrum": 0.0})
     return config
 
 
@@ -93,6 +95,42 @@ def test_the_written_file_has_the_statistics_of_its_latents(trained, clips):
     latents = np.asarray(jax.jit(vae.encode)(windows)).reshape(-1, 4)
     np.testing.assert_allclose(latents.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(latents.std(0), 1, atol=0.05)
+
+
+def test_with_a_spectrum_channels_keep_variance_by_what_they_show(trained, clips):
+    config = tiny_config(clips, 30)
+    config.output.spectrum = 0.5
+    task = VAETask(config, VideoBatches(config), trained / "unused.safetensors")
+    vae = load_vae(trained / "vae.safetensors")
+    _, scale = task.statistics(nnx.to_pure_dict(nnx.state(vae)))
+    kept = np.array(vae.config.latent_std) / np.array(scale)  # deviation of each channel after normalisation
+    np.testing.assert_allclose(np.mean(kept**2), 1, rtol=0.05)
+    # Independent: a channel replaced by its mean in whole windows, one at a time.
+    windows = [jnp.asarray(v) for v in VideoBatches(config).windows("train", 2, (5, 16, 16))]
+    shown = np.zeros(4)
+    for z in map(vae.encode, windows):
+        shown += [np.square(np.asarray(vae.decode(z.at[..., k].set(0)) - vae.decode(z))).mean() for k in range(4)]
+    expected = shown**0.25
+    np.testing.assert_allclose(kept, expected / np.sqrt(np.mean(expected**2)), rtol=0.1)
+
+
+def test_a_decoder_is_trained_on_the_encoder_of_a_file(trained, clips, tmp_path):
+    source = trained / "vae.safetensors"
+    config = tiny_config(clips, 3)
+    config.encoder_from, config.seed = str(source), 7
+    train_vae.train(config, tmp_path / "run")
+    made = tmp_path / "run" / "vae.safetensors"
+    before, after = (load_vae(path) for path in (source, made))
+    assert encoder_sha256(made) == encoder_sha256(source)
+    assert after.config.latent_std == before.config.latent_std
+    old, new = parameters(before), parameters(after)
+    changed = {name for name in old if not np.array_equal(old[name], new[name])}
+    assert changed and not any(is_of_encoder(name) for name in changed)
+    assert all(is_of_encoder(name) or name in changed for name in old if name.endswith("kernel"))
+
+    config.vae.z_dim = 5
+    with pytest.raises(UserError, match=r"encoder_from=.*vae\.safetensors: conv1\.bias is \(8,\), the config needs"):
+        train_vae.train(config, tmp_path / "other")
 
 
 def written(workdir):

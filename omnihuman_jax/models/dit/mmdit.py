@@ -116,8 +116,8 @@ class OmniHuman(nnx.Module):
           t: (B,) in [0, 1]; 1 is pure noise.
           batch: `motion` (B, M, H, W, C), `has_motion` (B,) bool, the fields of every condition (`conditions.table`),
             and `active` (B, conditions) bool in the order of the table. Fields that no sample has, `motion` or those
-            of a condition other than text, can be omitted to save work. Optional, for bases with the setting of the last axis:
-            `first_frame` (B, T, H, W, first_frame_channels), `image` (B, I, image_embed_dim), and `text2`
+            of a condition other than text, can be omitted to save work. Optional, for bases with the setting of the
+            last axis: `first_frame` (B, T, H, W, first_frame_channels), `image` (B, I, image_embed_dim), and `text2`
             (B, L2, text2_dim) with `text2_mask` (B, L2) bool, ignored for samples without text.
           pooled: (B, pooled_text_dim) pooled text vector, with `pooled_text_dim`.
           guidance: (B,) guidance scale, with `guidance_embed`.

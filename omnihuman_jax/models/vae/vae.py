@@ -330,8 +330,9 @@ def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mappi
 def encoder_sha256(path: str | Path) -> str:
     """Hex digest of what decides the latents: the encoder of a VAE file and its latent statistics.
 
-    Files that differ only in the decoder have one digest: either decodes the latents of the other. Raises the UserErrors
-    of `load_vae` for a file that is no VAE.
+    Files that differ only in the decoder have one digest: either decodes the latents of the other.
+
+    Raises UserError for a file that is no VAE.
     """
     config, tensors = _read(Path(path))
     deciding = ("latent_mean", "latent_std", "patch_size", "temporal_downsample")

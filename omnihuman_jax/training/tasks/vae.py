@@ -108,10 +108,10 @@ class VAETask:
         return rules.with_shardings(shapes, rules.tree_shardings(shapes, self.mesh))
 
     def init_state(self) -> VAEState:
-        """A fresh state, with the encoder of `encoder_from`. A linear path starts with the best fit to training windows.
+        """A fresh state, with the encoder of `encoder_from`. A linear path starts as the best fit to training windows.
 
-        The way in starts with their principal components, the way back with the smallest squared error, for latents
-        with as much noise as in training.
+        The way in starts as their principal components, the way back as the map with the smallest squared error from
+        latents with as much noise as in training.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         state = jax.jit(lambda: vae_step.create_state(self.config), out_shardings=shardings)()
@@ -128,7 +128,9 @@ class VAETask:
         """The parameters of the linear path, fitted to training windows."""
         linear = vae_step.make_vae(self.config).bind(params).linear
         windows = list(self.videos.windows("train", self.config.output.statistics_clips, self._window))
-        blocks = np.concatenate([np.asarray(linear.blocks(v)).reshape(-1, linear.decode_bias.shape[0]) for v in windows])
+        blocks = np.concatenate(
+            [np.asarray(linear.blocks(v)).reshape(-1, linear.decode_bias.shape[0]) for v in windows]
+        )
         values = params["linear"]
         if self._encoder is None:
             values = values | linear.principal_components(blocks)
@@ -195,8 +197,8 @@ class VAETask:
         """Mean and scale of each latent channel over training windows, by which latents are normalised.
 
         With `output.spectrum` = a, a channel that changes the picture by s when it varies by one deviation keeps a
-        variance proportional to s^2a, with mean one over the channels. At a = 0 all have variance one: a diffusion model
-        then spends as much on the last details as on light and shape. At a = 1 an error counts as much as it shows.
+        variance proportional to s^2a, with mean one over the channels. At a = 0 all have variance one, and a diffusion
+        model spends as much on the last details as on light and shape; at a = 1 an error counts as much as it shows.
         """
         windows = self.videos.windows("train", self.config.output.statistics_clips, self._window)
         means = [self._evaluate(params, v)[1] for v in windows]

@@ -15,9 +15,10 @@ from data_pipelines.encoders import speech
 from data_pipelines.prepare import features, pipeline
 from data_pipelines.prepare.cut import Box, centre_box, choose_size, cuts, parse_sizes
 from data_pipelines.prepare.latents import encode_clips, reference_frames
-from data_pipelines.raw import fetch, manifest, media
+from data_pipelines.raw import manifest, media
 from data_pipelines.schema import Dataset
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.models.vae.vae import encoder_sha256
 
 SIZES = ((32, 32), (48, 32), (32, 48))
 SETTINGS = pipeline.Settings(SIZES, 9, "0" * 64)
@@ -464,7 +465,7 @@ def test_the_command_writes_a_data_set_and_knows_it_again(tmp_path, talker):
     assert "2 of 32x32" in first.stdout and "log-mel" in first.stdout
     data = Dataset.open(tmp_path / "out")
     assert data.read(0)["latents"].shape == (3, 4, 4, 16)
-    assert data.meta.vae_sha256 == fetch.sha256_of(tmp_path / "vae.safetensors")
+    assert data.meta.vae_sha256 == encoder_sha256(tmp_path / "vae.safetensors")
     second = command(*args)
     assert second.returncode == 0 and "up to date" in second.stdout
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae import layers
-from omnihuman_jax.models.vae.vae import VAE, VAEConfig, compiled, load_vae, save_vae
+from omnihuman_jax.models.vae.vae import VAE, VAEConfig, compiled, encoder_sha256, load_vae, save_vae
 from omnihuman_jax.weights import wan_vae
 
 SMALL = VAEConfig(
@@ -233,7 +233,9 @@ def test_the_linear_path_starts_as_the_datas_principal_components():
     rng = np.random.default_rng(0)
     video = np.cumsum(rng.standard_normal((2, 9, 16, 24, 3)), axis=2).astype(np.float32) / 8
     blocks = np.asarray(vae.linear.blocks(video)).reshape(-1, 4 * 8 * 8 * 3)
-    for name, value in vae.linear.principal_components(blocks).items():
+    values = vae.linear.principal_components(blocks)
+    latents = blocks @ values["encode_matrix"] + values["encode_bias"]
+    for name, value in (values | vae.linear.least_squares(latents, blocks)).items():
         getattr(vae.linear, name)[...] = jnp.asarray(value)
 
     # Independent: singular value decomposition of blocks cut out by loops, in float64.
@@ -254,3 +256,42 @@ def test_the_linear_path_starts_as_the_datas_principal_components():
         b, t, h, w = place
         got = output[b, max(0, 4 * t - 3) : 4 * t + 1, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8].reshape(-1)
         np.testing.assert_allclose(got, want[-len(got) :], atol=2e-3)
+
+
+def test_the_linear_way_back_reads_neighbours_with_the_least_squared_error():
+    config = VAEConfig(dim=4, dim_mult=(1, 2), num_res_blocks=1, z_dim=2, temporal_downsample=(True,))
+    config = dataclasses.replace(config, linear_path=True, linear_context=1)
+    linear = VAE(config, rngs=nnx.Rngs(0)).linear
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((2, 3, 4, 5, 2)).astype(np.float32)
+    got = np.asarray(linear.neighbours(jnp.asarray(z)))
+    for b, t, h, w in ((0, 0, 0, 0), (1, 2, 3, 4), (1, 1, 2, 3)):
+        rows, columns = np.clip(range(h - 1, h + 2), 0, 3), np.clip(range(w - 1, w + 2), 0, 4)
+        np.testing.assert_array_equal(got[b, t, h, w], np.concatenate([z[b, t, i, j] for i in rows for j in columns]))
+
+    blocks = rng.standard_normal((2 * 3 * 4 * 5, 2 * 2 * 2 * 3))
+    x = got.reshape(len(blocks), -1)
+    values = linear.least_squares(x, blocks)
+    expected, *_ = np.linalg.lstsq(np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64), blocks)
+    np.testing.assert_allclose(values["decode_matrix"], expected[:-1], atol=1e-4)
+    np.testing.assert_allclose(values["decode_bias"], expected[-1], atol=1e-4)
+    for name, value in values.items():
+        getattr(linear, name)[...] = jnp.asarray(value)
+    video = np.asarray(linear.decode(jnp.asarray(z), first=False))
+    blocks_back = np.asarray(linear.blocks(jnp.asarray(video), first=False)).reshape(len(blocks), -1)
+    np.testing.assert_allclose(blocks_back, x @ expected[:-1] + expected[-1], atol=2e-3)
+
+
+def test_the_digest_of_an_encoder_ignores_the_decoder(tmp_path):
+    config = VAEConfig(dim=4, dim_mult=(1, 2), num_res_blocks=1, z_dim=2, temporal_downsample=(True,))
+    vae = VAE(config, rngs=nnx.Rngs(0))
+    save_vae(tmp_path / "a.safetensors", vae)
+    vae.decoder.head.bias[...] += 1
+    vae.conv2.bias[...] += 1
+    save_vae(tmp_path / "b.safetensors", vae)
+    vae.conv1.bias[...] += 1
+    save_vae(tmp_path / "c.safetensors", vae)
+    vae.config = dataclasses.replace(config, latent_std=(1.0, 2.0))
+    save_vae(tmp_path / "d.safetensors", vae)
+    a, b, c, d = (encoder_sha256(tmp_path / f"{name}.safetensors") for name in "abcd")
+    assert a == b and len({a, c, d}) == 3
