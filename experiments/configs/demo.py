@@ -1,19 +1,24 @@
-"""`make demo`: all of OmniHuman at small size on 8 simulated devices, in minutes on 2 cores."""
+"""`make demo`: OmniHuman's three stages at small size, from a pretrained base, on 8 simulated devices in minutes."""
 
 from ml_collections import ConfigDict
 
 from experiments.configs import base
 
 
-def teach_speech(config: ConfigDict) -> None:
+def teach_speech_and_pose(config: ConfigDict) -> None:
     """What lets a small network learn speech in minutes: crops of the face, half of the loss on the mouth, more noise.
 
     The mouth is about a hundredth of the loss of a full frame, and low noise and neighbours give it away. In the
-    warm-up row every sample is a crop with a reference, nine of ten with sound; the published ratios follow.
+    warm-up row of speech every sample is a crop with a reference, nine of ten with sound; in that of pose nine of ten
+    have keypoints. The published ratios follow each.
     """
     config.stages.stage2_warmup.update({"bucket_weights": "6x6=1", "motion_ratio": 0.5, "time_mean": 1.0})
+    # What a warm-up row adds has learned nothing yet, and the base has.
+    config.stages.stage2_warmup.rate_factors = "audio=3"
+    config.stages.stage3_warmup.rate_factors = "pose=3"
     for name in ("stage2_warmup", "stage2", "stage3"):
         config.stages[name].region_shares = "mouth=0.5"
+    config.stages.stage3_warmup.region_shares = "mouth=0.3,limbs=0.3"
     for name in ("stage2", "stage3"):
         config.stages[name].time_mean_by_condition = "audio=1"
 
@@ -27,10 +32,17 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.model.update({"hidden_size": 192, "num_heads": 3, "mlp_hidden": 768})
     config.model.dtype = "float32"  # the faster one on CPU
     config.data.dir = "runs/demo/data"
-    rows = (("stage1", 120, 4e-3), ("stage2_warmup", 250, 3e-3), ("stage2", 80, 3e-3), ("stage3", 120, 2e-3))
+    config.stages.stage1.init_from = "experiments/assets/small_base.safetensors"
+    rows = (
+        ("stage1", 50, 2e-3),
+        ("stage2_warmup", 260, 2e-3),
+        ("stage2", 50, 1.5e-3),
+        ("stage3_warmup", 60, 1.5e-3),
+        ("stage3", 60, 1e-3),
+    )
     for name, steps, rate in rows:
-        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 20})
-    teach_speech(config)
+        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 10})
+    teach_speech_and_pose(config)
     config.optimizer.b2 = 0.99  # moments over 100 steps, not over 1000
     config.ema_decay = 0.98
     config.checkpoint.update({"every": 100, "keep": 2})

@@ -55,6 +55,7 @@ def test_a_step_that_fits_reports_memory_flops_and_times():
         ("stage1", "stage1"),
         ("stage2_warmup", "stage1"),
         ("stage2", "stage1"),
+        ("stage3_warmup", "stage1"),
         ("stage3", "stage1"),
     ]
     step, memory = report["steps"][0], report["steps"][0]["memory"]

@@ -55,7 +55,7 @@ def test_the_learning_rate_warms_up_in_every_stage():
 
 def test_pretraining_is_two_more_rows_of_the_table():
     stages = curriculum(pretrain.get_config())
-    names = ["pretrain_image", "pretrain_video", "stage1", "stage2_warmup", "stage2", "stage3"]
+    names = ["pretrain_image", "pretrain_video", "stage1", "stage2_warmup", "stage2", "stage3_warmup", "stage3"]
     assert [s.name for s in stages] == names
     assert stages[0].latent_frames == 1
     assert stages[0].ratios["reference"] == stages[1].ratios["reference"] == 0

@@ -28,6 +28,7 @@ def tiny_config(data: Path, steps: tuple[int, int, int] = (3, 3, 3)) -> ConfigDi
     for name, count in zip(("stage1", "stage2", "stage3"), steps, strict=True):
         config.stages[name].update({"steps": count, "warmup_steps": 2})
     config.stages.stage1.init_from = ""  # of another network
+    config.stages.stage3_warmup.steps = 0
     config.stages.stage2_warmup.steps = 0  # the fake data have no crops of faces
     config.evaluation.gain_every = 0
     config.checkpoint.update({"every": 2, "keep": 2})

@@ -29,7 +29,7 @@ def _config(**settings):
     config.data.latent_frames = 4
     for name in ("stage1", "stage2", "stage3"):
         config.stages[name].steps = 6
-    config.stages.stage2_warmup.steps = 0
+    config.stages.stage2_warmup.steps = config.stages.stage3_warmup.steps = 0
     config.update_from_flattened_dict(settings)
     return config
 
