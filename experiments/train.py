@@ -18,7 +18,7 @@ from data_pipelines.raw import media
 from data_pipelines.schema import Dataset, check_sizes, condition_arrays, full_records
 from experiments.common import cli
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints.load import load_config
+from omnihuman_jax.checkpoints.load import is_exported, load_config, read_config
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import pixel_frames
@@ -28,6 +28,7 @@ from omnihuman_jax.inference.sampling import Settings, sample_latents
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
+from omnihuman_jax.sharding.processes import log
 from omnihuman_jax.training import config_ranges, loop
 from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
 from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
@@ -87,14 +88,20 @@ def define_flags() -> None:
 
 def check_start(
     config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
-) -> None:
-    """Raises UserError for sampling settings or initial parameters that would fail hours into the run."""
+) -> list[tuple[str, str | None]]:
+    """Checks what the run starts from: (export, digest of its VAE's encoder) of every `init_from` that will be loaded.
+
+    Raises UserError for sampling settings or initial parameters that would fail hours into the run.
+    """
     Settings.from_config(config)
-    done = max(running_steps(workdir), default=0)
+    done, vaes = max(running_steps(workdir), default=0), []
     check_init_from(stages, replace_parameters_at, fresh=not done)
     for stage in stages:  # stages that have started no longer need init_from
         if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
             check_same_model(load_config(stage.init_from).model.to_dict(), config.model.to_dict(), stage.init_from)
+            if is_exported(stage.init_from):
+                vaes.append((stage.init_from, read_config(stage.init_from)[1].get("vae_sha256")))
+    return vaes
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -114,12 +121,15 @@ def main(_: list[str]) -> None:
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
     stages = curriculum(config)
-    check_start(config, stages, Path(flags.FLAGS.workdir), flags.FLAGS.replace_parameters_at)
+    starts = check_start(config, stages, Path(flags.FLAGS.workdir), flags.FLAGS.replace_parameters_at)
     dataset = Dataset.open(config.data.dir)
     check_sizes(dataset, config.model)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     input_pipeline = InputPipeline.from_config(config, stages, dataset)
     with cli.one_of_several(config):
+        for export, vae in starts:
+            if vae not in (None, dataset.meta.vae_sha256):
+                log(f"{export} was trained on latents of another VAE than those of {config.data.dir}; going on with it")
         _train(config, dataset, input_pipeline)
 
 
