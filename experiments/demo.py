@@ -216,7 +216,7 @@ def main(_: list[str]) -> None:
         places = [f"--workdir={workdir}", f"--config.data.dir={data.directory}"]
         steps = sum(config.stages[name].steps for name in config.stage_order)
         places.append(f"--config.stages.stage1.init_from={config.stages.stage1.init_from}")
-        places.append(f"--config.evaluation.gain_every={max(1, steps // 7)}")
+        places.append(f"--config.evaluation.gain_every={max(1, steps // 3)}")
         if not any(entry["view"] == FACE and entry["audio"] and entry["split"] == "train" for entry in data.index):
             print("going on without the warm-up of speech: there are no crops of speaking faces", flush=True)
             places.append("--config.stages.stage2_warmup.steps=0")
