@@ -1,6 +1,7 @@
 """Raw clips become records whose picture, sound, keypoints and truth belong to the same moments."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import boxes
+from data_pipelines import boxes, schema
 from data_pipelines import keypoints as kp
 from data_pipelines.encoders import speech
 from data_pipelines.prepare import features, pipeline
@@ -378,6 +379,68 @@ def test_bad_clips_are_named_and_the_others_are_used(tmp_path, talker):
     with pytest.raises(UserError, match="no clip could be used.*real/bad"):
         run(clips[:1], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_whatever_goes_wrong_in_a_clip_is_its_row_and_the_rest_goes_on(tmp_path, talker, monkeypatch):
+    original = media.iter_video
+
+    def broken(path, **kwargs):
+        if path.name == "odd.mp4":
+            raise ZeroDivisionError("a strange\nfile")
+        return original(path, **kwargs)
+
+    monkeypatch.setattr(media, "iter_video", broken)
+    (tmp_path / "in/odd.mp4").write_text("x")
+    np.savez(tmp_path / "nan.npz", mouth=np.full(20, np.nan))
+    clips = [
+        manifest.RawClip("odd", tmp_path / "in/odd.mp4", "real"),
+        dataclasses.replace(talker, id="nan", annotations=tmp_path / "nan.npz"),
+        manifest.RawClip("gone", tmp_path / "in/gone.mp4", "real"),
+        dataclasses.replace(talker, id="marked", problem="the reason"),
+        dataclasses.replace(talker, id="untold", caption="no states"),
+        talker,
+    ]
+    encode = FakeText.encode
+
+    def encoded(self, caption):
+        if caption == "no states":
+            raise UserError("no states of it")
+        return encode(self, caption)
+
+    monkeypatch.setattr(FakeText, "encode", encoded)
+    assert pipeline.inputs_digest(clips, SETTINGS, encoders(), "")
+    summary, _ = run(clips, tmp_path / "out")
+    assert [entry["id"] for entry in Dataset.open(tmp_path / "out").index] == ["real/talker-0", "real/talker-1"]
+    lines = summary.table().splitlines()
+    assert lines[-1] == "clips rejected: 5"
+    assert f"rejected real/odd: {tmp_path}/in/odd.mp4: ZeroDivisionError: a strange file" in lines
+    for start in ("real/gone: cannot read", "real/marked: the reason", "real/untold: no states", "real/nan: "):
+        assert any(line.startswith(f"rejected {start}") for line in lines)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, talker, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*No space left.*free some"):
+        patch.setattr(schema.shutil, "copyfile", full)
+        run([talker], tmp_path / "out")
+
+    class FullWriter:
+        def __init__(self, *_):
+            pass
+
+        def write(self, _):
+            pass
+
+        def close(self):
+            raise RuntimeError("Failed to\nflush")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*Failed to flush") as caught:
+        patch.setattr(schema, "ArrayRecordWriter", FullWriter)
+        run([talker], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_vae_only_sees_full_batches_of_one_shape():
