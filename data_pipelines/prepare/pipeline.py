@@ -134,33 +134,31 @@ def prepare_clip(
     if not pieces:
         return []
     total = pieces[-1].first + settings.clip_frames
-    wave = features.sound(clip, total)
-    has_speech = wave is not None and clip.speech
-    audio = encoders.speech.encode(wave, total) if has_speech else np.zeros((0, encoders.speech.dim), np.float32)
-    samples = media.AUDIO_RATE // media.FPS
+    sound = features.sound(clip, total)
+    silence = np.zeros((0, encoders.speech.dim), np.float32)
+    audio = encoders.speech.encode(sound.wave, total) if sound and clip.speech else silence
     # A raw clip that already is a training clip is copied instead of encoded again.
     several = pieces[-1].number > 0
     unchanged = not several and pieces[0].untouched and clip.start == 0 and clip.end is None
     unchanged = unchanged and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
     prepared = []
     for piece in pieces:
-        end = piece.first + settings.clip_frames
+        heard = features.part_of(sound, piece.first, settings.clip_frames)
         whole = name.cut(piece.number) if several else name.whole
         record = {
             "id": schema.view_id(whole, piece.view),
             "view": piece.view,
             **{field: getattr(clip, field) for field in ("source", "split", "caption", "speaker", "sentence")},
             "reference_frames": reference_frames(settings.clip_frames),
-            "audio": audio[piece.first : end],
+            "audio": silence if heard is None else audio[piece.first : piece.first + settings.clip_frames],
             "text": text,
             **piece.arrays,
             "frames": settings.clip_frames,
             "height": piece.frames.shape[1],
             "width": piece.frames.shape[2],
         }
-        sound = None if wave is None else wave[piece.first * samples : end * samples]
         file = clip.path if unchanged and piece.view == schema.FULL else None
-        prepared.append(Prepared(record, piece.frames, file, sound))
+        prepared.append(Prepared(record, piece.frames, file, heard))
     return prepared
 
 
