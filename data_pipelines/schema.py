@@ -16,6 +16,7 @@ A record's `view` is "full", or "face" for a crop of a full record's clip to the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +24,7 @@ import json
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -38,6 +39,7 @@ SCHEMA_VERSION = 3
 SPLITS = ("train", "heldout")
 FULL, FACE = VIEWS = ("full", "face")
 RECORDS_PER_FILE = 64
+MAX_NAME = 251  # bytes of a file name without ".mp4"; file systems allow 255
 
 TEXT_FIELDS = ("id", "source", "split", "caption", "speaker", "sentence", "view")
 NUMBER_FIELDS = ("frames", "height", "width")
@@ -126,8 +128,15 @@ def condition_arrays(record: Mapping[str, Any], names: Iterable[str], reference:
 
 
 def clip_filename(record_id: str) -> str:
-    """The record's file name under clips/, which is also a part of a URL: "a/b#face" -> "a__b@face.mp4"."""
-    return record_id.replace("/", "__").replace("#", "@") + ".mp4"
+    """The record's file name under clips/, which is also a part of a URL: "a/b#face" -> "a__b@face.mp4".
+
+    A name that is too long for a file system ends in a digest of the id instead.
+    """
+    name = record_id.replace("/", "__").replace("#", "@")
+    if len(name.encode()) > MAX_NAME:
+        digest = hashlib.sha256(record_id.encode()).hexdigest()[:16]
+        name = name.encode()[: MAX_NAME - 17].decode(errors="ignore") + f"-{digest}"
+    return name + ".mp4"
 
 
 def view_id(record_id: str, view: str) -> str:
@@ -215,12 +224,27 @@ class DatasetWriter:
         return self
 
     def add(self, record: Mapping[str, Any], clip_path: str | pathlib.Path | None = None) -> None:
-        """Appends one record and copies its clip; ValueError if it does not fit schema and `Meta`, or reuses an id."""
+        """Appends one record and copies its clip.
+
+        Raises ValueError if it does not fit schema and `Meta`, or reuses an id; UserError if it cannot be written.
+        """
         if record["id"] in self._ids:
             raise ValueError(f"record id {record['id']!r} is used twice")
         self._ids.add(record["id"])
         _check(record, self._meta)
         data = encode(record, self._meta.arrays)
+        with self._writing():
+            self._write(record, data, clip_path)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # RuntimeErrors are of ArrayRecord
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"cannot write {self._final}: {reason}; free some space or choose another") from error
+
+    def _write(self, record: Mapping[str, Any], data: bytes, clip_path: str | pathlib.Path | None) -> None:
         file, row = divmod(len(self._index), RECORDS_PER_FILE)
         name = f"records/records-{file:05d}.array_record"
         if row == 0:
@@ -242,17 +266,25 @@ class DatasetWriter:
         )
 
     def _close_file(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._close_file()
-        if kind is not None or not self._index:
-            shutil.rmtree(self._partial)
-            if kind is None:
-                raise UserError(f"no clip could be used; nothing was written to {self._final}")
-            return
+        finished = False
+        try:
+            with self._writing() if kind is None else contextlib.suppress(OSError, RuntimeError):
+                self._close_file()
+                if kind is None and self._index:
+                    self._finish()
+                    finished = True
+        finally:
+            if not finished:
+                shutil.rmtree(self._partial, ignore_errors=True)
+        if kind is None and not finished:
+            raise UserError(f"no clip could be used; nothing was written to {self._final}")
+
+    def _finish(self) -> None:
         head = dataclasses.asdict(self._meta) | self._extra | {"records": len(self._index), "index": self._index}
         (self._partial / "dataset.json").write_text(json.dumps(head, indent=1) + "\n")
         self._partial.rename(self._final)

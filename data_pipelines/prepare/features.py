@@ -17,11 +17,13 @@ from data_pipelines.encoders.text_states import StatesFile
 from data_pipelines.prepare.cut import Cut
 from data_pipelines.raw import media
 from data_pipelines.raw.manifest import RawClip
+from data_pipelines.raw.sound import Sound
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
 
 # Of rendered clips; the keypoints also of those that are to train without pose.
 _TRUTH = ("mouth", "attributes", "truth_keypoints")
+FARTHEST = 5.0  # x or y, in pictures, of a point outside of the picture; more are pixels
 SILENCE = 3e-4  # root mean square below which sound counts as silence (-70 dB of full scale)
 
 
@@ -35,39 +37,65 @@ class Encoders:
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
-def sound(clip: RawClip, num_frames: int) -> np.ndarray | None:
+def sound(clip: RawClip, num_frames: int) -> Sound | None:
     """The clip's sound (num_frames * 640,) at 16 kHz, or None if it is missing, silent or unreadable.
 
     A clip with unreadable sound still trains the other conditions (principle 1).
     """
-    if not media.has_audio(clip.path):
-        return None
     try:
-        wave = media.read_audio(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
+        tracks = media.audio_tracks(clip.path)
+        if not tracks:
+            return None
+        found = media.read_sound(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
     except UserError as error:
         print(f"going on without sound: {error}", flush=True)
         return None
-    return wave if np.sqrt(np.mean(wave**2)) > SILENCE else None
+    if tracks > 1:
+        print(f"{clip.path} has {tracks} sound tracks; the default one is used", flush=True)
+    return found if np.sqrt(np.mean(found.wave**2)) > SILENCE else None
+
+
+def part_of(found: Sound | None, first: int, num_frames: int) -> np.ndarray | None:
+    """The sound (num_frames * 640,) of a cut that begins at a frame; None where the file has less than half of it."""
+    samples = media.AUDIO_RATE // media.FPS
+    part = slice(first * samples, (first + num_frames) * samples)
+    if found is None or found.present[part].mean() < 0.5:
+        return None
+    return found.wave[part]
 
 
 def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
     """The arrays of the clip's annotation file: ground truth of rendered clips and conditions; empty without a file.
 
-    Raises UserError if the file cannot be read, or the rows of a condition have the wrong shape.
+    Raises UserError if the file cannot be read, or its arrays have a wrong shape, type or range.
     """
     if clip.annotations is None:
         return {}
     try:
         with np.load(clip.annotations, allow_pickle=False) as file:
             notes = {name: file[name] for name in (*_TRUTH, *_annotated()) if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {clip.annotations} ({error}); make the raw clips again") from error
-    for name, row in ({"truth_keypoints": (kp.NUM_KEYPOINTS, 3)} | _annotated()).items():
-        if name in notes and notes[name].shape[1:] != row:
-            raise UserError(
-                f"{clip.annotations}: {name} has shape {notes[name].shape}, not (F, {', '.join(map(str, row))})"
-            )
+    rows = {"mouth": (), "truth_keypoints": (kp.NUM_KEYPOINTS, 3)} | _annotated()
+    for name, values in notes.items():
+        where = f"{clip.annotations}: {name}"
+        if name in rows and (not values.ndim or values.shape[1:] != rows[name]):
+            raise UserError(f"{where} has shape {values.shape}, not (F, {', '.join(map(str, rows[name]))})")
+        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
+            raise UserError(f"{where} has values that are not finite numbers; correct them")
+        if name in ("keypoints", "truth_keypoints"):
+            _check_points(where, values)
     return notes
+
+
+def _check_points(where: str, points: np.ndarray) -> None:
+    """Raises UserError unless keypoints (F,K,3) are x and y relative to the picture, and a confidence."""
+    confidence = points[..., 2]
+    if points.size and (confidence.min() < 0 or confidence.max() > 1):
+        raise UserError(f"{where} has confidences outside 0..1; give x, y, confidence")
+    places = np.abs(points[..., :2][confidence > 0])
+    if places.size and places.max() > FARTHEST:
+        raise UserError(f"{where} has places up to {places.max():g}; give fractions of the picture, not pixels")
 
 
 def _annotated() -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_pipelines import boxes, schema
 from data_pipelines import keypoints as kp
-from data_pipelines.prepare import face_crop, features
+from data_pipelines.prepare import face_crop, features, names
 from data_pipelines.prepare.cut import Cut, cuts
 from data_pipelines.prepare.latents import encode_clips, reference_frames
 from data_pipelines.prepare.summary import Summary
@@ -56,10 +56,19 @@ def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: featur
     digest = hashlib.sha256(json.dumps([used, encoders.text.name, encoders.speech.name]).encode())
     digest.update(detector.encode())
     for clip in clips:
-        values = dataclasses.asdict(clip) | {"path": sha256_of(clip.path)}
-        values["annotations"] = clip.annotations and sha256_of(clip.annotations)
+        values = dataclasses.asdict(clip) | {"path": _content(clip.path)}
+        values["annotations"] = clip.annotations and _content(clip.annotations)
+        if not clip.problem:
+            del values["problem"]
         digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _content(path: pathlib.Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:  # such a clip is rejected later
+        return f"unreadable: {error.strerror}"
 
 
 def finished(output: pathlib.Path, digest: str) -> Dataset | None:
@@ -107,45 +116,58 @@ def _cropped(arrays: dict[str, np.ndarray], whole: Cut, part: Cut) -> dict[str, 
     return arrays | moved
 
 
-def prepare_clip(clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray) -> list[Prepared]:
+def prepare_clip(
+    clip: RawClip, settings: Settings, encoders: features.Encoders, text: np.ndarray, name: names.Name | None = None
+) -> list[Prepared]:
     """Prepares all cuts of a raw clip and their face crops up to VAE encoding; empty if it is too short.
 
     The clip is decoded once and its speech encoded once.
 
-    `text` (L,Dt) are token states of the caption. Raises UserError if one of the clip's files cannot be read.
+    Args:
+      text: (L,Dt) token states of the caption.
+      name: ids of its records; default "source/id".
+
+    Raises UserError if one of the clip's files cannot be read.
     """
+    name = name or names.of(clip)
     pieces = list(_pieces(clip, settings, encoders))
     if not pieces:
         return []
     total = pieces[-1].first + settings.clip_frames
-    wave = features.sound(clip, total)
-    has_speech = wave is not None and clip.speech
-    audio = encoders.speech.encode(wave, total) if has_speech else np.zeros((0, encoders.speech.dim), np.float32)
-    samples = media.AUDIO_RATE // media.FPS
+    sound = features.sound(clip, total)
+    silence = np.zeros((0, encoders.speech.dim), np.float32)
+    audio = encoders.speech.encode(sound.wave, total) if sound and clip.speech else silence
     # A raw clip that already is a training clip is copied instead of encoded again.
     several = pieces[-1].number > 0
     unchanged = not several and pieces[0].untouched and clip.start == 0 and clip.end is None
     unchanged = unchanged and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
     prepared = []
     for piece in pieces:
-        end = piece.first + settings.clip_frames
-        whole = f"{clip.source}/{clip.id}" + (f"-{piece.number}" if several else "")
+        heard = features.part_of(sound, piece.first, settings.clip_frames)
+        whole = name.cut(piece.number) if several else name.whole
         record = {
             "id": schema.view_id(whole, piece.view),
             "view": piece.view,
-            **{name: getattr(clip, name) for name in ("source", "split", "caption", "speaker", "sentence")},
+            **{field: getattr(clip, field) for field in ("source", "split", "caption", "speaker", "sentence")},
             "reference_frames": reference_frames(settings.clip_frames),
-            "audio": audio[piece.first : end],
+            "audio": silence if heard is None else audio[piece.first : piece.first + settings.clip_frames],
             "text": text,
             **piece.arrays,
             "frames": settings.clip_frames,
             "height": piece.frames.shape[1],
             "width": piece.frames.shape[2],
         }
-        sound = None if wave is None else wave[piece.first * samples : end * samples]
         file = clip.path if unchanged and piece.view == schema.FULL else None
-        prepared.append(Prepared(record, piece.frames, file, sound))
+        prepared.append(Prepared(record, piece.frames, file, heard))
     return prepared
+
+
+def _text(encoders: features.Encoders, caption: str) -> np.ndarray | UserError:
+    """The caption's token states, or the reason why its clips cannot be used."""
+    try:
+        return encoders.text.encode(caption)
+    except UserError as error:
+        return error
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
@@ -179,25 +201,38 @@ def run(
       workers: threads that decode and detect while the VAE encodes.
       batch: clips per VAE batch.
 
+    A clip in which anything goes wrong does not stop the others; the summary lists it.
+
     Raises UserError if no clip could be used, or the output cannot be written.
     """
     summary = Summary()
-    texts = {caption: encoders.text.encode(caption) for caption in sorted({clip.caption for clip in clips})}
+    usable = {clip.caption for clip in clips if not clip.problem}
+    texts = {caption: _text(encoders, caption) for caption in sorted(usable)}
 
-    def prepare(clip: RawClip) -> list[Prepared]:
-        return prepare_clip(clip, settings, encoders, texts[clip.caption])
+    def prepare(item: tuple[RawClip, names.Name]) -> list[Prepared]:
+        clip, name = item
+        if clip.problem:
+            raise UserError(clip.problem)
+        text = texts[clip.caption]
+        if isinstance(text, UserError):
+            raise text
+        return prepare_clip(clip, settings, encoders, text, name)
 
-    def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, Prepared]]:
-        progress = tqdm(in_order(pool, prepare, clips, 2 * workers), total=len(clips), desc="prepare", unit="clip")
-        for clip, future in progress:
+    def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, tuple[RawClip, Prepared]]]:
+        items = zip(clips, names.assign(clips), strict=True)
+        progress = tqdm(in_order(pool, prepare, items, 2 * workers), total=len(clips), desc="prepare", unit="clip")
+        for (clip, _), future in progress:
             try:
                 prepared = future.result()
-            except UserError as error:  # a bad file must not stop the run; the summary lists it
+            except UserError as error:
                 summary.reject(clip, str(error))
+                continue
+            except Exception as error:  # whatever a strange file does to a library
+                summary.reject(clip, f"{clip.path}: {type(error).__name__}: {error}")
                 continue
             if not prepared:
                 summary.reject(clip, f"shorter than {settings.clip_frames} frames ({settings.clip_frames / FPS:g} s)")
-            yield from ((piece.frames, piece) for piece in prepared)
+            yield from ((piece.frames, (clip, piece)) for piece in prepared)
 
     meta = Meta(
         latent_channels=latent_channels,
@@ -211,12 +246,16 @@ def run(
             ThreadPoolExecutor(workers) as pool,
             DatasetWriter(output, meta, extra) as writer,
         ):
-            for piece, latents, references in encode_clips(pieces(pool), encode, batch):
+            for (clip, piece), latents, references in encode_clips(pieces(pool), encode, batch):
                 record = piece.record | {"latents": latents, "references": references}
                 file = piece.file or pathlib.Path(scratch, "clip.mp4")
                 if piece.file is None:
                     media.write_mp4(file, piece.frames, audio=piece.sound)
-                writer.add(record, file)
+                try:
+                    writer.add(record, file)
+                except ValueError as error:  # as a detector's or an encoder's values that are not finite
+                    summary.reject(clip, str(error))
+                    continue
                 summary.add(record)
     except UserError as error:
         raise UserError(f"{error}{summary.reasons()}") from error

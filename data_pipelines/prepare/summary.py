@@ -34,15 +34,15 @@ class Summary:
         counts["heldout"] += record["split"] == "heldout"
 
     def reject(self, clip: RawClip, reason: str) -> None:
-        """Adds a raw clip of which nothing is used."""
-        self.rejected.append((f"{clip.source}/{clip.id}", reason))
+        """Adds a raw clip of which nothing, or not all, is used."""
+        self.rejected.append((f"{clip.source}/{clip.id}", " ".join(reason.split())))
 
     def reasons(self) -> str:
         """ "; rejected: ..." with the first rejected clip, or "" if there is none."""
         return f"; rejected: {self.rejected[0][0]}: {self.rejected[0][1]}" if self.rejected else ""
 
     def table(self) -> str:
-        """One line per source, then one line per rejected clip."""
+        """One line per source, then one line per rejected clip, and their number."""
         counted = (*conditions.selecting(), "heldout", "faces")
         columns = ("source", "clips", "seconds", *counted, "sizes")
         rows = [columns]
@@ -52,4 +52,7 @@ class Summary:
             rows.append((source, str(counts["clips"]), f"{counts['frames'] / FPS:.1f}", *numbers, sizes))
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *(f"rejected {name}: {reason}" for name, reason in self.rejected)])
+        lines += [f"rejected {name}: {reason}" for name, reason in self.rejected]
+        if self.rejected:
+            lines.append(f"clips rejected: {len({name for name, _ in self.rejected})}")
+        return "\n".join(lines)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import av
 import numpy as np
 from PIL import Image
 
+from data_pipelines.raw import display, sound, streams
+from data_pipelines.raw.deinterlace import deinterlaced
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS
 
@@ -35,21 +38,26 @@ def _open(path: str | pathlib.Path) -> Iterator[av.container.InputContainer]:
 
 def has_audio(path: str | pathlib.Path) -> bool:
     """Whether the file has a sound stream. Raises UserError if it cannot be read."""
+    return bool(audio_tracks(path))
+
+
+def audio_tracks(path: str | pathlib.Path) -> int:
+    """The number of the file's sound tracks. Raises UserError if it cannot be read."""
     with _open(path) as container:
-        return bool(container.streams.audio)
+        return len(container.streams.audio)
 
 
 def has_video(path: str | pathlib.Path) -> bool:
-    """Whether the file has a video stream. Raises UserError if it cannot be read."""
+    """Whether the file has a video stream other than cover art. Raises UserError if it cannot be read."""
     with _open(path) as container:
-        return bool(container.streams.video)
+        return streams.picture(container) is not None
 
 
 def is_exactly(path: str | pathlib.Path, frames: int) -> bool:
     """Whether the video's header gives this number of frames at 25 fps."""
     with _open(path) as container:
-        stream = container.streams.video[0]
-        return stream.frames == frames and float(stream.average_rate or 0) == FPS
+        stream = streams.picture(container)
+        return stream is not None and stream.frames == frames and float(stream.average_rate or 0) == FPS
 
 
 def _origin(container: av.container.InputContainer) -> float:
@@ -57,55 +65,70 @@ def _origin(container: av.container.InputContainer) -> float:
     return (container.start_time or 0) / av.time_base
 
 
-def _timed_frames(container: av.container.InputContainer, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yields (seconds, frame), beginning at the key frame before `start`."""
-    stream = container.streams.video[0]
+class _Moment(NamedTuple):
+    """When a picture is shown, in seconds."""
+
+    time: float
+    duration: float
+
+
+def _timed_frames(container, stream: av.VideoStream, start: float) -> Iterator[tuple[_Moment, av.VideoFrame]]:
+    """Yields frames and their times, beginning at the key frame before `start`."""
     stream.thread_type = "AUTO"
     origin = _origin(container)
     if start > 0:
         # Seek a second earlier, because some containers seek past the key frame.
         container.seek(int((max(start - 1.0, 0.0) + origin) * av.time_base), backward=True)
-    period = 1 / float(stream.average_rate or stream.base_rate or FPS)
+    period = _period(stream)
     time = start - period
     for frame in container.decode(stream):
         time = time + period if frame.time is None else frame.time - origin
-        yield time, frame
+        yield _Moment(time, float(frame.duration * frame.time_base) if frame.duration > 0 else period), frame
 
 
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """(H,W,3) uint8, rotated upright as the file's metadata requires."""
-    image = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+def _period(stream: av.VideoStream) -> float:
+    return 1 / float(stream.average_rate or stream.base_rate or FPS)
+
+
+def _aspect(path: str | pathlib.Path, stream: av.VideoStream) -> float:
+    """Width of a pixel divided by its height; UserError if it is absurd."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 0.1 <= aspect <= 10:
+        raise UserError(f"{path}: its pixels are {aspect:g} times as wide as high; convert it to square ones")
+    return aspect
 
 
 def iter_video(path: str | pathlib.Path, *, start: float = 0.0, end: float | None = None) -> Iterator[np.ndarray]:
-    """Yields (H,W,3) uint8 RGB frames for the times start, start + 1/25, ... before `end` (seconds).
+    """Yields (H,W,3) uint8 RGB frames, as a player shows them, for the times start, start + 1/25, ... before `end` (s).
 
-    Each is the source frame nearest in time, so any constant or variable source rate becomes exactly 25 fps. Raises
-    UserError if the file cannot be read, has no video stream, or no frame from `start` on.
+    Each is the source frame nearest in time, so any constant or variable source rate becomes exactly 25 fps; a frame
+    that lasts long is shown until half a usual frame before the next. The last one is shown for its own duration.
+    Raises UserError if the file cannot be read, has no video stream, or no frame from `start` on.
     """
     with _open(path) as container:
-        if not container.streams.video:
+        stream = streams.picture(container)
+        if stream is None:
             raise UserError(f"{path} has no video stream; give a video file")
-        wanted, previous, previous_time = 0, None, 0.0
-        period = 1 / float(container.streams.video[0].average_rate or FPS)
+        wanted, previous, shown = 0, None, _Moment(0.0, 0.0)
+        aspect, period = _aspect(path, stream), _period(stream)
 
         def pending(limit: float) -> bool:
             time = start + wanted / FPS
             return time < limit and (end is None or time < end - 0.01 / FPS)
 
-        for time, frame in _timed_frames(container, start):
+        for moment, frame in deinterlaced(_timed_frames(container, stream, start), stream):
             # `previous` is the nearest frame for all times up to the midpoint between the two.
-            while previous is not None and pending((previous_time + time) / 2):
-                yield _rgb(previous)
+            change = max((shown.time + moment.time) / 2, moment.time - period / 2)
+            while previous is not None and pending(change):
+                yield display.displayed(previous, aspect)
                 wanted += 1
-            if end is not None and time > end + period:
+            if end is not None and moment.time > end + period:
                 break
-            previous, previous_time = frame, time
-        # The last frame is shown for one more period.
-        while previous is not None and pending(previous_time + 0.9 * period):
-            yield _rgb(previous)
+            previous, shown = frame, moment
+        # Less than half a picture more would be shown in the end.
+        rest = shown.duration - min(0.1 * shown.duration, 0.5 / FPS)
+        while previous is not None and pending(shown.time + rest):
+            yield display.displayed(previous, aspect)
             wanted += 1
     if not wanted:
         raise UserError(f"{path} has no frame after {start:g} s; check the file and the start time")
@@ -121,33 +144,29 @@ def read_audio(
 ) -> np.ndarray:
     """Mono sound (N,) float32 in [-1,1] at `rate` Hz from `start` to `end` (seconds; None: the end of the sound).
 
-    With `end` the result has exactly round((end-start)*rate) samples, padded with silence. Raises UserError if the file
-    cannot be read, has no audio stream, or its sound has zero length.
+    It is of the default track. With `end` the result has exactly round((end-start)*rate) samples, padded with silence;
+    gaps in the file are silence too. Raises UserError if the file cannot be read, has no audio stream, or its sound has
+    zero length.
     """
+    return read_sound(path, rate=rate, start=start, end=end).wave
+
+
+def read_sound(
+    path: str | pathlib.Path, *, rate: int = AUDIO_RATE, start: float = 0.0, end: float | None = None
+) -> sound.Sound:
+    """As `read_audio`, and where the file has sound at all."""
     with _open(path) as container:
-        if not container.streams.audio:
+        stream = streams.sound(container)
+        if stream is None:
             raise UserError(f"{path} has no audio stream; give a file with sound")
-        stream = container.streams.audio[0]
-        # The channels are averaged below: FFmpeg's own float downmix makes stereo 3 dB louder.
-        resampler = av.AudioResampler(format="fltp", rate=rate)
-        chunks, first = [], None
-        for frame in container.decode(stream):
-            if first is None:
-                first = (frame.time or 0.0) - _origin(container)
-            frame.pts = None  # ignore gaps; the first time stamp positions the whole stream
-            chunks += [part.to_ndarray().mean(0) for part in resampler.resample(frame)]
-        if chunks:
-            chunks += [part.to_ndarray().mean(0) for part in resampler.resample(None)]
-    wave = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+        wave, present = sound.decode(container, stream, _origin(container), rate)
     if not wave.size:
         raise UserError(f"the sound of {path} has zero length; give a recording")
-    lead = round(first * rate)
-    wave = np.pad(wave, (lead, 0)) if lead > 0 else wave[-lead:]
-    wave = wave[round(start * rate) :]
+    wave, present = wave[round(start * rate) :], present[round(start * rate) :]
     if end is not None:
         count = round((end - start) * rate)
-        wave = np.pad(wave[:count], (0, max(count - wave.size, 0)))
-    return np.clip(wave, -1.0, 1.0).astype(np.float32)
+        wave, present = (np.pad(x[:count], (0, max(count - x.size, 0))) for x in (wave, present))
+    return sound.Sound(np.clip(wave, -1.0, 1.0), present)
 
 
 def write_mp4(
@@ -187,23 +206,23 @@ def _write_streams(container, frames, fps, audio, audio_rate, crf) -> None:
     options = {"crf": str(crf), "preset": "veryfast", "x264-params": "cpu-independent=1"}
     video = container.add_stream("libx264", rate=fps, options=options)
     video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-    sound = None
+    track = None
     if audio is not None:
-        sound = container.add_stream("aac", rate=audio_rate, layout="mono")
-        sound.bit_rate = 96_000
+        track = container.add_stream("aac", rate=audio_rate, layout="mono")
+        track.bit_rate = 96_000
         count = round(len(frames) / fps * audio_rate)
         audio = np.pad(np.asarray(audio, np.float32)[:count], (0, max(count - len(audio), 0)))
     for image in frames:
         container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
     container.mux(video.encode())
-    if sound is None:
+    if track is None:
         return
     for begin in range(0, len(audio), 1024):
         samples = np.clip(audio[begin : begin + 1024], -1.0, 1.0)
         frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts = audio_rate, begin
-        container.mux(sound.encode(frame))
-    container.mux(sound.encode())
+        container.mux(track.encode(frame))
+    container.mux(track.encode())
 
 
 def write_gif(path: str | pathlib.Path, frames: np.ndarray, fps: float = 25.0) -> None:

@@ -1,15 +1,18 @@
 """Raw clips become records whose picture, sound, keypoints and truth belong to the same moments."""
 
 import dataclasses
+import errno
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 
-from data_pipelines import boxes
+from data_pipelines import boxes, schema
 from data_pipelines import keypoints as kp
 from data_pipelines.encoders import speech
 from data_pipelines.prepare import features, pipeline
@@ -346,9 +349,9 @@ def test_face_crops_are_made_from_one_decoding_and_one_encoding_of_speech_and_ar
         monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(name), original(*a, **k))[1])
 
     counted(media, "iter_video")
-    counted(media, "read_audio")
+    counted(media, "read_sound")
     one = run_with_faces([clip], tmp_path / "one")[2]
-    assert calls == ["iter_video", "read_audio"]
+    assert calls == ["iter_video", "read_sound"]
     other = run_with_faces([clip], tmp_path / "other", workers=1, batch=3)[2]
     assert set(one) == set(other) and len(one) == 4
     for name, record in one.items():
@@ -378,6 +381,124 @@ def test_bad_clips_are_named_and_the_others_are_used(tmp_path, talker):
     with pytest.raises(UserError, match="no clip could be used.*real/bad"):
         run(clips[:1], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_whatever_goes_wrong_in_a_clip_is_its_row_and_the_rest_goes_on(tmp_path, talker, monkeypatch):
+    original = media.iter_video
+
+    def broken(path, **kwargs):
+        if path.name == "odd.mp4":
+            raise ZeroDivisionError("a strange\nfile")
+        return original(path, **kwargs)
+
+    monkeypatch.setattr(media, "iter_video", broken)
+    (tmp_path / "in/odd.mp4").write_text("x")
+    np.savez(tmp_path / "nan.npz", mouth=np.full(20, np.nan))
+    clips = [
+        manifest.RawClip("odd", tmp_path / "in/odd.mp4", "real"),
+        dataclasses.replace(talker, id="nan", annotations=tmp_path / "nan.npz"),
+        manifest.RawClip("gone", tmp_path / "in/gone.mp4", "real"),
+        dataclasses.replace(talker, id="marked", problem="the reason"),
+        dataclasses.replace(talker, id="untold", caption="no states"),
+        talker,
+    ]
+    encode = FakeText.encode
+
+    def encoded(self, caption):
+        if caption == "no states":
+            raise UserError("no states of it")
+        return encode(self, caption)
+
+    monkeypatch.setattr(FakeText, "encode", encoded)
+    assert pipeline.inputs_digest(clips, SETTINGS, encoders(), "")
+    summary, _ = run(clips, tmp_path / "out")
+    assert [entry["id"] for entry in Dataset.open(tmp_path / "out").index] == ["real/talker-0", "real/talker-1"]
+    lines = summary.table().splitlines()
+    assert lines[-1] == "clips rejected: 5"
+    assert f"rejected real/odd: {tmp_path}/in/odd.mp4: ZeroDivisionError: a strange file" in lines
+    for start in ("real/gone: cannot read", "real/marked: the reason", "real/untold: no states", "real/nan: "):
+        assert any(line.startswith(f"rejected {start}") for line in lines)
+
+
+def test_only_cuts_that_the_sound_reaches_have_audio(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("libx264", rate=25)
+        video.height, video.width, video.pix_fmt = 32, 32, "yuv420p"
+        sound = file.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for image in brightness(0, 36, (32, 32)):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        wave = np.rint(32767 * tone(12)).astype(np.int16)  # a third of the picture: one cut, and a third of the next
+        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+        frame.sample_rate = 16000
+        file.mux([*video.encode(), *sound.encode(frame), *sound.encode()])
+    summary, _ = run([manifest.RawClip("a", path, "real")], tmp_path / "out")
+    data = Dataset.open(tmp_path / "out")
+    assert [entry["audio"] for entry in data.index] == [True, False, False, False]
+    assert data.read(0)["audio"].shape[0] == 9 and not data.read(1)["audio"].size
+    assert [media.has_audio(data.clip_path(i)) for i in range(4)] == [True, False, False, False]
+
+
+def test_several_sound_tracks_are_said(tmp_path, capsys):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        for height in (0.0, 0.5):
+            sound = file.add_stream("pcm_s16le", rate=16000, layout="mono")
+            sound.disposition = av.stream.Disposition.default if height else av.stream.Disposition(0)
+        for number, stream in enumerate(file.streams.audio):
+            wave = np.full((1, 8000), 16000 * number, np.int16)
+            frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
+            frame.sample_rate = 16000
+            file.mux([*stream.encode(frame), *stream.encode()])
+    heard = features.sound(manifest.RawClip("a", path, "real"), 9)
+    assert heard.wave.mean() == pytest.approx(16000 / 32768, abs=0.01)
+    assert capsys.readouterr().out == f"{path} has 2 sound tracks; the default one is used\n"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"mouth": np.zeros(3)}, "mouth has 3 rows, but"),
+        ({"keypoints": np.full((9, 28, 3), 0.5, np.float32) * [300, 300, 1]}, "fractions of the picture, not pixels"),
+        ({"keypoints": np.full((9, 28, 3), 50.0)}, "confidences outside 0..1"),
+        ({"keypoints": np.zeros((9, 5, 3))}, r"keypoints has shape \(9, 5, 3\), not"),
+        ({"mouth": np.array(0.5)}, r"mouth has shape \(\), not"),
+        ({"mouth": np.full(9, np.nan)}, "not finite numbers"),
+        ({"attributes": np.array(["tall"])}, "not finite numbers"),
+    ],
+)
+def test_bad_annotations_reject_their_clip_with_a_reason(tmp_path, talker, arrays, reason):
+    np.savez(tmp_path / "a.npz", **arrays)
+    clips = [dataclasses.replace(talker, id="bad", annotations=tmp_path / "a.npz", end=0.36), talker]
+    summary, _ = run(clips, tmp_path / "out")
+    ((name, message),) = summary.rejected
+    assert name == "real/bad" and re.search(reason, message) and str(tmp_path / "a.npz") in message
+    assert [entry["id"] for entry in Dataset.open(tmp_path / "out").index] == ["real/talker-0", "real/talker-1"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, talker, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*No space left.*free some"):
+        patch.setattr(schema.shutil, "copyfile", full)
+        run([talker], tmp_path / "out")
+
+    class FullWriter:
+        def __init__(self, *_):
+            pass
+
+        def write(self, _):
+            pass
+
+        def close(self):
+            raise RuntimeError("Failed to\nflush")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*Failed to flush") as caught:
+        patch.setattr(schema, "ArrayRecordWriter", FullWriter)
+        run([talker], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_vae_only_sees_full_batches_of_one_shape():

@@ -1,6 +1,7 @@
 """Raw directories: manifests, plain folders of videos, and the catalogue of real clips."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -40,22 +41,109 @@ def test_a_manifest_comes_back_as_written(tmp_path):
     assert second == manifest.RawClip("b", tmp_path / "clips/a.mp4", "made")
 
 
+def test_a_manifest_with_one_id_twice_or_without_clips_is_refused_in_one_line(tmp_path):
+    video(tmp_path / "a.mp4")
+    manifest.write_manifest(tmp_path, "x", [{"id": "a", "file": "a.mp4"}] * 2)
+    with pytest.raises(UserError, match="two clips called 'a'"):
+        manifest.read(tmp_path)
+    manifest.write_manifest(tmp_path, "x", [])
+    with pytest.raises(UserError, match="no videos"):
+        manifest.read(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("clips", "message"),
+    ("values", "reason"),
     [
-        ([{"id": "a", "file": "none.mp4"}], "none.mp4, which does not exist"),
-        ([{"id": "a", "file": "a.mp4", "split": "test"}], "split 'test'"),
-        ([{"id": "a", "file": "a.mp4", "crop": [0, 0, 0, 5]}], "crop"),
-        ([{"id": "a", "file": "a.mp4"}] * 2, "two clips called 'a'"),
-        ([{"file": "a.mp4"}], "damaged"),
-        ([], "no videos"),
+        ({"file": "none.mp4"}, "none.mp4 does not exist"),
+        ({"annotations": "none.npz"}, "none.npz does not exist"),
+        ({"split": "test"}, "split 'test'"),
+        ({"crop": [0, 0, 0, 5]}, "crop is"),
+        ({"crop": [0, 0, 5]}, "crop is"),
+        ({"crop": ["0", 0, 5, 5]}, "crop is"),
+        ({"crop": [0.5, 0, 5, 5]}, "crop is"),
+        ({"speech": "false"}, "speech is 'false'; give true or false"),
+        ({"pose": 0}, "pose is 0"),
+        ({"start": -1}, "start -1"),
+        ({"start": float("nan")}, "no span"),
+        ({"start": 2, "end": 1.0}, "no span"),
+        ({"end": "3"}, "no span"),
+        ({"end": 10**400}, "no span"),
+        ({"caption": ["x"]}, "caption is"),
+        ({"caption": "\ud800"}, "half a character"),
+        ({"file": None}, "id or file is missing"),
     ],
 )
-def test_bad_manifests_are_refused_in_one_line(tmp_path, clips, message):
+def test_a_bad_entry_is_that_clips_problem_and_the_others_are_read(tmp_path, values, reason):
     video(tmp_path / "a.mp4")
-    manifest.write_manifest(tmp_path, "x", clips)
-    with pytest.raises(UserError, match=message):
-        manifest.read(tmp_path)
+    good = {"id": "good", "file": "a.mp4", "crop": [0, 1, 2, 3]}
+    manifest.write_manifest(tmp_path, "x", [{"id": "bad", "file": "a.mp4"} | values, good])
+    bad, fine = manifest.read(tmp_path)
+    assert bad.id == "bad" and reason in bad.problem and "manifest.json" in bad.problem and "\n" not in bad.problem
+    assert fine == manifest.RawClip("good", tmp_path / "a.mp4", "x", crop=(0, 1, 2, 3))
+
+
+def test_entries_without_an_id_or_that_are_no_objects_are_numbered(tmp_path):
+    video(tmp_path / "a.mp4")
+    manifest.write_manifest(tmp_path, "x", [{"id": 7, "file": "a.mp4"}, {"file": "a.mp4"}, "a.mp4"])
+    clips = manifest.read(tmp_path)
+    assert [(clip.id, bool(clip.problem)) for clip in clips] == [("7", False), ("entry-1", True), ("entry-2", True)]
+
+
+def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
+    video(tmp_path / "a.mp4")
+    manifest.write_manifest(tmp_path, "x", [{"id": "a", "file": "a.mp4"}])
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [clip.id for clip in manifest.read(tmp_path)] == ["a"]
+
+
+def test_captions_are_decoded_by_their_mark_or_the_file_is_named(tmp_path):
+    text = "Zoë waves “hello”."
+    data = {
+        "utf8": text.encode(), "mark": text.encode("utf-8-sig"), "utf16": text.encode("utf-16"),
+        "big": b"\xfe\xff" + text.encode("utf-16-be"), "utf32": text.encode("utf-32"), "only": b"\xef\xbb\xbf\n",
+        "windows": text.encode("cp1252"), "unmarked": "Zoe".encode("utf-16-le"),
+    }  # fmt: skip
+    for name, content in data.items():
+        video(tmp_path / f"{name}.mp4")
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    clips = {clip.id: clip for clip in manifest.read(tmp_path)}
+    for name in ("utf8", "mark", "utf16", "big", "utf32"):
+        assert (clips[name].caption, clips[name].problem) == (text, "")
+    assert clips["only"].caption == manifest.DEFAULT_CAPTION and not clips["only"].problem
+    for name in ("windows", "unmarked"):
+        assert str(tmp_path / f"{name}.txt") in clips[name].problem and "save it as UTF-8" in clips[name].problem
+
+
+def test_what_is_not_read_is_counted(tmp_path, capsys):
+    video(tmp_path / "in/x.mp4")
+    for name in ("a.3gp", "b.ts", "c.ts", "d.flv", "x.TXT", "x.mp4.txt", "README"):
+        (tmp_path / "in" / name).write_text("x")
+    video(tmp_path / "in/set/clips/x.mp4")
+    (tmp_path / "in/set/dataset.json").write_text("{}")
+    video(tmp_path / "in/.killed.partial/clips/x.mp4")
+    video(tmp_path / "elsewhere/y.mp4")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    assert [clip.id for clip in manifest.read(tmp_path / "in")] == ["x"]
+    line = capsys.readouterr().out.strip()
+    assert line == (
+        f"not read in {tmp_path}/in: 1 .3gp, 1 .flv, 2 .ts, 1 linked folders, 1 no suffix, 2 prepared data sets, "
+        "2 text files without a video of the same name"
+    )
+    video(tmp_path / "clean/x.mp4")
+    (tmp_path / "clean/x.txt").write_text("x")
+    manifest.read(tmp_path / "clean")
+    assert not capsys.readouterr().out
+
+
+def test_a_name_that_is_not_utf_8_is_that_clips_problem(tmp_path):
+    video(tmp_path / "a.mp4")
+    (tmp_path / "a.mp4").rename(tmp_path / os.fsdecode(b"caf\xe9.mp4"))
+    video(tmp_path / "b.mp4")
+    bad, fine = sorted(manifest.read(tmp_path), key=lambda clip: clip.problem, reverse=True)
+    assert bad.id == "caf\\xe9" and "not UTF-8; rename it" in bad.problem
+    bad.problem.encode()
+    assert fine.id == "b" and not fine.problem
 
 
 def test_missing_empty_and_newer_directories_are_refused(tmp_path):
