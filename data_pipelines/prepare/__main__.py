@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import time
@@ -70,6 +71,7 @@ def _use_detector(clips: list[manifest.RawClip]) -> bool:
 
 
 def _settings() -> pipeline.Settings:
+    """From the flags, without the digest of the VAE."""
     for name, flag in (("input", _INPUT), ("output", _OUTPUT), ("vae", _VAE)):
         if not flag.value:
             raise UserError(f"--{name} is missing; see --help")
@@ -80,18 +82,17 @@ def _settings() -> pipeline.Settings:
     vae = pathlib.Path(_VAE.value)
     if not vae.is_file():
         raise UserError(f"--vae={vae}: no such file; train one with python -m experiments.train_vae")
-    from omnihuman_jax.models.vae.vae import encoder_sha256  # imports JAX, which `--help` does not need
-
     faces = tuple(parse_sizes(_FACE_CROPS.value, "face_crops")) if _FACE_CROPS.value else ()
-    return pipeline.Settings(
-        tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, encoder_sha256(vae), _TILE.value, faces
-    )
+    return pipeline.Settings(tuple(parse_sizes(_SIZES.value)), _CLIP_FRAMES.value, "", _TILE.value, faces)
 
 
 def main() -> None:
     """Checks the flags and inputs before the first compile, then runs the pipeline."""
     settings = _settings()
     clips = [clip for directory in _INPUT.value for clip in manifest.read(directory)]
+    from omnihuman_jax.models.vae.vae import encoder_sha256  # imports JAX: after the checks
+
+    settings = dataclasses.replace(settings, vae_sha256=encoder_sha256(_VAE.value))
     detects = _use_detector(clips)
     captions = text.load(_TEXT.value, cache=_CACHE.value)
     encoders = features.Encoders(captions, speech.load(_AUDIO.value, _CACHE.value), None)
