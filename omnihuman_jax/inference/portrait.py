@@ -14,7 +14,7 @@ from omnihuman_jax.errors import UserError
 def read_portrait(path: str | pathlib.Path) -> np.ndarray:
     """A picture as uint8 sRGB (h, w, 3), upright, on white if transparent.
 
-    16-bit grey values are divided by 257. Floating-point values must be in [0, 1], or whole numbers in [0, 255] with one
+    16-bit grey values are divided by 257. Floats must be in [0, 1], or whole numbers in [0, 255] with one
     above 1. Raises UserError if the file cannot be read, or its values are outside their range.
     """
     try:
