@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from data_pipelines.encoders import pose as pose_encoder
@@ -31,6 +30,7 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS, pixel_frames
 from omnihuman_jax.inference import images, segments
 from omnihuman_jax.inference.generate import Request, check_request, generate, pixel_multiple
+from omnihuman_jax.inference.portrait import read_portrait
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.streaming import Tiling
@@ -76,16 +76,12 @@ class Inputs:
     pose_size: tuple[int, int] | None = None  # (height, width) of the pose video
 
 
-def read_image(path: str) -> np.ndarray:
-    """A picture as uint8 RGB (h, w, 3), upright, on white if transparent; UserError if it cannot be read."""
+def read_reference(path: str) -> np.ndarray:
+    """A picture as uint8 RGB (h, w, 3); UserError, naming the flag, if it cannot be read."""
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no such file" if not Path(path).exists() else f"not a readable image ({type(error).__name__})"
-        raise UserError(f"--reference={path}: {reason}; give a PNG, JPEG or WebP picture") from error
-    white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+        return read_portrait(path)
+    except UserError as error:
+        raise UserError(f"--reference={error}") from error
 
 
 def read_track(flag: str, name: str, path: str) -> np.ndarray:
@@ -119,7 +115,7 @@ def check_options(options: Options) -> None:
 
 def read_inputs(options: Options) -> Inputs:
     """Reads the input files; UserError if one cannot be read."""
-    image, wave, sound, tracks, pose_size = read_image(options.reference), None, None, {}, None
+    image, wave, sound, tracks, pose_size = read_reference(options.reference), None, None, {}, None
     if options.audio:
         wave, sound = (media.read_audio(options.audio, rate=rate) for rate in (media.AUDIO_RATE, OUTPUT_RATE))
     for item in options.tracks:
