@@ -127,12 +127,17 @@ def condition_arrays(record: Mapping[str, Any], names: Iterable[str], reference:
     return {name: x[reference] if conditions.get(name).kind is Kind.IMAGE else x for name, x in arrays.items()}
 
 
+def flat_name(record_id: str) -> str:
+    """The id without characters that paths and URLs reserve: "a/b#face" -> "a__b@face". Two ids may become one name."""
+    return record_id.replace("/", "__").replace("#", "@")
+
+
 def clip_filename(record_id: str) -> str:
     """The record's file name under clips/, which is also a part of a URL: "a/b#face" -> "a__b@face.mp4".
 
     A name that is too long for a file system ends in a digest of the id instead.
     """
-    name = record_id.replace("/", "__").replace("#", "@")
+    name = flat_name(record_id)
     if len(name.encode()) > MAX_NAME:
         digest = hashlib.sha256(record_id.encode()).hexdigest()[:16]
         name = name.encode()[: MAX_NAME - 17].decode(errors="ignore") + f"-{digest}"

@@ -210,13 +210,12 @@ def main(_: list[str]) -> None:
         data = Dataset.open(workdir / "data")
         # If the speech encoder could not be fetched, log-mel features of another width replace its own.
         width = f"--config.model.audio_dim={data.meta.sizes['audio_dim']}"
-        if config.stages.stage1.init_from and data.meta.sizes["audio_dim"] != config.model.audio_dim:
-            print("going on without the pretrained base: its speech features have another width", flush=True)
-            config.stages.stage1.init_from = ""
         places = [f"--workdir={workdir}", f"--config.data.dir={data.directory}"]
         steps = sum(config.stages[name].steps for name in config.stage_order)
-        places.append(f"--config.stages.stage1.init_from={config.stages.stage1.init_from}")
         places.append(f"--config.evaluation.gain_every={max(1, steps // 3)}")
+        if config.stages.stage1.init_from and data.meta.sizes["audio_dim"] != config.model.audio_dim:
+            print("going on without the pretrained base: its speech features have another width", flush=True)
+            places.append("--config.stages.stage1.init_from=")
         if not any(entry["view"] == FACE and entry["audio"] and entry["split"] == "train" for entry in data.index):
             print("going on without the warm-up of speech: there are no crops of speaking faces", flush=True)
             places.append("--config.stages.stage2_warmup.steps=0")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data_pipelines.raw.manifest import RawClip
-from data_pipelines.schema import FACE
+from data_pipelines.schema import FACE, flat_name
 
 
 class Name(NamedTuple):
@@ -26,11 +26,6 @@ def of(clip: RawClip) -> Name:
     return Name(f"{clip.source}/{clip.id}")
 
 
-def _key(name: str) -> str:
-    # As `schema.clip_filename`, where different ids may become one file name.
-    return name.replace("/", "__").replace("#", "@")
-
-
 def assign(clips: Sequence[RawClip]) -> list[Name]:
     """One name for each clip, in order.
 
@@ -42,15 +37,15 @@ def assign(clips: Sequence[RawClip]) -> list[Name]:
     for clip in clips:
         base = whole = of(clip).whole
         number = 2
-        while _key(whole) in taken or _key(whole).endswith(f"@{FACE}"):
+        while flat_name(whole) in taken or flat_name(whole).endswith(f"@{FACE}"):
             whole, number = f"{base}~{number}", number + 1
-        taken.add(_key(whole))
+        taken.add(flat_name(whole))
         wholes.append(whole)
     stems = {stem for key in taken if (stem := key.rstrip(string.digits)) != key}
     names = []
     for whole in wholes:
         separator = "-"
-        while _key(whole) + separator in stems:
+        while flat_name(whole) + separator in stems:
             separator += "c"
         names.append(Name(whole, separator))
     return names

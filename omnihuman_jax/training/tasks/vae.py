@@ -119,12 +119,12 @@ class VAETask:
         if self._encoder is not None:
             params = vae_step.with_encoder(params, nnx.to_pure_dict(nnx.state(self._encoder)))
         if self.config.vae.linear_path:
-            params = params | {"linear": self._fitted(params)}
+            params = params | {"linear": self._fitted(params, shardings.params)}
         # Copied, since the step donates both.
         params, ema = (jax.device_put(jax.tree.map(np.array, params), at) for at in (shardings.params, shardings.ema))
         return state._replace(params=params, ema=ema)
 
-    def _fitted(self, params: Any) -> dict[str, np.ndarray]:
+    def _fitted(self, params: Any, shardings: Any) -> dict[str, np.ndarray]:
         """The parameters of the linear path, fitted to training windows."""
         linear = vae_step.make_vae(self.config).bind(params).linear
         windows = list(self.videos.windows("train", self.config.output.statistics_clips, self._window))
@@ -134,9 +134,10 @@ class VAETask:
         values = params["linear"]
         if self._encoder is None:
             values = values | linear.principal_components(blocks)
+        placed = jax.device_put(params | {"linear": values}, shardings)
         key, inputs = purpose_key(self.config.seed, POSTERIOR), []
         for index, video in enumerate(windows):
-            mean = self._evaluate(params | {"linear": values}, video)[1]
+            mean = self._evaluate(placed, video)[1]
             noise = vae_step.latent_noise(
                 jax.random.fold_in(key, index), mean, self._unit, self.config.loss.latent_noise
             )
