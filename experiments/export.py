@@ -43,10 +43,9 @@ def export_checkpoint(
         raise UserError(f"--naming={naming}: not for a single file; name a directory as --output")
     if not single and dtype != "float32":
         raise UserError(f"--dtype={dtype}: only for a single file; name a FILE.safetensors as --output")
-    if not single:
-        export.check_output(output)
+    export.check_output(output)
     if is_exported(checkpoint):
-        raise UserError(f"--checkpoint={checkpoint}: is an exported directory already; give a training checkpoint")
+        raise UserError(f"--checkpoint={checkpoint}: is exported already; give a training checkpoint")
     cli.setup_one_device(load_config(checkpoint))
     config, params, info = load_parameters(checkpoint, use_ema=ema)
     print(f"{info['path']}: step {info['step']} ({info['stage']}), {'EMA' if ema else 'raw'} parameters")

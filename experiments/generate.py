@@ -62,6 +62,7 @@ class Options:
     guidance_mode: str | None = None
     text_guidance_scale: float | None = None
     ema: bool | None = None
+    vae: str | None = None
     vae_tile: int = 0
 
 
@@ -232,6 +233,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
     check_options(options)
     inputs = read_inputs(options)
     config = load_config(options.checkpoint)
+    config.vae.checkpoint = options.vae or config.vae.checkpoint
     if setup:
         cli.setup_one_device(config)
     settings = Settings.from_config(
@@ -269,7 +271,7 @@ def run(options: Options, *, setup: bool = True) -> Path:
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     flags.DEFINE_string(
-        "checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a run, or a directory of experiments.export."
+        "checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a run, or what experiments.export wrote."
     )
     flags.DEFINE_string("reference", None, "Portrait image of any size.")
     flags.DEFINE_string("audio", None, "Speech that drives the clip: any sound file, or a video with sound.")
@@ -289,6 +291,7 @@ def define_flags() -> None:
         "guidance_mode", None, list(guidance.MODES), "Text and audio jointly, or each with its own scale."
     )
     flags.DEFINE_float("text_guidance_scale", None, "Scale of text in separate mode.")
+    flags.DEFINE_string("vae", None, "VAE file; default: the checkpoint's. It may have another decoder.")
     flags.DEFINE_integer("vae_tile", 0, "Side of the VAE's tiles for large frames, in pixels; 0 = none.", lower_bound=0)
     flags.DEFINE_bool("ema", None, "Use the EMA of the parameters (default); --noema uses the raw ones.")
 

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from data_pipelines.input_pipeline.batches import read_record
 from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.raw import media
-from data_pipelines.schema import Dataset, check_sizes, condition_arrays, full_records
+from data_pipelines.schema import Dataset, Meta, check_sizes, condition_arrays, full_records
 from experiments.common import cli
 from omnihuman_jax import conditions
-from omnihuman_jax.checkpoints.load import is_exported, load_config, read_config
+from omnihuman_jax.checkpoints.load import load_config
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import pixel_frames
@@ -88,20 +88,32 @@ def define_flags() -> None:
 
 def check_start(
     config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
-) -> list[tuple[str, str | None]]:
-    """Checks what the run starts from: (export, digest of its VAE's encoder) of every `init_from` that will be loaded.
+) -> dict[str, ConfigDict]:
+    """Checks what the run starts from: the config of every `init_from` that will be loaded, by its path.
 
     Raises UserError for sampling settings or initial parameters that would fail hours into the run.
     """
     Settings.from_config(config)
-    done, vaes = max(running_steps(workdir), default=0), []
+    done, starts = max(running_steps(workdir), default=0), {}
     check_init_from(stages, replace_parameters_at, fresh=not done)
     for stage in stages:  # stages that have started no longer need init_from
         if done < stage.first_step and loads_init_from(stages, stage.first_step, replace_parameters_at):
-            check_same_model(load_config(stage.init_from).model.to_dict(), config.model.to_dict(), stage.init_from)
-            if is_exported(stage.init_from):
-                vaes.append((stage.init_from, read_config(stage.init_from)[1].get("vae_sha256")))
-    return vaes
+            start = load_config(stage.init_from)
+            advice = f"change --config.stages.{stage.name}.init_from (empty: start from nothing), or model.*"
+            check_same_model(start.model.to_dict(), config.model.to_dict(), stage.init_from, advice)
+            starts[stage.init_from] = start
+    return starts
+
+
+def other_features(start: ConfigDict, meta: Meta) -> list[str]:
+    """What the training data of a checkpoint has, as text, where a data set was encoded differently."""
+    trained, lines = start.get("dataset", {}), []
+    if trained.get("vae_sha256", meta.vae_sha256) != meta.vae_sha256:
+        lines.append("latents of another VAE")
+    for name, encoder in meta.encoders.items():
+        if (before := trained.get("encoders", {}).get(name, encoder)) != encoder:
+            lines.append(f"{name} features of {before}, not {encoder}")
+    return lines
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -127,9 +139,9 @@ def main(_: list[str]) -> None:
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
     input_pipeline = InputPipeline.from_config(config, stages, dataset)
     with cli.one_of_several(config):
-        for export, vae in starts:
-            if vae not in (None, dataset.meta.vae_sha256):
-                log(f"{export} was trained on latents of another VAE than those of {config.data.dir}; going on with it")
+        for path, start in starts.items():
+            for line in other_features(start, dataset.meta):
+                log(f"{path} was trained on {line}: its weights are only a rough start on {config.data.dir}")
         _train(config, dataset, input_pipeline)
 
 

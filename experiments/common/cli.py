@@ -1,6 +1,7 @@
 """Shared by the experiment commands: the config flag and its checks, devices, the run directory."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -163,8 +164,15 @@ def make_workdir(path: str) -> Path:
 
 
 def check_vae(checkpoint: str, made_with: str) -> None:
-    """Raises UserError if `vae.checkpoint`, unless "", is not the VAE that made the latents."""
-    if checkpoint and Path(checkpoint).is_file() and encoder_sha256(checkpoint) != made_with:
+    """Raises UserError if `vae.checkpoint`, unless "", is not the VAE that made the latents.
+
+    `made_with` is the digest of its encoder or, in older data sets, of the whole file.
+    """
+    if not checkpoint or not Path(checkpoint).is_file() or encoder_sha256(checkpoint) == made_with:
+        return
+    with open(checkpoint, "rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    if whole != made_with:
         raise UserError(
             f"vae.checkpoint={checkpoint} is not the VAE that made the latents (digest of its encoder: "
             f"{made_with[:12]}…); set --config.vae.checkpoint to that file, or prepare the data again with this one"

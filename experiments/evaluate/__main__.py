@@ -51,7 +51,7 @@ def run(checkpoint: str | None, data: str | None, output: str | None, options: O
 def define_flags() -> None:
     """Defined when run as a program only, so that importing this module takes no flag names."""
     flags.DEFINE_string(
-        "checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a run, or a directory of experiments.export."
+        "checkpoint", None, "Workdir, checkpoints/STEP or stages/NAME of a run, or what experiments.export wrote."
     )
     flags.DEFINE_string("data", None, "Prepared data with held-out rendered clips.")
     flags.DEFINE_string("output", None, "The JSON file to write.")

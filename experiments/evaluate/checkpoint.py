@@ -36,6 +36,7 @@ class Options:
     seed: int = 0
     probe: str | Path = PROBE
     metrics: tuple[str, ...] = ()
+    vae: str | None = None
 
     @staticmethod
     def define_flags() -> None:
@@ -46,6 +47,7 @@ class Options:
         flags.DEFINE_integer("seed", Options.seed, "Chooses clips and noise.", lower_bound=0)
         flags.DEFINE_string("probe", str(PROBE), "Weights of the probe.")
         flags.DEFINE_list("metrics", [], f"Some of {','.join(METRICS)}; default: all.")
+        flags.DEFINE_string("vae", None, "VAE file; default: the checkpoint's. It may have another decoder.")
 
     @classmethod
     def from_flags(cls) -> Self:
@@ -82,7 +84,7 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint on held-out rendered clips; see `evaluate_rendered`.
 
     Args:
-      checkpoint: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory.
+      checkpoint: workdir, `checkpoints/STEP`, `stages/NAME`, or an export.
       dataset: prepared data with held-out rendered clips.
       options: what to measure, and on how much.
       progress: called with a line before each set of generations.
@@ -97,6 +99,7 @@ def evaluate_checkpoint(
         raise UserError(f"--frames={frames}: the VAE makes 1 + 4n frames; try {fitting}")
     metrics = select(options.metrics)
     config = load_config(checkpoint)
+    config.vae.checkpoint = options.vae or config.vae.checkpoint
     check_data(config, dataset)
     settings = Settings.from_config(config, steps=options.steps)
     probe, vae = load_probe(options.probe), load_vae(config.vae.to_dict())

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 from ml_collections import ConfigDict
 
 from omnihuman_jax import conditions
@@ -100,13 +101,16 @@ def save_file(
     Raises:
       UserError: the file exists or cannot be written, or the VAE file is missing.
     """
-    output = Path(output).absolute()
-    if output.exists() or not output.parent.is_dir():
-        problem = "exists" if output.exists() else f"the directory {output.parent} does not exist"
-        raise UserError(f"--output={output}: {problem}; name a new file in a directory that exists")
+    output = check_output(output)
+    if config.vae.checkpoint and not Path(config.vae.checkpoint).is_file():
+        raise UserError(f"vae.checkpoint={config.vae.checkpoint}: no such file; run the export where the training ran")
     tensors = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in to_tensors(params).items()}
     head = _head(config, info, ema=ema, count=sum(value.size for value in tensors.values()))
-    save_tensors(output, tensors, {"format": KIND, HEAD: json.dumps(head)})
+    try:
+        save_tensors(output, tensors, {"format": KIND, HEAD: json.dumps(head)})
+    except (OSError, safetensors.SafetensorError) as error:
+        Path(f"{output}.partial").unlink(missing_ok=True)
+        raise UserError(f"--output={output}: cannot be written ({error}); name another file") from error
     return output
 
 
@@ -117,10 +121,12 @@ def check_format(name: str) -> None:
 
 
 def check_output(output: str | Path) -> Path:
-    """The absolute path; UserError if its parent is missing or it is anything but an empty directory."""
+    """The absolute path; UserError if its parent is missing, or it is a file or a directory that is not empty."""
     output = Path(output).absolute()
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: the directory {output.parent} does not exist; make it first")
+    if output.exists() and output.suffix == ".safetensors":
+        raise UserError(f"--output={output}: exists; name a new file")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output}: exists and is not an empty directory; name a new one")
     return output

@@ -59,8 +59,13 @@ def check_conditions(config: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
-    """Raises UserError naming the model keys in which a checkpoint differs from the config."""
+def check_same_model(
+    saved: dict[str, Any],
+    wanted: dict[str, Any],
+    path: str | Path,
+    advice: str = "use the config it was trained with or another --workdir",
+) -> None:
+    """Raises UserError naming the model keys in which a checkpoint differs from the config, and ending in `advice`."""
     # A key that the checkpoint lacks was introduced after it, with a default that means what was before.
     saved, wanted = (dataclasses.asdict(ModelConfig()) | dict(model) for model in (saved, wanted))
     differ = [
@@ -69,10 +74,7 @@ def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], path: str | 
         if key not in _COMPUTE_KEYS and _plain(saved.get(key)) != _plain(wanted.get(key))
     ]
     if differ:
-        raise UserError(
-            f"{path}: checkpoint of another model shape ({'; '.join(differ)}); use the config it was trained with or "
-            f"another --workdir"
-        )
+        raise UserError(f"{path}: checkpoint of another model shape ({'; '.join(differ)}); {advice}")
 
 
 def _plain(value: Any) -> Any:

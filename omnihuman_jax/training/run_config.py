@@ -22,6 +22,7 @@ SAFE = (
     "plan.",
     "data.log_records",
     "data.cache_mb",
+    "data.omit_absent",
     "data.dir",
     "vae.checkpoint",
     "model.attention",
@@ -32,7 +33,7 @@ SAFE = (
 
 
 # Keys that may differ between hosts, such as paths.
-LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint", ".init_from", "loss.lpips")
+LOCAL = ("compilation_cache", "data.dir", "vae.checkpoint", ".init_from", "encoder_from", "loss.lpips")
 
 
 def shared_digest(plain_config: dict[str, Any]) -> str:

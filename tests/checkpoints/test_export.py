@@ -165,15 +165,16 @@ def test_a_training_checkpoint_exports_its_ema_or_its_raw_parameters(tmp_path, c
     checkpoints.close()
     for use_ema, expected in ((True, ema), (False, raw)):
         output = tmp_path / f"out-{use_ema}"
-        export_checkpoint(str(tmp_path / "run"), str(output), ema=use_ema)
-        _, params, info = load_parameters(output)
-        assert_same(params, expected)
+        for made in (output, output.with_suffix(".safetensors")):
+            export_checkpoint(str(tmp_path / "run"), str(made), ema=use_ema)
+            _, params, info = load_parameters(made)
+            assert_same(params, expected)
         assert (info["step"], info["stage"], info["ema"]) == (7, "stage1", use_ema)
     assert "step 7 (stage1), raw parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_file_holds_parameters_and_config(tmp_path, config, dtype):
+def test_one_file_holds_parameters_and_config(tmp_path, config, dtype, monkeypatch):
     made = export.save_file(tmp_path / "base.safetensors", config, tiny.params(), INFO, ema=True, dtype=dtype)
     moved = made.rename(tmp_path / "moved.safetensors")
     assert is_exported(moved) and not is_exported(tmp_path / "other.safetensors")
@@ -183,6 +184,15 @@ def test_one_file_holds_parameters_and_config(tmp_path, config, dtype):
     assert_same(params, jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(dtype)), tiny.params()))
     with pytest.raises(UserError, match="exists; name a new file"):
         export.save_file(moved, config, tiny.params(), INFO, ema=True, dtype=dtype)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_tensors", full)
+        with pytest.raises(UserError, match="other.safetensors: cannot be written .*No space left"):
+            export.save_file(moved.with_stem("other"), config, tiny.params(), INFO, ema=True, dtype=dtype)
+    assert list(tmp_path.glob("*other*")) == []
     moved.write_bytes(moved.read_bytes()[:100])
     with pytest.raises(UserError, match=r"moved\.safetensors: not a readable safetensors file"):
         load_config(moved)

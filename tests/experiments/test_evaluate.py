@@ -1,5 +1,6 @@
 """The evaluation tells a model that follows its conditions from one that does not; the command as a person runs it."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from omnihuman_jax.evaluation.metrics import mouth, registry
 from omnihuman_jax.evaluation.metrics.metric import REAL, TALKING, Generated, Metric, Row
 from omnihuman_jax.inference.sampling import Settings
 from omnihuman_jax.models.functional import make_network
-from omnihuman_jax.models.vae.vae import encoder_sha256
+from omnihuman_jax.models.vae.vae import encoder_sha256, load_vae, save_vae
 from tests.experiments import painted
 from tests.inference import tiny
 
@@ -230,6 +231,26 @@ def test_data_prepared_for_another_model_are_refused(run, files, tmp_path):
     painted.heldout_dataset(tmp_path, vae_sha256=sha256)
     with pytest.raises(UserError, match="text made by random, the checkpoint was trained with minilm-l6-v2"):
         run(data=tmp_path / "data")
+
+
+def test_another_vae_file_may_be_given_if_its_encoder_is_the_same(run, files, tmp_path):
+    sha256 = encoder_sha256(files / "vae.safetensors")
+    painted.heldout_dataset(tmp_path, vae_sha256=sha256)
+    vae = load_vae(files / "vae.safetensors")
+    vae.conv2.bias[...] += 1
+    save_vae(tmp_path / "decoder.safetensors", vae)
+    with pytest.raises(UserError, match="text made by random"):  # the check that follows the VAE's
+        run(data=tmp_path / "data", vae=str(tmp_path / "decoder.safetensors"))
+    vae.conv1.bias[...] += 1
+    save_vae(tmp_path / "encoder.safetensors", vae)
+    with pytest.raises(UserError, match="encoder.safetensors is not the VAE that made the latents"):
+        run(data=tmp_path / "data", vae=str(tmp_path / "encoder.safetensors"))
+    # A data set of before the digest was the encoder's alone.
+    whole = hashlib.sha256((files / "vae.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "old").mkdir()
+    painted.heldout_dataset(tmp_path / "old", vae_sha256=whole)
+    with pytest.raises(UserError, match="text made by random"):
+        run(data=tmp_path / "old" / "data")
 
 
 def test_a_missing_flag_is_one_line_and_exit_status_2():

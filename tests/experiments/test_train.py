@@ -1,5 +1,6 @@
 """Bad input to experiments.train: one line, exit status 2, nothing written. And what its defaults are."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from experiments.configs import base, demo
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.training import config_ranges
 from omnihuman_jax.training.stages import curriculum
-from tests.data_pipelines.fake_dataset import write_fake_dataset
+from tests.data_pipelines.fake_dataset import fake_meta, write_fake_dataset
 from tests.training.tiny import tiny_config
 
 PRESET = "experiments/configs/demo.py"
@@ -128,6 +129,21 @@ def test_a_stage_that_has_begun_no_longer_needs_what_it_started_from(tmp_path):
         train.check_start(config, curriculum(config), tmp_path)
     (tmp_path / "checkpoints" / "100" / "meta").mkdir(parents=True)
     train.check_start(config, curriculum(config), tmp_path)
+
+
+def test_another_network_or_other_features_than_those_of_the_base_are_told(tmp_path):
+    config = demo.get_config()
+    config.model.audio_dim = 160
+    with pytest.raises(UserError, match=r"model.audio_dim=384 there, 160 here.*stages.stage1.init_from \(empty"):
+        train.check_start(config, curriculum(config), tmp_path)
+    config.model.audio_dim = 384
+    (start,) = train.check_start(config, curriculum(config), tmp_path).values()
+    meta = fake_meta()
+    assert train.other_features(start, meta)[0] == "latents of another VAE"
+    same = dataclasses.replace(meta, vae_sha256=start.dataset.vae_sha256, encoders=dict(start.dataset.encoders))
+    assert train.other_features(start, same) == []
+    other = dataclasses.replace(same, encoders={"text": "states", "audio": "whisper-tiny.en"})
+    assert train.other_features(start, other) == ["text features of minilm-l6-v2, not states"]
 
 
 def test_what_a_named_stage_is_to_load_is_looked_at_before_training(tmp_path):

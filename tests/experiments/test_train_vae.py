@@ -20,9 +20,10 @@ from experiments import train_vae
 from experiments.configs import demo_vae
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.vae.perceptual import LPIPS
-from omnihuman_jax.models.vae.vae import encoder_sha256, is_of_encoder, load_vae
+from omnihuman_jax.models.vae.vae import encoder_sha256, is_of_encoder, load_vae, save_vae
 from omnihuman_jax.training.tasks import vae_losses, vae_step
 from omnihuman_jax.training.tasks.vae import VAETask
+from omnihuman_jax.training.tasks.vae_step import latent_noise
 from omnihuman_jax.weights.modules import parameters
 from tests.training import launch
 
@@ -114,8 +115,30 @@ def test_with_a_spectrum_channels_keep_variance_by_what_they_show(trained, clips
     np.testing.assert_allclose(kept, expected / np.sqrt(np.mean(expected**2)), rtol=0.1)
 
 
+def test_a_channel_that_shows_nothing_keeps_a_finite_scale(trained, clips):
+    config = tiny_config(clips, 30)
+    config.output.spectrum = 0.5
+    task = VAETask(config, VideoBatches(config), trained / "unused.safetensors")
+    vae = load_vae(trained / "vae.safetensors")
+    vae.conv2.kernel[..., 1, :] = 0
+    _, scale = task.statistics(nnx.to_pure_dict(nnx.state(vae)))
+    assert np.isfinite(scale).all() and scale[1] > max(scale[0], scale[2], scale[3])
+
+
+@pytest.mark.parametrize("unit", [None, (0.5, 2.0)])
+def test_latent_noise_is_of_one_size_a_clip_in_units_of_each_channel(unit):
+    mean = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3, 8, 8, 2)) * [1.0, 3.0])
+    noise = np.asarray(latent_noise(jax.random.key(3), mean, unit, 0.5)) / (unit or np.asarray(mean).std((0, 1, 2, 3)))
+    sizes = noise.std((1, 2, 3))  # (clip, channel)
+    np.testing.assert_allclose(sizes[:, 0], sizes[:, 1], rtol=0.4)
+    assert sizes.max() < 0.6 and sizes.min() < 0.1 and abs(sizes.mean() - 0.25) < 0.05
+
+
 def test_a_decoder_is_trained_on_the_encoder_of_a_file(trained, clips, tmp_path):
-    source = trained / "vae.safetensors"
+    # In float32, as an imported VAE is; the run writes float16.
+    source, vae = tmp_path / "source.safetensors", load_vae(trained / "vae.safetensors")
+    vae.conv1.bias[...] += 1e-4
+    save_vae(source, vae)
     config = tiny_config(clips, 3)
     config.encoder_from, config.seed = str(source), 7
     train_vae.train(config, tmp_path / "run")
@@ -128,8 +151,13 @@ def test_a_decoder_is_trained_on_the_encoder_of_a_file(trained, clips, tmp_path)
     assert changed and not any(is_of_encoder(name) for name in changed)
     assert all(is_of_encoder(name) or name in changed for name in old if name.endswith("kernel"))
 
+    config.encoder_from = str(trained / "vae.safetensors")
+    with pytest.raises(UserError, match="encoder_from=.*started with another encoder"):
+        train_vae.train(config, tmp_path / "run")
+    config.encoder_from = str(source)
+
     config.vae.z_dim = 5
-    with pytest.raises(UserError, match=r"encoder_from=.*vae\.safetensors: conv1\.bias is \(8,\), the config needs"):
+    with pytest.raises(UserError, match=r"encoder_from=.*source\.safetensors: conv1\.bias is \(8,\), the config needs"):
         train_vae.train(config, tmp_path / "other")
 
 

@@ -316,12 +316,21 @@ def compiled(vae: VAE) -> tuple[Callable[[Any], jax.Array], Callable[[Any], jax.
     return (lambda video: encode(state, video)), (lambda latents: decode(state, latents))
 
 
-def save_vae(path: str | Path, vae: VAE, *, dtype: str = "float32", notes: Mapping[str, str] | None = None) -> None:
+def save_vae(
+    path: str | Path,
+    vae: VAE,
+    *,
+    dtype: str = "float32",
+    notes: Mapping[str, str] | None = None,
+    encoder: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Writes a safetensors file: parameters by dotted path, and the config (with latent statistics) as JSON metadata.
 
-    Parameters are stored in `dtype`, "float32" or "float16"; `notes` are further metadata.
+    Parameters are stored in `dtype`, "float32" or "float16"; `notes` are further metadata. `encoder` (of
+    `encoder_tensors`) is stored as it is instead: rounding it would make other latents, and another digest.
     """
     tensors = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in parameters(vae).items()}
+    tensors |= encoder or {}
     config = {**dataclasses.asdict(vae.config), "dtype": "float32"}
     metadata = {**(notes or {}), "format": "omnihuman_jax.vae", "config": json.dumps(config)}
     save_tensors(path, tensors, metadata)
@@ -341,6 +350,11 @@ def encoder_sha256(path: str | Path) -> str:
         value = np.ascontiguousarray(tensors[name])
         digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
     return digest.hexdigest()
+
+
+def encoder_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """What decides the latents in a VAE file, by dotted name and in the file's dtype; UserError as `load_vae`."""
+    return {name: value for name, value in _read(Path(path))[1].items() if is_of_encoder(name)}
 
 
 def is_of_encoder(name: str) -> bool:

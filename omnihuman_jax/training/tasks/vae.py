@@ -13,7 +13,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.models.vae.vae import VAE, VAEConfig, is_of_encoder, load_vae, save_vae
+from omnihuman_jax.models.vae.vae import (
+    VAE,
+    VAEConfig,
+    encoder_sha256,
+    encoder_tensors,
+    is_of_encoder,
+    load_vae,
+    save_vae,
+)
 from omnihuman_jax.random_keys import POSTERIOR, purpose_key
 from omnihuman_jax.sharding import rules
 from omnihuman_jax.sharding.mesh import make_mesh
@@ -99,8 +107,8 @@ class VAETask:
         )
 
     def digests(self) -> dict[str, str]:
-        """Digest of the videos."""
-        return {"data set": self._data}
+        """Digests of the videos and of the encoder of `encoder_from`, if it is given."""
+        return {"data set": self._data} | self.meta()
 
     def abstract_state(self) -> VAEState:
         """Shapes, dtypes and shardings of the state."""
@@ -151,11 +159,16 @@ class VAETask:
             raise UserError(f"{path}: checkpoint of another VAE ({there}); use its config or another --workdir")
 
     def meta(self) -> dict[str, Any]:
-        """Empty: data and stages follow from the config and the step."""
-        return {}
+        """The digest of the encoder of `encoder_from`; data and stages follow from the config and the step."""
+        return {"encoder": encoder_sha256(self.config.encoder_from)} if self.config.encoder_from else {}
 
     def restore(self, meta: Mapping[str, Any]) -> list[str]:
-        """Nothing to restore; config changes are logged elsewhere."""
+        """Nothing to restore. Raises UserError if the run was started with another encoder, or none."""
+        if meta.get("encoder") != self.meta().get("encoder"):
+            raise UserError(
+                f"encoder_from={self.config.encoder_from!r}: this run was started with "
+                f"{'another encoder' if 'encoder' in meta else 'no encoder'}; give that one, or another --workdir"
+            )
         return []
 
     def enter_stage(self, state: VAEState, step: int, log: Callable[[str], None]) -> VAEState:
@@ -208,7 +221,9 @@ class VAETask:
             raise UserError("the VAE's latents are not finite: training diverged; lower optimizer.learning_rate")
         mean, std = flat.mean(0), np.maximum(flat.std(0), 1e-6)
         if self.config.output.spectrum:
-            shown = self._visible_change(params, means, mean) ** self.config.output.spectrum
+            change = self._visible_change(params, means, mean)
+            # A channel that shows nothing would get an infinite scale.
+            shown = np.maximum(change, 1e-3 * change.max()) ** self.config.output.spectrum
             std = std / (shown / np.sqrt(np.mean(shown**2)))
         return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
 
@@ -235,7 +250,8 @@ class VAETask:
             notes = {"command": "python -m experiments.train_vae", "steps": str(self.config.steps)}
             notes |= {"seed": str(self.config.seed)}
             notes["heldout_psnr"] = f"{psnr.mean():.2f} dB over {len(psnr)} clips, std {psnr.std():.2f}"
-            save_vae(self._output, vae, dtype=self.config.output.dtype, notes=notes)
+            kept = encoder_tensors(self.config.encoder_from) if self.config.encoder_from else None
+            save_vae(self._output, vae, dtype=self.config.output.dtype, notes=notes, encoder=kept)
             print(f"wrote {self._output}: held-out PSNR {notes['heldout_psnr']}")
         wait_for_all("written")
 

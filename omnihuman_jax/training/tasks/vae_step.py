@@ -169,8 +169,11 @@ def make_train_step(
     def loss_fn(params, critic_params, video, key, perceptual):
         module = vae.bind(params)
         mean, logvar = module.encode_moments(video)
-        noise = jax.random.normal(key, mean.shape)
-        z = lax.stop_gradient(mean) if config.encoder_from else mean + jnp.exp(0.5 * logvar) * noise
+        if config.encoder_from:
+            mean, logvar = lax.stop_gradient((mean, logvar))
+        z = mean
+        if not config.encoder_from:
+            z += jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         if weights.latent_noise:
             z += latent_noise(jax.random.fold_in(key, 1), mean, unit, weights.latent_noise)
         output = module.decode_raw(z)
