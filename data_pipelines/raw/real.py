@@ -66,7 +66,10 @@ def collect(output: pathlib.Path, cache: str | None = None) -> list[str]:
         left, top, width, height = portrait["crop"]
         (output / "portraits").mkdir(exist_ok=True)
         picture = Image.open(member).convert("RGB").crop((left, top, left + width, top + height))
-        picture.save(output / "portraits" / name)
+        target = output / "portraits" / name
+        partial = target.with_name(f".{name}.partial")
+        picture.save(partial, format="PNG")
+        partial.replace(target)
     clips = [
         clip | {"file": f"clips/{clip['file']}", "licence": catalogue["files"][clip["file"]]["licence"]}
         for clip in catalogue["clips"]

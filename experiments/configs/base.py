@@ -33,7 +33,7 @@ def stage(**changes) -> ConfigDict:
             # share of the samples in which nothing else counts. Regions: face, mouth, limbs.
             "region_shares": "",
             "region_only": "",
-            # Checkpoint or exported directory (experiments.import_weights) with the initial parameters of the run's
+            # Checkpoint or export (also of experiments.import_weights) with the initial parameters of the run's
             # first stage, or with --replace_parameters_at of a later one.
             "init_from": "",
         }

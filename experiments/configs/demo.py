@@ -14,7 +14,9 @@ def teach_speech_and_pose(config: ConfigDict) -> None:
     warm-up row of speech every sample is a crop with a reference, nine of ten with sound; in that of pose nine of ten
     have keypoints. The published ratios follow each.
     """
-    config.stages.stage2_warmup.update({"bucket_weights": "6x6=1", "motion_ratio": 0.5, "time_mean": 1.0})
+    config.stages.stage2_warmup.update({"bucket_weights": "6x6=1", "time_mean": 1.0})
+    # Low noise shows where the limbs are, as it does the mouth.
+    config.stages.stage3_warmup.time_mean = 1.0
     # What a warm-up row adds has learned nothing yet, and the base has.
     config.stages.stage2_warmup.rate_factors = "audio=3"
     config.stages.stage3_warmup.rate_factors = "pose=3"
@@ -22,7 +24,9 @@ def teach_speech_and_pose(config: ConfigDict) -> None:
         config.stages[name].region_shares = "mouth=0.5"
     config.stages.stage3_warmup.region_shares = "mouth=0.3,limbs=0.3"
     for name in ("stage2", "stage3"):
-        config.stages[name].time_mean_by_condition = "audio=1"
+        config.stages[name].time_mean_by_condition = "audio=1,pose=1"
+    for name in ("stage2_warmup", "stage2", "stage3_warmup", "stage3"):
+        config.stages[name].motion_ratio = 0.5  # what has motion frames can go on without listening
 
 
 def set_rows(config: ConfigDict, rows: Iterable[tuple[str, int, float]], *, warmup_steps: int) -> None:

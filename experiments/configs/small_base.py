@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from experiments.configs import demo
 
 
-def get_config() -> ConfigDict:
+def get_config(recipe: str = "published") -> ConfigDict:
     """Both pretraining rows of the stage table; the three stages are `demo`'s and `rendered`'s."""
-    config = demo.get_config()
+    config = demo.get_config(recipe)
     config.simulated_devices = 0
     config.mesh.update({"data": 1, "fsdp": -1})
     config.data.update({"dir": "runs/base/data", "omit_absent": True})

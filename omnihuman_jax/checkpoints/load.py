@@ -1,4 +1,4 @@
-"""Configs and parameters of training checkpoints and of exported directories."""
+"""Configs and parameters of training checkpoints and of exported directories and files."""
 
 import json
 from collections import ChainMap
@@ -69,7 +69,7 @@ def load_config(path: str | Path) -> ConfigDict:
 
 
 def open_tensors(path: str | Path, config: ConfigDict, naming: str = "") -> Mapping[str, np.ndarray]:
-    """The parameters of an exported directory by dotted name, read lazily.
+    """The parameters of an exported directory or file by dotted name, read lazily.
 
     Raises UserError if a file is damaged, or a tensor is missing, left over, or of another shape.
     """
@@ -100,7 +100,7 @@ def load_parameters(
 
     Args:
       path: workdir, `checkpoints/STEP`, `stages/NAME`, or an exported directory or file.
-      use_ema: EMA or raw parameters; None means EMA for a checkpoint, and what it holds for an exported directory.
+      use_ema: EMA or raw parameters; None means EMA for a checkpoint, and what it holds for an export.
       shardings: nested dict of shardings to load into; None = one device.
 
     Returns:

@@ -123,7 +123,7 @@ def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
     """
     meta = read_meta(path)
     if "model" not in meta["config"]:
-        raise UserError(f"{path}: not a checkpoint of experiments.train; give one of those, or an exported directory")
+        raise UserError(f"{path}: not a checkpoint of experiments.train; give one of those, or an export")
     check_conditions(meta["config"], path)
     return ConfigDict(meta["config"]), meta
 

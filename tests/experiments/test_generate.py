@@ -258,7 +258,7 @@ def test_bad_input_is_one_line_and_exit_status_2(files, tmp_path):
         ({"output": "checkpoint"}, "not an empty directory"),
         ({"output": "no/such"}, "does not exist"),
         ({"checkpoint": "nowhere"}, "no such checkpoint"),
-        ({"checkpoint": "checkpoint"}, "exported directory already"),
+        ({"checkpoint": "checkpoint"}, "is exported already"),
     ],
 )
 def test_export_names_what_is_wrong(files, tmp_path, arguments, message):
