@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from data_pipelines import schema
+from data_pipelines.encoders import speech
+from data_pipelines.raw import fetch
 from data_pipelines.schema import Dataset
 from experiments.common import cli
-from experiments.evaluate.rendered import Evaluation, ModelGenerator, evaluate_rendered
+from experiments.evaluate.rendered import Evaluation, ModelGenerator, evaluate_rendered, is_silent
 from omnihuman_jax.checkpoints.load import load_config, load_parameters
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.evaluation.metrics.registry import METRICS, select
@@ -75,6 +78,15 @@ def check_data(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
+def encode_silence(dataset: Dataset, frames: int) -> np.ndarray | None:
+    """Features (F,Da) of silence by the data set's speech encoder; None if its package cannot be fetched."""
+    try:
+        encoder = speech.load(dataset.meta.encoders["audio"])
+    except fetch.PackageUnavailableError:
+        return None
+    return encoder.encode(np.zeros(frames * speech.SAMPLES_PER_FRAME, np.float32), frames)
+
+
 def evaluate_checkpoint(
     checkpoint: str | Path,
     dataset: Dataset,
@@ -106,6 +118,8 @@ def evaluate_checkpoint(
     _, params, info = load_parameters(checkpoint)
     generate = ModelGenerator(make_network(config), params, vae, settings, batch=options.clips)
     fields = {"clips": options.clips, "frames": frames, "seed": options.seed}
+    if any(is_silent(row.source) for metric in metrics for row in metric.rows):
+        fields["silence"] = encode_silence(dataset, frames)
     found = evaluate_rendered(generate, dataset, vae, probe, metrics=metrics, progress=progress, **fields)
     scale = settings.guidance
     found.result["sampling"] = {

@@ -153,6 +153,7 @@ def evaluate_rendered(
     clips: int,
     frames: int,
     seed: int = 0,
+    silence: np.ndarray | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Evaluates metrics on held-out rendered clips.
@@ -166,19 +167,24 @@ def evaluate_rendered(
       clips: clips per metric.
       frames: pixel frames to generate of each clip, 1 + 4n.
       seed: chooses clips and noise.
+      silence: speech features (F,Da) of silence; None leaves out the metrics that need them.
       progress: called with a line before each set of generations.
 
     Returns:
       `result` has "measures" (metric -> unit, better, clips, rows of `summarise`, and "gap": how much better right is
       than wrong, per clip) and "notes" (what could not be measured, and why).
     """
-    metrics = select() if metrics is None else metrics
+    metrics, mute = select() if metrics is None else metrics, []
+    if silence is None:
+        mute = [metric for metric in metrics if any(is_silent(row.source) for row in metric.rows)]
+        metrics = [metric for metric in metrics if metric not in mute]
     pool = read_heldout(dataset, probe, frames, limit=8 * clips, seed=seed)
     groups, notes = assign(metrics, pool, clips)
+    notes += [f"{metric.name}: the speech encoder is not available" for metric in mute]
     found: dict[str, Any] = {}
     comparisons: dict[str, list[Comparison]] = {}
     for chosen, members in groups:
-        group = _Group(chosen, generate, vae, probe, seed, progress)
+        group = _Group(chosen, generate, vae, probe, seed, silence, progress)
         found |= {metric.name: group.evaluate(metric) for metric in members}
         comparisons |= group.comparisons(members)
     result = {"clips": clips, "frames": frames, "seed": seed, "heldout_clips_read": len(pool), "probe": probe.header}
@@ -195,6 +201,7 @@ class _Group:
     vae: VAE
     probe: Probe
     seed: int
+    silence: np.ndarray | None
     progress: Callable[[str], None]
     samples: dict[Source, list[Sample | None]] = dataclasses.field(default_factory=dict)
 
@@ -259,6 +266,8 @@ class _Group:
         names = ["text", "reference", "audio", *([source.also] if source.also else [])]
         own, others = (schema.condition_arrays(c.record, names, reference=-1) for c in (clip, other))
         foreign = {source.foreign: others[source.foreign]} if source.foreign else {}
+        if source.silent:
+            foreign["audio"] = self.silence
         return Conditions(own | foreign, self.seed + clip.index)
 
     def reconstruct(self) -> list[np.ndarray]:
@@ -280,6 +289,11 @@ class _Group:
         samples = {row.label: self.samples[row.source][i] for row in rows}
         videos = {label: sample.frames for label, sample in samples.items() if sample}
         return Comparison(self.clips[i], {"real frames": self.clips[i].frames} | videos)
+
+
+def is_silent(source: Source) -> bool:
+    """Whether the frames are generated with silence."""
+    return isinstance(source, Generated) and source.silent
 
 
 def held_still(clip: HeldOutClip) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import schema
+from data_pipelines.encoders import speech
 from experiments.evaluate import __main__ as command
 from experiments.evaluate import checkpoint, rendered
 from experiments.evaluate.checkpoint import Options
@@ -38,7 +39,7 @@ def good(dataset):
 
 def test_obeyed_conditions_show_as_a_gap_between_right_and_wrong(good):
     measured = good.result["measures"]
-    assert set(measured) == {"mouth", "pose", "colour", "identity", "borders"}  # nobody is silent
+    assert set(measured) == {"mouth", "pose", "colour", "identity", "borders"}  # no features of silence
     assert measured["mouth"]["rows"]["right"]["mean"] > 0.99
     assert measured["mouth"]["rows"]["real"]["mean"] > 0.98
     assert abs(measured["mouth"]["rows"]["wrong"]["mean"]) < 0.6
@@ -83,6 +84,22 @@ def test_each_clip_is_compared_with_another_sentence_and_person(dataset):
         assert "pose" not in right[i].given
 
 
+def test_with_silence_an_obedient_mouth_closes_and_a_deaf_one_does_not(dataset):
+    silence = np.zeros((painted.FRAMES, dataset.meta.sizes["audio_dim"]), np.float32)
+    for generate, resting in ((painted.obedient, 0.0), (painted.deaf, 0.5)):
+        found = painted.evaluate(generate, dataset, metrics=registry.select(["silence"]), silence=silence)
+        rows = found.result["measures"]["silence"]["rows"]
+        assert rows["right"]["mean"] == pytest.approx(resting, abs=0.05) and rows["right"]["n"] == painted.CLIPS
+        assert rows["speech"]["mean"] > 0.4
+
+
+def test_the_silence_of_an_evaluation_is_that_of_the_data_sets_encoder(dataset):
+    found = checkpoint.encode_silence(dataset, 21)
+    assert found.shape == (21, 160) and len(np.unique(found)) == 1  # log-mel at its floor
+    wave = np.zeros(speech.RATE, np.float32)
+    np.testing.assert_array_equal(found, speech.load("log-mel").encode(wave, 21))
+
+
 def test_evaluation_is_a_function_of_its_seed(dataset, good):
     assert painted.evaluate(painted.obedient, dataset).result == good.result
 
@@ -95,7 +112,7 @@ def test_clips_without_mouth_movement_are_left_out_and_a_still_generated_mouth_c
 
 def test_too_few_clips_are_a_note_and_not_a_number(dataset):
     found = painted.evaluate(painted.obedient, dataset, frames=25 + 4)  # longer than any clip
-    assert not found.result["measures"] and len(found.result["notes"]) == 3
+    assert not found.result["measures"] and len(found.result["notes"]) == 3  # the third: no speech encoder
 
 
 def test_clips_do_not_depend_on_how_they_are_batched():

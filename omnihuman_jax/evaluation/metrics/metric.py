@@ -56,11 +56,13 @@ class Generated:
       also: an additional condition; "" for none.
       foreign: the condition that another clip supplies; "" for none.
       differs_in: the record field in which the other clip must differ from this one.
+      silent: the audio is silence.
     """
 
     also: str = ""
     foreign: str = ""
     differs_in: str = ""
+    silent: bool = False
 
     def __post_init__(self):
         if bool(self.foreign) != bool(self.differs_in) or not {self.also, self.foreign} <= {"", *conditions.names()}:
