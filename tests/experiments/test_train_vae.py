@@ -244,6 +244,29 @@ def test_two_processes_train_as_one(trained, clips, tmp_path):
     assert load_vae(tmp_path / "two" / "vae.safetensors").config.z_dim == 4
 
 
+def linear_config(clips):
+    config = tiny_config(clips, 3)
+    config.vae.update({"linear_path": True, "linear_context": 1})
+    config.output.spectrum = 0.5
+    return config
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_linear_path_and_the_statistics_as_one(clips, tmp_path):
+    preset = tmp_path / "preset.py"
+    preset.write_text(
+        f"from tests.experiments.test_train_vae import linear_config\n\n\ndef get_config():\n"
+        f"    return linear_config({str(clips)!r})\n"
+    )
+    command = ["experiments.train_vae", f"--config={preset}", "--config.simulated_devices=8"]
+    started = launch.start_command(command, tmp_path / "two", processes=2)
+    assert launch.wait(started) == [0, 0], launch.log(tmp_path / "two")[-3000:]
+    train_vae.train(linear_config(clips), tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    one, two = (load_vae(tmp_path / name / "vae.safetensors").config for name in ("one", "two"))
+    assert two.latent_std == pytest.approx(one.latent_std, rel=0.02)
+
+
 def test_a_finished_run_of_another_vae_is_refused(trained, clips):
     config = tiny_config(clips, 30)
     config.vae.dim = 16
