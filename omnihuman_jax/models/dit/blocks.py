@@ -1,5 +1,6 @@
 """Dual-stream and single-stream blocks of the MMDiT (FLUX / HunyuanVideo form), stacked and scanned."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from omnihuman_jax.models.dit.layers import (
     ZEROS,
     CrossAttention,
     HeadNorm,
+    Linear,
     elementwise,
     gated,
     gelu,
@@ -64,12 +66,18 @@ def _by_token(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "tokens", "local_heads", None)
 
 
-def _turned(config: ModelConfig, norm: HeadNorm, x: jax.Array, turn: rope.Rotation) -> jax.Array:
+def _turned(
+    project: Linear, norm: HeadNorm, x: jax.Array, turn: rope.Rotation | None, config: ModelConfig
+) -> jax.Array:
+    """Normalised queries or keys (B, n, heads, D) in the order of `rope.halves`, rotated if `turn` is given."""
+    reorder = functools.partial(rope.halves, head_dim=config.head_dim)
+
     @elementwise
     def normalise_and_turn(x, turn):
-        return rope.apply(norm(x), turn).astype(config.compute_dtype)
+        x = norm(x, reorder)
+        return (x if turn is None else rope.apply(x, turn)).astype(config.compute_dtype)
 
-    return _by_token(normalise_and_turn(_heads(config, x), turn))
+    return normalise_and_turn(_heads(config, project(x, reorder)), turn)
 
 
 def _frame_attention(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, FrameAttention]:
@@ -91,8 +99,8 @@ class TextAttention(CrossAttention):
     def __call__(self, x: jax.Array, text: jax.Array, shared: Shared) -> jax.Array:
         """x (B, N, hidden), modulated text (B, L, hidden) -> update (B, N, hidden)."""
         config = self.config
-        q = _turned(config, self.q_norm, self.q(x), shared.visual_rope)
-        k = elementwise(self.k_norm)(_heads(config, self.k(text))).astype(config.compute_dtype)
+        q = _by_token(_turned(self.q, self.q_norm, x, shared.visual_rope, config))
+        k = _turned(self.k, self.k_norm, text, None, config)
         segments = shared.visual_segment, shared.cross_segment
         v = _heads(config, self.v(text))
         out = attend(q, k, v, *segments, implementation=config.attention, sequence="replicated")
@@ -127,8 +135,8 @@ class DualBlock(nnx.Module):
         """Normalised, rotated queries and keys, and values, each (B, n, heads, D)."""
         q, k, v, q_norm, k_norm = (getattr(self, f"{stream}_{name}") for name in ("q", "k", "v", "q_norm", "k_norm"))
         return (
-            _turned(self.config, q_norm, q(x), turn),
-            _turned(self.config, k_norm, k(x), turn),
+            _by_token(_turned(q, q_norm, x, turn, self.config)),
+            _by_token(_turned(k, k_norm, x, turn, self.config)),
             _by_token(_heads(self.config, v(x))),
         )
 
@@ -195,8 +203,8 @@ class SingleBlock(nnx.Module):
         turn = rope.concatenate(shared.visual_rope, shared.text_rope)
         segment = jnp.concatenate([shared.visual_segment, shared.text_segment], 1)
         h = modulate(x, shift, scale, clean, config)
-        q = _turned(config, self.q_norm, self.q(h), turn)
-        k = _turned(config, self.k_norm, self.k(h), turn)
+        q = _by_token(_turned(self.q, self.q_norm, h, turn, config))
+        k = _by_token(_turned(self.k, self.k_norm, h, turn, config))
         v = _by_token(_heads(config, self.v(h)))
         out = attend(q, k, v, segment, segment, implementation=config.attention, sequence=config.sequence_attention)
         out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")

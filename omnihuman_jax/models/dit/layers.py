@@ -27,8 +27,9 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, shape = self.kernel[...].astype(self.dtype), x.shape
+    def __call__(self, x: jax.Array, reorder: Callable[[jax.Array], jax.Array] = lambda columns: columns) -> jax.Array:
+        """x (..., inputs) -> (..., outputs); `reorder` permutes the outputs."""
+        kernel, shape = reorder(self.kernel[...].astype(self.dtype)), x.shape
         x = x.astype(self.dtype)
         if mesh_axis("sequence") == 1:
             # XLA's CPU backend takes twice as long for a weight gradient that contracts two dimensions. If tokens are
@@ -36,7 +37,7 @@ class Linear(nnx.Module):
             x = x.reshape(-1, shape[-1])
         x = x @ kernel
         if self.use_bias:
-            x = x + self.bias[...].astype(self.dtype)
+            x = x + reorder(self.bias[...].astype(self.dtype))
         return x.reshape(*shape[:-1], -1)
 
 
@@ -84,11 +85,13 @@ class HeadNorm(nnx.Module):
         if self.active:
             self.scale = nnx.Param(jnp.ones((config.head_dim,), jnp.dtype(config.param_dtype)))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, reorder: Callable[[jax.Array], jax.Array] = lambda columns: columns) -> jax.Array:
+        """x (..., D), in the order that `reorder` gives the scale."""
         x = x.astype(jnp.float32)
         if not self.active:
             return x
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.scale[...]
+        scale = reorder(self.scale[...].astype(jnp.float32))
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale
 
 
 class CrossAttention(nnx.Module):

@@ -1,4 +1,10 @@
-"""Rotary position embedding from explicit (t, h, w) positions, interleaved pairs, in float32."""
+"""Rotary position embedding from explicit (t, h, w) positions, in float32.
+
+Parameters and files have the pairs (x[2i], x[2i+1]) of HunyuanVideo. Arrays [..., D/2, 2] of activations are slow on
+TPUs, whose tiles hold 128 values of the last dimension. So the columns of the query and key projections are reordered,
+all first members before all second ones ("halves"), and the rotation is that of (x[i], x[i + D/2]). Products of
+queries and keys are the same in any common order.
+"""
 
 from typing import NamedTuple
 
@@ -8,7 +14,7 @@ import numpy as np
 
 
 class Rotation(NamedTuple):
-    """cos and sin per token and head dimension, (B or 1, N, D) float32; each value appears twice (interleaved)."""
+    """cos and signed sin per token and head dimension in halves, (B or 1, N, D) float32: [cos, cos], [-sin, sin]."""
 
     cos: jax.Array
     sin: jax.Array
@@ -28,8 +34,18 @@ def rotation(positions: jax.Array, axes: tuple[int, int, int], theta: float) -> 
     for axis, size in enumerate(axes):
         frequencies = theta ** (-np.arange(0, size, 2, dtype=np.float64) / max(size, 1))
         angles.append(positions[..., axis, None].astype(jnp.float32) * frequencies.astype(np.float32))
-    angles = jnp.repeat(jnp.concatenate(angles, -1), 2, axis=-1)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    angles = jnp.concatenate(angles, -1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rotation(jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
+
+
+def halves(x: jax.Array, head_dim: int) -> jax.Array:
+    """Reorders the last axis, heads x D, from pairs to halves within each head: x[0::2] before x[1::2]."""
+    order = np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
+    permutation = jnp.asarray(np.eye(head_dim)[:, order], x.dtype)
+    heads = x.reshape(*x.shape[:-1], -1, head_dim)
+    # As a matrix product, which is exact: a strided copy of a kernel is slow on TPUs.
+    return jnp.matmul(heads, permutation, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)
 
 
 def concatenate(*parts: Rotation) -> Rotation:
@@ -40,8 +56,6 @@ def concatenate(*parts: Rotation) -> Rotation:
 
 
 def apply(x: jax.Array, turn: Rotation) -> jax.Array:
-    """Rotates the pairs (x[2i], x[2i+1]) of queries or keys x (B, N, heads, D); float32 inside and out."""
+    """Rotates the pairs (x[i], x[i + D/2]) of queries or keys x (B, N, heads, D) in halves; float32 inside and out."""
     x = x.astype(jnp.float32)
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], -1).reshape(x.shape)
-    return x * turn.cos[:, :, None] + turned * turn.sin[:, :, None]
+    return x * turn.cos[:, :, None] + jnp.roll(x, x.shape[-1] // 2, -1) * turn.sin[:, :, None]

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ AXES, THETA = (4, 6, 6), 256.0
 
 
 def apply(x, positions):
-    return np.asarray(rope.apply(jnp.asarray(x), rope.rotation(jnp.asarray(positions), AXES, THETA)))
+    """Rotates x (B, N, heads, D) in pairs, the order of parameters and files."""
+    turn = rope.rotation(jnp.asarray(positions), AXES, THETA)
+    turned = np.asarray(rope.apply(rope.halves(jnp.asarray(x), sum(AXES)), turn))
+    return np.stack(np.split(turned, 2, -1), -1).reshape(turned.shape)
 
 
 def random(seed=0, tokens=5):
@@ -24,6 +28,15 @@ def test_agrees_with_complex_float64_rotation():
     for i in range(2):
         expected = rotate(x[i].astype(np.float64), positions[i].astype(np.float64), AXES, THETA)
         np.testing.assert_allclose(apply(x, positions)[i], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_halves_is_an_exact_permutation_within_each_head(dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2 * 6)), dtype)
+    order = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    np.testing.assert_array_equal(rope.halves(x, 6), x[:, np.array(order)])
+    gradient = jax.grad(lambda x: (rope.halves(x, 6) * jnp.arange(12.0, dtype=dtype)).sum())(x)
+    np.testing.assert_array_equal(gradient[0], np.argsort(order))
 
 
 def test_products_depend_on_relative_positions_only():
