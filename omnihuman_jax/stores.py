@@ -29,6 +29,10 @@ COMMIT_FILE = "commit_success.txt"
 _CHECK_FILE = ".write_check"
 _LIBRARIES = ("gcsfs", "s3fs", "fsspec", "aiohttp", "aiobotocore", "botocore", "google", "requests")
 
+# What s3fs sets as `errno`, whatever happened; with another one an error is of a file of this machine.
+_OF_STORES = (errno.EIO, errno.ENOENT, errno.EACCES, errno.EPERM)
+_REFUSED = re.compile(r"\b40[13]\b|Forbidden|Access ?Denied")
+
 AnyPath = pathlib.Path | epath.Path
 
 # Folders of zonal and hierarchical buckets are found out by gRPC, which emulators and some networks lack; nothing here
@@ -101,13 +105,12 @@ def file_system(path: str | os.PathLike[str]) -> fsspec.AbstractFileSystem:
 
 @contextlib.contextmanager
 def as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises errors of the stores' libraries inside the block as OSError."""
+    """Raises errors of the stores' libraries inside the block as OSError; those of files stay as they are."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        if (why := reason(error)) is None:
+        of_files = isinstance(error, OSError) and error.errno not in (None, *_OF_STORES)
+        if of_files or not is_remote(path) or (why := reason(error)) is None:
             raise
         number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO
         raise OSError(number, why, str(path)) from error
@@ -118,15 +121,14 @@ def reason(error: BaseException) -> str | None:
     library = type(error).__module__.partition(".")[0]
     if not isinstance(error, OSError) and library not in _LIBRARIES:
         return None
-    text = " ".join(str(error).split())[:300]
-    code = str(getattr(error, "code", ""))
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
     if isinstance(error, FileNotFoundError):
         return f"no such bucket or object ({text})"
-    if isinstance(error, PermissionError) or code in ("401", "403") or text.startswith("Forbidden"):
+    if isinstance(error, PermissionError) or _REFUSED.search(f"{getattr(error, 'code', '')} {text}"):
         return f"no permission ({text})"
     if library == "google" or "credentials" in text.lower():
         return f"no credentials ({text})"
-    return text or type(error).__name__
+    return text
 
 
 def check_writable(flag: str, path: AnyPath) -> None:

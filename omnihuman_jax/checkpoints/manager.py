@@ -256,9 +256,7 @@ class Checkpoints:
         except OSError as error:
             if not self._remote:
                 raise
-            self._log(
-                f"{self._workdir}: old checkpoints could not be looked at ({error.strerror}); after the next save"
-            )
+            self._log(f"{self._workdir}: old checkpoints are left until the next save ({error.strerror})")
         return failed
 
     def check(self) -> None:

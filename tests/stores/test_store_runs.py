@@ -89,6 +89,31 @@ def test_bad_places_are_one_line(gs, tmp_path, environment, flags, words):
     assert done.stderr.startswith(f"error: {words.format(root=gs.root)}")
 
 
+COMPILE = """
+import sys
+import jax
+from experiments.common import cli
+from experiments.configs import base
+config = base.get_config()
+config.simulated_devices, config.compilation_cache = 1, sys.argv[1]
+cli.setup_platform(config)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+print(jax.jit(lambda x: x * 3 + 1)(2.0))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_in_a_store_and_read_again(store, environment):
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for _ in range(2):
+        store.faults.seen.clear()
+        command = [sys.executable, "-c", COMPILE, str(store.root / "jax")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.stdout == "7.0\n", done.stderr
+        assert any(name.endswith("-cache") for name in store.names("jax"))
+    assert not any("PUT" in seen or "POST" in seen for seen in store.faults.seen)  # the second has only read
+
+
 def wait_for(happened, process, seconds=300):
     end = time.monotonic() + seconds
     while not happened():
