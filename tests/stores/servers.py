@@ -71,7 +71,7 @@ class Faults:
       of: called with method and path of a request; gives the status to answer with, or 0 to pass it on.
       slow: called likewise; gives the seconds to wait before the answer.
       change: called with the path and the body of an answer; gives the body to answer with.
-      seen: "METHOD PATH" of every request.
+      seen: "METHOD PATH" of every request, with the body where that names the objects.
     """
 
     of: Callable[[str, str], int] = lambda method, path: 0
@@ -109,7 +109,8 @@ def proxy(target: str) -> Iterator[tuple[str, Faults]]:
 
         def _pass_on(self) -> None:
             body = self._body()
-            faults.seen.append(f"{self.command} {self.path}")
+            names = body.decode() if self.path.endswith("?delete") else ""  # of the objects that S3 is to delete
+            faults.seen.append(f"{self.command} {self.path}{names}")
             time.sleep(faults.slow(self.command, self.path))
             if status := faults.of(self.command, self.path):
                 text = json.dumps({"error": {"code": status, "message": "injected"}}).encode()
