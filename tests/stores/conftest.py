@@ -62,9 +62,9 @@ def gs(_gs) -> Iterator[Store]:
     yield from _one(_gs)
 
 
-@pytest.fixture(params=list(SERVERS))
+@pytest.fixture(params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def store(request) -> Iterator[Store]:
-    """Each of the stores."""
+    """Each of the stores; the quick tests have one."""
     yield from _one(request.getfixturevalue(f"_{request.param}"))
 
 

@@ -25,10 +25,6 @@ def assert_same(record, other):
         np.testing.assert_array_equal(value, other[name])
 
 
-def downloads(store):
-    return [seen for seen in store.faults.seen if "array_record" in seen and ("alt=media" in seen or "media" in seen)]
-
-
 def test_records_are_those_of_the_files_and_are_downloaded_once(local, store, tmp_path):
     place = put(local, store)
     found = Dataset.open(place)
@@ -82,7 +78,7 @@ def test_another_version_of_a_file_is_another_file(local, store, tmp_path):
     assert_same(Dataset.open(place).read(0), changed.read(0))
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, pytest.param(503, marks=pytest.mark.slow)])
 def test_reading_goes_on_after_refusals(local, store, status):
     place, refused = put(local, store), []
 

@@ -74,6 +74,7 @@ for step in range(1, 10**6):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_lines_and_all_that_it_synced(gs, environment):
     path = gs.root / "metrics.jsonl"
     writer = subprocess.Popen(

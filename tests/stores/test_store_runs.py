@@ -35,6 +35,7 @@ def assert_same_lines(workdir, other):
         assert lines(workdir, name) == lines(other, name)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_the_run_on_a_disk_and_goes_on(gs, tmp_path):
     data = tiny_data(tmp_path / "data")
     stores.upload(data.directory, gs.root / "data")

@@ -107,7 +107,7 @@ def test_a_missing_bucket_is_one_line(store):
         stores.check_writable("--workdir", missing)
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, pytest.param(503, marks=pytest.mark.slow)])
 def test_requests_that_are_refused_for_the_moment_are_made_again(store, status):
     path, refused = store.root / "lines", []
 
