@@ -30,10 +30,12 @@ from typing import Any, Self
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from omnihuman_jax import conditions, regions
+from data_pipelines.cached_files import CachedFiles
+from omnihuman_jax import conditions, regions, stores
 from omnihuman_jax.conditions import Kind
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS, latent_frames, pixel_frames
+from omnihuman_jax.stores import AnyPath
 
 SCHEMA_VERSION = 3
 SPLITS = ("train", "heldout")
@@ -298,24 +300,40 @@ class DatasetWriter:
 class Dataset:
     """Random access to the records of one data set; picklable and thread-safe."""
 
-    def __init__(self, directory: pathlib.Path, meta: Meta, index: list[dict[str, Any]], extra: dict[str, Any]):
+    def __init__(
+        self,
+        directory: AnyPath,
+        meta: Meta,
+        index: list[dict[str, Any]],
+        extra: dict[str, Any],
+        files: CachedFiles | None = None,
+    ):
         self.directory, self.meta, self.index, self.extra = directory, meta, index, extra
+        self._files = files  # of a directory in an object store
         self._readers: dict[str, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, directory: str | pathlib.Path) -> Dataset:
-        """Opens a data set directory; UserError if it is missing, empty, damaged or of another schema version."""
-        directory = pathlib.Path(directory).absolute()
+    def open(cls, directory: str | AnyPath) -> Dataset:
+        """Opens a data set directory, also in an object store, whose files are downloaded as they are read.
+
+        Raises UserError if it is missing, empty, damaged or of another schema version.
+        """
+        directory = stores.absolute(directory)
         make = "create one with `python -m data_pipelines.prepare`"
-        if not directory.is_dir():
-            raise UserError(f"data directory {directory} does not exist; {make}")
-        path = directory / "dataset.json"
-        if not path.is_file():
-            what = "has no dataset.json" if any(directory.iterdir()) else "is empty"
-            raise UserError(f"data directory {directory} {what}; {make}")
+        path, files = directory / "dataset.json", None
+        if stores.is_remote(directory):
+            text = stores.read_object("data.dir", path)
+            files = CachedFiles(directory, "data.dir")
+        else:
+            if not directory.is_dir():
+                raise UserError(f"data directory {directory} does not exist; {make}")
+            if not path.is_file():
+                what = "has no dataset.json" if any(directory.iterdir()) else "is empty"
+                raise UserError(f"data directory {directory} {what}; {make}")
+            text = path.read_bytes()
         try:
-            head = json.loads(path.read_text())
+            head = json.loads(text)
             version = head.pop("schema_version")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}); prepare the data again") from error
@@ -329,11 +347,11 @@ class Dataset:
         if not index:
             raise UserError(f"data directory {directory} has no records; {make}")
         for name in sorted({entry["file"] for entry in index}):
-            if not (directory / name).is_file():
+            if not (name in files if files else (directory / name).is_file()):
                 raise UserError(f"data directory {directory} lacks {name}; prepare the data again")
         values = {name: head.pop(name) for name in names}
         values["arrays"] = {name: (int(rank), str(dtype)) for name, (rank, dtype) in values["arrays"].items()}
-        return cls(directory, Meta(**values), index, head)
+        return cls(directory, Meta(**values), index, head, files)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -341,15 +359,19 @@ class Dataset:
     def read(self, i: int) -> dict[str, Any]:
         """Record i (an index into `.index`)."""
         entry = self.index[i]
+        if entry["file"] not in self._readers:
+            self._local(entry["file"])  # a download must not keep other threads from reading
         with self._lock:
             if (reader := self._readers.get(entry["file"])) is None:
-                reader = ArrayRecordReader(str(self.directory / entry["file"]), "readahead_buffer_size:0")
+                reader = ArrayRecordReader(str(self._local(entry["file"])), "readahead_buffer_size:0")
                 self._readers[entry["file"]] = reader
         try:
             return decode(reader.read([entry["row"]])[0], self.meta.arrays)
         except Exception:
             with self._lock:
                 self._readers.pop(entry["file"], None)  # the next attempt reopens it
+                if self._files:
+                    self._files.drop(entry["file"])  # and downloads it again
             raise
 
     def fingerprint(self) -> str:
@@ -365,7 +387,10 @@ class Dataset:
 
     def clip_path(self, i: int) -> pathlib.Path:
         """The prepared mp4 of record i (may be absent)."""
-        return self.directory / "clips" / clip_filename(self.index[i]["id"])
+        return self._local(f"clips/{clip_filename(self.index[i]['id'])}")
+
+    def _local(self, name: str) -> pathlib.Path:
+        return self._files.local(name) if self._files else self.directory / name
 
     def __getstate__(self) -> dict[str, Any]:
         # Readers and locks cannot be pickled; the other process creates its own.

@@ -303,4 +303,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run_main(main)
+    cli.run_main(main, in_stores=("checkpoint",))

@@ -1,9 +1,12 @@
 """Trains OmniHuman through its stages; restarted with the same --workdir, it continues.
 
 python -m experiments.train --config=experiments/configs/PRESET.py[:ARG] --workdir=DIR [--config.KEY=VALUE …]
+
+DIR and data.dir may be gs://BUCKET/… or s3://BUCKET/….
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.raw import media
 from data_pipelines.schema import Dataset, Meta, check_sizes, condition_arrays, full_records
 from experiments.common import cli
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, stores
 from omnihuman_jax.checkpoints.load import load_config
 from omnihuman_jax.checkpoints.read import check_same_model, running_steps
 from omnihuman_jax.errors import UserError
@@ -29,9 +32,13 @@ from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.models.vae.vae import VAE, load_vae
 from omnihuman_jax.pixels import to_pixels
 from omnihuman_jax.sharding.processes import log
+from omnihuman_jax.stores import AnyPath
 from omnihuman_jax.training import config_ranges, loop
 from omnihuman_jax.training.stages import Stage, check_init_from, curriculum, loads_init_from
 from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
+
+# Flags and config keys that may be in an object store.
+IN_STORES = ("workdir", "config.data.dir", "config.compilation_cache", "config.stages.*.init_from")
 
 
 class SampleVideos:
@@ -40,7 +47,7 @@ class SampleVideos:
     Uses held-out clips of the data set or, if it has none, training clips.
     """
 
-    def __init__(self, config: ConfigDict, dataset: Dataset, vae: VAE, workdir: Path):
+    def __init__(self, config: ConfigDict, dataset: Dataset, vae: VAE, workdir: AnyPath):
         self._config, self._dataset, self._vae = config, dataset, vae
         self._folder = workdir / "samples"
         held = [i for i in full_records(dataset, "heldout") if dataset.index[i]["audio"]]
@@ -49,11 +56,11 @@ class SampleVideos:
         same = [i for i in shown if dataset.index[i]["shape"] == shape]
         self._records = [read_record(dataset, i) for i in same[: config.sample.count]]
 
-    def path(self, step: int, stage: Stage) -> Path:
+    def path(self, step: int, stage: Stage) -> AnyPath:
         """The GIF of a stage that ended with this step."""
         return self._folder / f"{stage.name}-{step:06d}.gif"
 
-    def __call__(self, params: Any, step: int, stage: Stage) -> tuple[Path, tuple[int, int]]:
+    def __call__(self, params: Any, step: int, stage: Stage) -> tuple[AnyPath, tuple[int, int]]:
         """Generates one window of each clip; returns the GIF and its (height, width)."""
         config, records = self._config, self._records
         network = make_network(config)
@@ -68,11 +75,16 @@ class SampleVideos:
         real = np.stack([r["latents"][:window] for r in records]).astype(np.float32)
         pair = [np.concatenate(list(decode_latents(self._vae, x)), axis=2) for x in (real, np.asarray(made))]
         video = to_pixels(np.concatenate(pair, axis=1))
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step, stage)
-        part = path.with_name(f".{path.name}")
-        media.write_gif(part, video)
-        part.replace(path)  # so that an existing sample is complete
+        if stores.is_remote(path):
+            with tempfile.TemporaryDirectory() as folder:
+                media.write_gif(Path(folder) / path.name, video)
+                stores.upload(Path(folder) / path.name, path)
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}")
+            media.write_gif(part, video)
+            part.replace(path)  # so that an existing sample is complete
         return path, video.shape[1:3]
 
 
@@ -87,7 +99,7 @@ def define_flags() -> None:
 
 
 def check_start(
-    config: ConfigDict, stages: Sequence[Stage], workdir: Path, replace_parameters_at: Collection[str] = ()
+    config: ConfigDict, stages: Sequence[Stage], workdir: AnyPath, replace_parameters_at: Collection[str] = ()
 ) -> dict[str, ConfigDict]:
     """Checks what the run starts from: the config of every `init_from` that will be loaded, by its path.
 
@@ -133,7 +145,7 @@ def main(_: list[str]) -> None:
     if not config.data.dir:
         raise UserError("data.dir is empty; set --config.data.dir=DIR to a directory made by data_pipelines.prepare")
     stages = curriculum(config)
-    starts = check_start(config, stages, Path(flags.FLAGS.workdir), flags.FLAGS.replace_parameters_at)
+    starts = check_start(config, stages, cli.check_workdir(flags.FLAGS.workdir), flags.FLAGS.replace_parameters_at)
     dataset = Dataset.open(config.data.dir)
     check_sizes(dataset, config.model)
     cli.check_vae(config.vae.checkpoint, dataset.meta.vae_sha256)
@@ -148,7 +160,7 @@ def main(_: list[str]) -> None:
 def _train(config: ConfigDict, dataset: Dataset, input_pipeline: InputPipeline) -> None:
     f = flags.FLAGS
     vae = load_vae(config.vae.checkpoint) if config.sample.at_stage_end else None
-    sample = SampleVideos(config, dataset, vae, Path(f.workdir)) if vae else None
+    sample = SampleVideos(config, dataset, vae, stores.get_path(f.workdir)) if vae else None
     # Errors in the mesh or the network are raised before the run directory is made.
     task = OmniHumanTask(config, input_pipeline, sample, f.replace_parameters_at)
     plain = cli.to_plain(config) | {"dataset": describe(dataset), "conditions": list(conditions.names())}
@@ -157,4 +169,4 @@ def _train(config: ConfigDict, dataset: Dataset, input_pipeline: InputPipeline) 
 
 if __name__ == "__main__":
     define_flags()
-    cli.run_main(main)
+    cli.run_main(main, IN_STORES)

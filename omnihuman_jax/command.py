@@ -4,21 +4,28 @@ import errno
 import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 
 from omnihuman_jax.errors import UserError, nearest
+from omnihuman_jax.stores import check_schemes
 
 PLUGINS = "plugins"
 flags.disclaim_key_flags()  # what is defined here belongs to the command, whose --help lists it
 
 
-def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] | None = None) -> None:
+def run_main(
+    main: Callable[[], int | None],
+    check: Callable[[list[str]], None] | None = None,
+    parsed: Callable[[], None] = lambda: check_schemes(own_flags()),
+) -> None:
     """Imports the plug-ins, parses the flags and runs `main`; a UserError or a wrong flag ends with exit status 2.
 
     Args:
       main: the command; its return value is the exit status.
       check: called with the arguments (without the program's name) before the flags are parsed.
+      parsed: called when they are; the default refuses flags with a scheme, such as gs://.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -31,6 +38,7 @@ def run_main(main: Callable[[], int | None], check: Callable[[list[str]], None] 
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are flags, as --name=value (see --help)")
+            parsed()
             return main()
         except UserError as error:
             return _fail(error)
@@ -61,15 +69,19 @@ def _import_plugins(arguments: list[str]) -> None:
                     raise UserError(f"--{PLUGINS}={module}: cannot be imported ({error}); check the name") from error
 
 
+def own_flags() -> dict[str, Any]:
+    """The values of the flags that are not absl's, by name."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    return {flag.name: flag.value for name, group in modules.items() if not name.startswith("absl") for flag in group}
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith("config."):
             raise UserError(f"--{error.flagname}: --config=PRESET.py must be given before its overrides") from error
-        modules = flags.FLAGS.flags_by_module_dict()
-        own = [flag.name for module, group in modules.items() if not module.startswith("absl") for flag in group]
-        raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, [*own, 'help'])}") from error
+        raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, [*own_flags(), 'help'])}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error)) from error
 

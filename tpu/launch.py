@@ -50,7 +50,7 @@ def define_job_flags(values: flags.FlagValues) -> None:
     number("num_slices", 1, "Slices of that type.")
     text("image", "", "Container image, built from the Dockerfile of this repository.")
     text("workdir", "", "Run directory, gs://BUCKET/RUN; with a sweep, the folder of the runs.")
-    text("bucket", "", "Bucket that is mounted at /gcs; default: that of --workdir.")
+    text("bucket", "", "Bucket that is mounted at /gcs, for files; default: that of --workdir.")
     flags.DEFINE_list("replace_parameters_at", [], "As of experiments.train.", values)
     text("plan", "", "Report of `tpu.plan --output` for this job; default: plan now, for minutes.")
     switch("noplan", False, "Start without planning here; the preflight still plans.")
@@ -134,7 +134,7 @@ def _make_jobs(f: flags.FlagValues, names: list[str], rows: list[sweep.Row]) -> 
         try:
             config = configs.resolve(preset, [f"{flag}={value}" for flag, value in flags_of.items()])
             storage.check_data_dir(config.data.dir, bucket)
-            mounted = [f"{flag}={storage.to_mounted(flag, value, bucket)}" for flag, value in flags_of.items()]
+            mounted = [f"{flag}={storage.in_job(flag, value, bucket)}" for flag, value in flags_of.items()]
             place = f"{workdir}/{name}" if row else workdir
             job = Job(**common, name=name, overrides=(*others, *mounted), workdir=place)
             _check(job, f.format)
@@ -197,4 +197,4 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run_main(main)
+    cli.run_main(main, in_stores=None)  # `storage` checks them

@@ -274,4 +274,4 @@ def main(_: list[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run_main(main)
+    cli.run_main(main, in_stores=None)  # nothing that the config names is read

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from omnihuman_jax import command
+from omnihuman_jax import command, stores
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.models.vae.vae import encoder_sha256
 from omnihuman_jax.sharding import processes
+from omnihuman_jax.stores import AnyPath
+from omnihuman_jax.training.run_config import flatten
 
 flags.disclaim_key_flags()  # so that --help lists flags defined here under the command
 
@@ -29,9 +31,23 @@ def define_config_flag() -> Any:
     return config_flags.DEFINE_config_file("config", None, "Preset file, as experiments/configs/demo.py or demo.py:v2.")
 
 
-def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an absl main; UserErrors and wrong flags, presets or config keys print one line and exit with status 2."""
-    command.run_main(lambda: main([]), check=_check_config_arguments)
+def run_main(main: Callable[[list[str]], int | None], in_stores: Collection[str] | None = ()) -> None:
+    """Runs an absl main; UserErrors and wrong flags, presets or config keys print one line and exit with status 2.
+
+    Args:
+      main: the command.
+      in_stores: patterns of the flags and config keys, as `config.data.dir`, that may be in an object store; None if
+        the command checks them itself.
+    """
+
+    def check_schemes() -> None:
+        if in_stores is not None:
+            values = command.own_flags()
+            config = values.pop("config", None)
+            of_config = flatten(to_plain(config), "config.") if isinstance(config, ConfigDict) else {"config": config}
+            stores.check_schemes(values | of_config, in_stores)
+
+    command.run_main(lambda: main([]), check=_check_config_arguments, parsed=check_schemes)
 
 
 def check_given(**values: Any) -> None:
@@ -133,7 +149,7 @@ def setup_platform(config: ConfigDict, num_processes: int = 1) -> None:
         # threads deadlock; far more slow each other down (8 per device: by a quarter on 2 cores).
         os.environ["NPROC"] = str(max(2 * config.simulated_devices, os.cpu_count() or 1))
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).absolute()))
+        jax.config.update("jax_compilation_cache_dir", str(stores.absolute(config.compilation_cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
@@ -153,9 +169,19 @@ def process_started() -> float:
         return time.time()
 
 
-def make_workdir(path: str) -> Path:
-    """Makes a run directory; UserError if it is a file or cannot be made."""
-    workdir = Path(path)
+def check_workdir(path: str) -> AnyPath:
+    """The path of a run directory; UserError if it is in an object store that cannot be written to."""
+    workdir = stores.get_path(path)
+    if stores.is_remote(workdir):
+        stores.check_writable("--workdir", workdir)
+    return workdir
+
+
+def make_workdir(path: str | AnyPath) -> AnyPath:
+    """Makes a run directory, which an object store needs not; UserError if it is a file or cannot be made."""
+    workdir = stores.get_path(path)
+    if stores.is_remote(workdir):
+        return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

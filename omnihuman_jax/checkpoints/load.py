@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 from ml_collections import ConfigDict
 
+from omnihuman_jax import stores
 from omnihuman_jax.checkpoints.read import check_conditions, find_checkpoint, load_for_inference, network_config
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.functional import make_network
@@ -28,7 +29,15 @@ HEAD = "head"  # of a single exported file, in its header: what an exported dire
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether `path` is a directory that `export.save` wrote, or a file, as `export.save_file` writes it."""
+    """Whether `path` is a directory that `export.save` wrote, or a file, as `export.save_file` writes it.
+
+    Those are local; UserError for such a file in an object store.
+    """
+    remote = stores.is_remote(path)
+    if remote and not str(path).endswith(".safetensors"):
+        return False
+    if remote:
+        raise UserError(f"{path}: exported parameters are read from local disks; copy the file first")
     path = Path(path)
     if path.is_file():
         return path.suffix == ".safetensors"

@@ -1,18 +1,17 @@
 """A run's Orbax checkpoints: `checkpoints/STEP/` while running, `stages/NAME/` at each stage's end, kept for good.
 
 Each holds the train state and a JSON item: step, stage, resolved config, the loop's counters, and the fingerprint and
-dtype of every array.
+dtype of every array. On a disk Orbax renames a checkpoint into its place when it is whole; in an object store, where
+nothing can be renamed, it writes an object that marks it as whole last.
 """
 
 import concurrent.futures
 import contextlib
 import math
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from omnihuman_jax import stores
+from omnihuman_jax.checkpoints import folders, s3
 from omnihuman_jax.checkpoints.fingerprint import Fingerprint, start_fingerprint
 from omnihuman_jax.checkpoints.read import digest, meta_or_none, running_steps
 from omnihuman_jax.checkpoints.restore import Restored, restore_newest, same_network
@@ -27,11 +28,10 @@ from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding import processes
 from omnihuman_jax.sharding.processes import broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
+from omnihuman_jax.stores import AnyPath
 
 State = Any  # NamedTuple of pytrees of arrays
 
-_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # in the names of what Orbax is writing
-_DELETED = ".deleted"
 # Device memory for saving a copy, in state sizes: the copy, and at most half of it sliced by Orbax for each replica.
 COPY_SIZE = 1.5
 _LOOK_SECONDS = 5.0  # longest wait for a file system that may hang
@@ -39,12 +39,14 @@ _SAVE_SECONDS = 6 * 3600  # then Orbax aborts a save
 # Smallest slice per replica when replicas share the writing of an array: slicing hundreds of small arrays, Orbax's
 # default, takes longer than writing them.
 _SHARED_WRITE_BYTES = 1 << 20
+# In the messages of tensorstore about requests to a store.
+_STORE_WORDS = ("HTTP response code", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
 
 
 class _Save(NamedTuple):
     """A save in progress."""
 
-    paths: list[Path]  # checkpoint folders to write, in order, with the same content
+    paths: list[AnyPath]  # checkpoint folders to write, in order, with the same content
     state: State
     own: bool  # whether the state is a copy, to be deleted after reading
     meta: dict[str, Any]  # the JSON item without the fingerprint
@@ -78,7 +80,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | AnyPath,
         *,
         every: int,
         keep: int,
@@ -87,21 +89,22 @@ class Checkpoints:
         stages: Mapping[str, int] | None = None,
         log: Callable[[str], None] = processes.log,
     ):
-        self._workdir = Path(workdir).absolute()
+        self._workdir = stores.absolute(workdir)
+        self._remote = stores.is_remote(self._workdir)
         self._every, self._keep, self._keep_every, self._log = every, keep, keep_every, log
         self._copy_on_device = copy_on_device
         self._copy: Callable[[State], State] | None = None
         self._last_steps = dict(stages or {})
-        self._failed: dict[Path, str] = {}
+        self._failed: dict[AnyPath, str] = {}
         self._last_good = "none yet"
         # Of the newest save: `seconds` until everything is written (None: not yet), and `blocked_seconds` of the loop.
         self.times: dict[str, float | None] = {}
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving: concurrent.futures.Future[dict[Path, str]] | None = None
+        self._saving: concurrent.futures.Future[dict[AnyPath, str]] | None = None
         self._deleter = concurrent.futures.ThreadPoolExecutor(1)
         self._remove_half_written()
         self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
-        self._saver = _make_saver()
+        self._saver = _make_saver(stores.scheme_of(self._workdir))
 
     @property
     def failed(self) -> str:
@@ -111,16 +114,10 @@ class Checkpoints:
     def _remove_half_written(self) -> None:
         if not is_main():
             return
-        for part in self._half_written():
+        for part in folders.half_written(self._workdir):
             self._log(f"{part}: half-written, left by an earlier start; removed")
-        for part in [*self._half_written(), *self._workdir.glob(f"checkpoints/*{_DELETED}")]:
-            shutil.rmtree(part, ignore_errors=True)
-
-    def _half_written(self) -> list[Path]:
-        """Folders that Orbax is writing or has left unfinished."""
-        return sorted(
-            path for root in ("checkpoints", "stages") for path in self._workdir.glob(f"{root}/*{_HALF_WRITTEN}*")
-        )
+        for part in folders.leftovers(self._workdir):
+            folders.remove(part)
 
     def due(self, step: int) -> bool:
         """Whether to save a running checkpoint after this step."""
@@ -134,7 +131,7 @@ class Checkpoints:
         look.join(_LOOK_SECONDS)
         return str(self._running(found[-1])) if found else self._last_good
 
-    def _running(self, step: int) -> Path:
+    def _running(self, step: int) -> AnyPath:
         return self._workdir / "checkpoints" / str(step)
 
     def restore_latest(
@@ -188,7 +185,7 @@ class Checkpoints:
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         return self._copy_on_device
 
-    def _stage_is_there(self, path: Path, step: int, found: Callable[[], Fingerprint]) -> bool:
+    def _stage_is_there(self, path: AnyPath, step: int, found: Callable[[], Fingerprint]) -> bool:
         """Whether it already holds this state, because the step was repeated after a restart."""
         there = meta_or_none(path) or {}
         if not broadcast_from_main(bool(there)):
@@ -210,19 +207,15 @@ class Checkpoints:
             if running is None or running["stage"] != name:
                 continue
             if is_main():
-                half = path.with_name(f"{name}{_HALF_WRITTEN}-copy")
                 try:
-                    shutil.copytree(self._running(step), half)
-                    shutil.rmtree(path, ignore_errors=True)
-                    half.rename(path)
+                    folders.copy(self._running(step), path)
                 except OSError as error:
-                    shutil.rmtree(half, ignore_errors=True)
                     self._failed[path] = f"{path} could not be written: {error}"
                     continue
             self._log(f"{path}: was missing; copied from {self._running(step)}")
             self._failed.pop(path, None)
 
-    def _write(self, save: _Save) -> dict[Path, str]:
+    def _write(self, save: _Save) -> dict[AnyPath, str]:
         """Writes in the background; returns why each failed path could not be written."""
         failed = {}
         try:
@@ -238,15 +231,18 @@ class Checkpoints:
             args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(whole))
             for path in save.paths:
                 try:
+                    if self._remote and is_main():
+                        # Orbax would remove what is there in any order; a rest of it must not be marked as whole.
+                        stores.remove_tree(path)
                     self._saver.save(path, args=args, force=True)
                     if path == save.paths[-1]:
                         save.release()
                     self._saver.wait_until_finished()
-                except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+                except Exception as error:
                     failed[path] = _why_not_written(error)
                     if jax.process_count() > 1:
                         return failed  # leave the parts that other processes are writing
-                    with contextlib.suppress(OSError, ValueError):
+                    with contextlib.suppress(Exception):
                         self._saver.wait_until_finished()  # raises the same error
                 else:
                     if path == save.paths[-1]:
@@ -254,7 +250,13 @@ class Checkpoints:
                         save.times["seconds"] = time.perf_counter() - save.begun
         finally:
             save.release()
-        self._prune()
+        try:
+            with stores.as_os_error(self._workdir):
+                self._prune()
+        except OSError as error:
+            if not self._remote:
+                raise
+            self._log(f"{self._workdir}: old checkpoints are left until the next save ({error.strerror})")
         return failed
 
     def check(self) -> None:
@@ -293,16 +295,14 @@ class Checkpoints:
         """Removes running checkpoints that are not to be kept, and the remains of failed saves."""
         if not is_main():
             return
-        for part in self._half_written():  # no save is in progress, and they may fill the disk
-            shutil.rmtree(part, ignore_errors=True)
+        for part in folders.half_written(self._workdir):  # no save is in progress, and they may fill the disk
+            folders.remove(part)
         missing = [name for name in self._last_steps if meta_or_none(self._workdir / "stages" / name) is None]
         wanted = {self._last_steps[name] for name in missing}
         for step in running_steps(self._workdir)[: -self._keep]:
             if step not in wanted and not (self._keep_every and step % self._keep_every == 0):
-                # Renamed first: a partly deleted folder must never look like a checkpoint.
                 with contextlib.suppress(OSError):  # tried again after the next save
-                    gone = self._running(step).rename(self._running(step).with_suffix(_DELETED))
-                    self._deleter.submit(shutil.rmtree, gone, ignore_errors=True)
+                    self._deleter.submit(folders.remove, folders.unmark(self._running(step)))
 
 
 def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -316,14 +316,16 @@ def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _why_not_written(error: Exception) -> str:
-    """The reason for a failed save in one line; raises errors that do not come from the file system.
+    """The reason for a failed save in one line; raises errors that come neither from the file system nor a store.
 
-    Orbax raises OSError for those, tensorstore ValueError with the errno's text.
+    Orbax raises OSError for those, tensorstore ValueError with the errno's text or with the object's path.
     """
     text = " ".join(str(error).split())
     if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         return f"not all processes have written their part; see their logs ({text[:300]})"
-    disk = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error")
+    if not isinstance(error, OSError) and (why := stores.reason(error)):
+        return why
+    disk = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED", "OS error", *_STORE_WORDS)
     if not isinstance(error, OSError) and not (isinstance(error, ValueError) and any(word in text for word in disk)):
         raise error
     return text[:300]
@@ -346,7 +348,11 @@ def _memory_stats(device: jax.Device) -> dict[str, int]:
     return device.memory_stats() or {}  # None on CPU
 
 
-def _make_saver() -> ocp.AsyncCheckpointer:
+def _make_saver(scheme: str) -> ocp.AsyncCheckpointer:
+    if scheme == "s3":
+        s3.enable()
+    # Orbax marks a checkpoint as whole, instead of renaming it, by itself in gs:// only.
+    marked = {"temporary_path_class": ocp.path.atomicity.CommitFileTemporaryPath} if scheme else {}
     # With named processes Orbax uses the coordinator's barriers, which fail when a process dies. Its default, a device
     # collective, waits forever and interleaves with those of training.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
@@ -354,9 +360,9 @@ def _make_saver() -> ocp.AsyncCheckpointer:
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     handler = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options, **marked),
         state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
         meta=ocp.JsonCheckpointHandler(multiprocessing_options=options),
     )
     limits = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS)
-    return ocp.AsyncCheckpointer(handler, multiprocessing_options=options, async_options=limits)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=options, async_options=limits, **marked)

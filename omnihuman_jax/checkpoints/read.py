@@ -1,22 +1,24 @@
-"""Reads checkpoints from disk: finds them, and loads their metadata and arrays."""
+"""Reads checkpoints from disks and object stores: finds them, and loads their metadata and arrays."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from omnihuman_jax import conditions
+from omnihuman_jax import conditions, stores
+from omnihuman_jax.checkpoints import s3
 from omnihuman_jax.checkpoints.fingerprint import fingerprint
+from omnihuman_jax.checkpoints.folders import is_complete
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.models.dit.config import ModelConfig
 from omnihuman_jax.models.functional import make_network
 from omnihuman_jax.sharding import rules
+from omnihuman_jax.stores import AnyPath
 
 # Model keys that change how the network is computed, not what its parameters are.
 _COMPUTE_KEYS = (
@@ -26,13 +28,13 @@ _COMPUTE_KEYS = (
 _META_KEYS = ("step", "stage", "config")
 
 
-def running_steps(workdir: Path) -> list[int]:
+def running_steps(workdir: AnyPath) -> list[int]:
     """Sorted steps of a run directory's complete checkpoints."""
-    folder = Path(workdir) / "checkpoints"
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir())
+    folder = stores.get_path(workdir) / "checkpoints"
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and is_complete(p))
 
 
-def meta_or_none(path: Path) -> dict[str, Any] | None:
+def meta_or_none(path: AnyPath) -> dict[str, Any] | None:
     """`read_meta`, or None where it raises."""
     try:
         return read_meta(path)
@@ -40,16 +42,18 @@ def meta_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def restore(path: AnyPath, abstract: dict[str, Any]) -> dict[str, Any]:
     """Restores the parts of a state that `abstract` names, into its shardings; each process reads its own shards."""
     args = ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
     )
+    if stores.scheme_of(path) == "s3":
+        s3.enable()
     # Not Orbax's Checkpointer: it ends with a barrier that a process that cannot read never reaches.
     return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
 
-def check_conditions(config: Mapping[str, Any], path: str | Path) -> None:
+def check_conditions(config: Mapping[str, Any], path: str | AnyPath) -> None:
     """Raises UserError unless a config names this program's conditions in the same order."""
     there = tuple(config.get("conditions", conditions.names()))
     if there != conditions.names():
@@ -62,7 +66,7 @@ def check_conditions(config: Mapping[str, Any], path: str | Path) -> None:
 def check_same_model(
     saved: dict[str, Any],
     wanted: dict[str, Any],
-    path: str | Path,
+    path: str | AnyPath,
     advice: str = "use the config it was trained with or another --workdir",
 ) -> None:
     """Raises UserError naming the model keys in which a checkpoint differs from the config, and ending in `advice`."""
@@ -81,31 +85,40 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | AnyPath) -> AnyPath:
     """The checkpoint folder for a workdir, `checkpoints/STEP`, `stages/NAME` or a folder of those.
 
     For a workdir, the newest running checkpoint, or else the last stage's. Raises UserError if nothing is there.
     """
-    path = Path(path).absolute()
-    if not path.is_dir():
+    path = stores.absolute(path)
+    try:
+        with stores.as_os_error(path):
+            there = path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a checkpoint that these credentials can read") from error
+    if not there:
         raise UserError(
             f"{path}: no such checkpoint directory; give a run's --workdir, checkpoints/STEP or stages/NAME"
         )
-    if (path / "state").is_dir() and (path / "meta").is_dir():
+    if (path / "state").is_dir() and is_complete(path):
         return path
-    for pattern in ("checkpoints/*/meta", "*/meta"):
-        if steps := [p.parent for p in path.glob(pattern) if p.parent.name.isdigit() and p.is_dir()]:
+    for folder in (path / "checkpoints", path):
+        if steps := [p for p in folder.glob("*") if p.name.isdigit() and is_complete(p)]:
             return max(steps, key=lambda p: int(p.name))
-    for pattern in ("stages/*/meta", "*/meta"):
-        if stages := [p.parent for p in path.glob(pattern) if p.is_dir()]:
+    for folder in (path / "stages", path):
+        if stages := [p for p in folder.glob("*") if is_complete(p)]:
             return max(stages, key=lambda p: read_meta(p)["step"])
     raise UserError(f"{path}: holds no checkpoint; expected checkpoints/STEP/ or stages/NAME/ in it")
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON item of a checkpoint folder; UserError if it is unreadable or damaged."""
+def read_meta(path: AnyPath) -> dict[str, Any]:
+    """The JSON item of a checkpoint folder; UserError if it is unreadable, damaged or not complete."""
+    path = stores.get_path(path)
     try:
-        meta = json.loads((Path(path) / "meta" / "metadata").read_text())
+        with stores.as_os_error(path):
+            if stores.is_remote(path) and not is_complete(path):
+                raise UserError(f"{path}: not a complete checkpoint; use another one of the run")
+            meta = json.loads((path / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:  # not JSON, or not text
         raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
     missing = [key for key in _META_KEYS if not isinstance(meta, dict) or key not in meta]
@@ -115,7 +128,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
+def network_config(path: AnyPath) -> tuple[ConfigDict, dict[str, Any]]:
     """The resolved config and the JSON item of a checkpoint folder.
 
     Raises:
@@ -129,7 +142,7 @@ def network_config(path: Path) -> tuple[ConfigDict, dict[str, Any]]:
 
 
 def load_for_inference(
-    path: str | Path, *, use_ema: bool = True, shardings: Any = None
+    path: str | AnyPath, *, use_ema: bool = True, shardings: Any = None
 ) -> tuple[ConfigDict, Any, dict[str, Any]]:
     """`load.load_parameters` for training checkpoints only; UserError also for values that are not finite."""
     path = find_checkpoint(path)

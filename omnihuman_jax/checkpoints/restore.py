@@ -1,20 +1,20 @@
 """Restores a run from its newest intact checkpoint; damaged ones are moved to `damaged/`."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from omnihuman_jax.checkpoints import folders
 from omnihuman_jax.checkpoints.fingerprint import fingerprint, listed
 from omnihuman_jax.checkpoints.read import check_conditions, check_same_model, read_meta, restore
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import agreed_problem, agreed_steps, broadcast_from_main, is_main
 from omnihuman_jax.sharding.rules import path_name
+from omnihuman_jax.stores import AnyPath
 
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses between attempts to read a state
 
@@ -25,10 +25,10 @@ class Restored:
 
     state: Any
     meta: dict[str, Any]
-    path: Path
+    path: AnyPath
 
 
-def same_network(saved: Mapping[str, Any], config: ConfigDict, path: Path) -> None:
+def same_network(saved: Mapping[str, Any], config: ConfigDict, path: AnyPath) -> None:
     """Raises UserError if the saved config has another network shape or other conditions."""
     if "model" not in saved:
         raise UserError(f"{path}: not a checkpoint of experiments.train; use another --workdir")
@@ -37,12 +37,12 @@ def same_network(saved: Mapping[str, Any], config: ConfigDict, path: Path) -> No
 
 
 def restore_newest(
-    workdir: Path,
-    stages: list[Path],
+    workdir: AnyPath,
+    stages: list[AnyPath],
     abstract: Any,
     config: ConfigDict,
     log: Callable[[str], None],
-    check: Callable[[Mapping[str, Any], ConfigDict, Path], None] = same_network,
+    check: Callable[[Mapping[str, Any], ConfigDict, AnyPath], None] = same_network,
 ) -> Restored | None:
     """The newest intact running checkpoint, or else stage checkpoint; None for a run without running checkpoints.
 
@@ -61,7 +61,7 @@ def restore_newest(
     steps = agreed_steps([int(p.name) for p in folder.glob("*") if p.name.isdigit()])
     if not steps:
         return None
-    broken: list[tuple[Path, str]] = []
+    broken: list[tuple[AnyPath, str]] = []
     for path in [*(folder / str(step) for step in reversed(steps)), *stages]:
         restored, problem = _try(path, abstract, config, check)
         if restored:
@@ -76,7 +76,7 @@ def restore_newest(
     )
 
 
-def _try(path: Path, abstract: Any, config: ConfigDict, check: Callable[..., None]) -> tuple[Restored | None, str]:
+def _try(path: AnyPath, abstract: Any, config: ConfigDict, check: Callable[..., None]) -> tuple[Restored | None, str]:
     """The checkpoint, or why it cannot be used; the same in all processes."""
     meta, problem = None, ""
     try:
@@ -113,20 +113,16 @@ def _cast(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(x)
 
 
-def _set_aside(workdir: Path, broken: list[tuple[Path, str]], log: Callable[[str], None]) -> None:
+def _set_aside(workdir: AnyPath, broken: list[tuple[AnyPath, str]], log: Callable[[str], None]) -> None:
     for path, problem in broken:
         if is_main():
-            target = workdir / "damaged" / path.name
-            target.parent.mkdir(exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            path.rename(target)
+            folders.move(path, workdir / "damaged" / path.name)
         log(f"checkpoint {path} is skipped and moved to damaged/: {problem}")
     if broken:
         agreed_problem("")  # all processes wait until they are moved
 
 
-def _read_state(path: Path, abstract: Any) -> tuple[Any, str]:
+def _read_state(path: AnyPath, abstract: Any) -> tuple[Any, str]:
     """This process's shards, or why they cannot be read; does not wait for other processes."""
     for pause in (*RETRY_SECONDS, None):
         try:

@@ -1,12 +1,15 @@
 """Hooks that run around the training steps: saves, evaluations, profiles."""
 
-from pathlib import Path
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
 
+from omnihuman_jax import stores
 from omnihuman_jax.errors import UserError
-from omnihuman_jax.sharding.processes import broadcast_from_main
+from omnihuman_jax.sharding.processes import broadcast_from_main, log
+from omnihuman_jax.stores import AnyPath
 from omnihuman_jax.training.run import Run
 from omnihuman_jax.training.run_config import config_digest
 from omnihuman_jax.training.stages import ends_stage, stage_at
@@ -36,6 +39,7 @@ class Save(Hook):
                 "config": run.plain_config,
                 "config_digest": config_digest(run.plain_config),
             }
+            run.writer.sync()  # or a run continued from this checkpoint could lack lines of the steps before it
             run.checkpoints.save(done.step, done.state, meta | run.task.meta(), ends=stage if ends else "")
 
 
@@ -76,9 +80,11 @@ class Profile(Hook):
     `steps` is "FIRST:LAST", or "" for none; raises UserError for any other form.
     """
 
-    def __init__(self, steps: str, workdir: Path):
+    def __init__(self, steps: str, workdir: AnyPath):
         self._first = self._last = 0
         self._folder, self._running = workdir / "profile", False
+        # The profiler writes files; those of a run in an object store are uploaded at the end.
+        self._local = tempfile.TemporaryDirectory() if steps and stores.is_remote(workdir) else None
         if steps:
             parts = steps.split(":")
             if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
@@ -88,7 +94,7 @@ class Profile(Hook):
     def before_step(self, step: int) -> None:
         """Starts the trace at its first step."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
             self._running = True
 
     def after_step(self, done: StepDone) -> None:
@@ -102,3 +108,8 @@ class Profile(Hook):
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            if self._local:
+                try:
+                    stores.upload(pathlib.Path(self._local.name), self._folder)
+                except OSError as error:
+                    log(f"{self._folder}: the trace could not be uploaded ({error.strerror}); training goes on")

@@ -3,30 +3,44 @@
 import contextlib
 import json
 import os
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import register_writer_factory
 
+from omnihuman_jax import stores
 from omnihuman_jax.sharding import processes
+from omnihuman_jax.stores import AnyPath
+from omnihuman_jax.training.object_logs import EventFiles, ObjectFile
 
 
-def last_step_in(path: Path, key: str = "step") -> int:
+def last_step_in(path: AnyPath, key: str = "step") -> int:
     """The last step in metrics.jsonl or evaluation.jsonl whose line has `key`; 0 if there is none."""
-    if not path.exists():
+    if stores.is_remote(path):
+        tail = stores.read_tail(path, _LONGEST_LINE)
+    elif not path.exists():
         return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
-        whole = file.read().rpartition(b"\n")[0]  # a killed process may leave half a line
+    else:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+            tail = file.read()
+    whole = tail.rpartition(b"\n")[0]  # a killed process may leave half a line
     lines = [line for line in whole.split(b"\n") if line.startswith(b"{") and f'"{key}"'.encode() in line]
     return max((json.loads(line)["step"] for line in lines[-20:]), default=0)
 
 
 _LONGEST_LINE = 1 << 24
+
+
+def _to_json(line: Mapping[str, Any]) -> bytes:
+    """A line of JSON; NaN and infinity, which JSON lacks, become null."""
+    plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
+    return (json.dumps(plain) + "\n").encode()
 
 
 class LineFile:
@@ -37,7 +51,7 @@ class LineFile:
       log: called once when writing starts to fail, with the reason, and once when it works again.
     """
 
-    def __init__(self, path: Path, log: Callable[[str], None]):
+    def __init__(self, path: pathlib.Path, log: Callable[[str], None]):
         self._path, self._log, self._left, self._failing = path, log, b"", False
         self._file = -1
 
@@ -48,9 +62,8 @@ class LineFile:
         return file
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line of JSON; NaN and infinity, which JSON lacks, become null."""
-        plain = json.loads(json.dumps(line), parse_constant=lambda _: None)
-        self._left += (json.dumps(plain) + "\n").encode()
+        """Appends a line of JSON (`_to_json`)."""
+        self._left += _to_json(line)
         try:
             self._flush()
         except OSError as error:
@@ -67,6 +80,9 @@ class LineFile:
         while self._left:
             self._left = self._left[os.write(self._file, self._left) :]
 
+    def sync(self) -> None:
+        """Does nothing: every line is written at once, as far as that is possible."""
+
     def close(self) -> None:
         """Closes the file; logs how many bytes could not be written."""
         if self._left:
@@ -78,11 +94,22 @@ class LineFile:
             os.close(self._file)
 
 
+class ObjectLines(ObjectFile):
+    """A `LineFile` in an object store."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line of JSON (`_to_json`)."""
+        super().write(_to_json(line))
+
+
 class _Board:
     """TensorBoard events; stops after a failed write. (With a full queue, SummaryWriter would block.)"""
 
-    def __init__(self, folder: Path, log: Callable[[str], None]):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: AnyPath, log: Callable[[str], None]):
+        if scheme := stores.scheme_of(folder):
+            register_writer_factory(scheme, EventFiles(log))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
         self._events, self._log = EventsWriter(str(folder / "events")), log
 
     def add(self, step: int, *values: Summary.Value) -> None:
@@ -115,7 +142,7 @@ class MetricsWriter:
     """Appends JSON lines and TensorBoard events in a run directory; only process 0 writes.
 
     Args:
-      workdir: run directory.
+      workdir: run directory, also in an object store.
       log_records: whether to write data_log.jsonl.
       enabled: whether this process writes.
       log: reports what cannot be written; the run continues.
@@ -123,16 +150,17 @@ class MetricsWriter:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | AnyPath,
         *,
         log_records: bool,
         enabled: bool = True,
         log: Callable[[str], None] = processes.log,
     ):
-        workdir = Path(workdir)
+        workdir = stores.get_path(workdir)
+        kind = ObjectLines if stores.is_remote(workdir) else LineFile
 
-        def lines(name: str, wanted: bool = True) -> LineFile | None:
-            return LineFile(workdir / name, log) if enabled and wanted else None
+        def lines(name: str, wanted: bool = True) -> LineFile | ObjectLines | None:
+            return kind(workdir / name, log) if enabled and wanted else None
 
         self._metrics, self._evaluation = lines("metrics.jsonl"), lines("evaluation.jsonl")
         self._records = lines("data_log.jsonl", log_records)
@@ -167,12 +195,19 @@ class MetricsWriter:
             fields = {name: list(described[name]) for name in ("records", "active") if name in described}
             self._records.write({"step": step} | fields)
 
-    def video(self, tag: str, path: str | Path, size: tuple[int, int], step: int) -> None:
+    def video(self, tag: str, path: str | AnyPath, size: tuple[int, int], step: int) -> None:
         """Adds an animated GIF file of (height, width) to the image tab of TensorBoard."""
         if not self._board:
             return
-        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=Path(path).read_bytes())
+        data = stores.get_path(path).read_bytes()
+        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=data)
         self._board.add(step, Summary.Value(tag=tag, image=image))
+
+    def sync(self) -> None:
+        """Waits until all lines are where a killed process leaves them."""
+        for file in (self._metrics, self._evaluation, self._records):
+            if file:
+                file.sync()
 
     def close(self) -> None:
         """Flushes and closes every file."""

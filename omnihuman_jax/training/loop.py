@@ -6,13 +6,13 @@ step, so resuming needs only the train state and a step number.
 
 import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from omnihuman_jax.sharding.processes import check_same_on_all, is_main
+from omnihuman_jax.stores import AnyPath
 from omnihuman_jax.training.faults import StopSignal
 from omnihuman_jax.training.hooks import Profile, Save
 from omnihuman_jax.training.run import Run
@@ -22,7 +22,7 @@ from omnihuman_jax.training.task import State, StepDone, Task
 
 
 def train(
-    task: Task, config: ConfigDict, plain_config: dict[str, Any], workdir: Path, *, started: float | None = None
+    task: Task, config: ConfigDict, plain_config: dict[str, Any], workdir: AnyPath, *, started: float | None = None
 ) -> None:
     """Trains through the stages of a task; a second call with the same workdir continues the run.
 
@@ -32,7 +32,7 @@ def train(
       task: what is trained.
       config: resolved config.
       plain_config: the same as plain JSON types, stored in config.json and in every checkpoint.
-      workdir: run directory.
+      workdir: run directory, also in an object store.
       started: `time.time()` of the process's start, for goodput.
 
     Raises:

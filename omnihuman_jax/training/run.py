@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from omnihuman_jax.checkpoints.manager import Checkpoints
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.sharding.processes import StopConsensus, compile_together, is_main
+from omnihuman_jax.stores import AnyPath
 from omnihuman_jax.training.faults import BadSteps, StopSignal, Watchdog
 from omnihuman_jax.training.goodput import Goodput
 from omnihuman_jax.training.log_files import MetricsWriter, last_step_in
@@ -39,7 +39,7 @@ class Run:
       task: what is trained.
       config: resolved config; uses seed, data.log_records, checkpoint, faults, profile and log_every.
       plain_config: the same as plain JSON types.
-      workdir: run directory.
+      workdir: run directory, also in an object store.
       stop: the stop flag.
       started: `time.time()` of the process's start.
     """
@@ -49,7 +49,7 @@ class Run:
         task: Task,
         config: ConfigDict,
         plain_config: dict[str, Any],
-        workdir: Path,
+        workdir: AnyPath,
         stop: StopSignal,
         started: float,
     ):
@@ -79,7 +79,7 @@ class Run:
             with contextlib.suppress(OSError):  # stdout may be a file on a full disk
                 self.bar.write(message)
 
-    def restore_counters(self, meta: dict[str, Any], path: Path) -> None:
+    def restore_counters(self, meta: dict[str, Any], path: AnyPath) -> None:
         """Restores the checkpoint contents other than arrays; logs the checkpoint and what changes."""
         done, lines = meta["step"], self.task.restore(meta)
         self.checkpoints.end_stages(last_steps(self.task.stages))

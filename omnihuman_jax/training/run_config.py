@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
+from omnihuman_jax import stores
 from omnihuman_jax.sharding.processes import log
+from omnihuman_jax.stores import AnyPath
 
 # Keys that do not change what is trained: where and how fast it runs, what is logged, kept and shown.
 SAFE = (
@@ -46,7 +47,7 @@ def config_digest(plain_config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain_config, sort_keys=True).encode()).hexdigest()
 
 
-def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, Any] | None) -> None:
+def write_config(workdir: AnyPath, plain_config: dict[str, Any], before: dict[str, Any] | None) -> None:
     """Writes config.json; logs the keys that differ from the checkpoint's, `before`, and whether they are safe."""
     path = workdir / "config.json"
     if before is not None:
@@ -56,9 +57,7 @@ def write_config(workdir: Path, plain_config: dict[str, Any], before: dict[str, 
             lines = [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k.startswith(SAFE) == safe]
             if lines:
                 log(f"config differs from the checkpoint's ({heading}): {'; '.join(lines)}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain_config, indent=2) + "\n")
-    temporary.replace(path)
+    stores.write_whole(path, (json.dumps(plain_config, indent=2) + "\n").encode())
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,9 +41,9 @@ def make_job(tpu_type: str = "v5p-128", num_slices: int = 1, **changes: object) 
         num_slices=num_slices,
         image="images/omnihuman:1",
         config="experiments/configs/omni_2b.py",
-        overrides=("--config.data.dir=/gcs/data",),
+        overrides=("--config.data.dir=gs://bucket/data",),
         bucket="bucket",
-        workdir="/gcs/runs/omni",
+        workdir="gs://bucket/runs/omni",
     )
     return dataclasses.replace(job, **changes)
 

@@ -35,7 +35,8 @@ def programs(tmp_path, monkeypatch):
 
 
 def test_a_dry_run_prints_the_manifest_alone(capsys, programs):
-    assert run(noplan=True, dry_run=True, config__mesh__sequence=4) == 0
+    files = {"config__vae__checkpoint": "gs://bucket/vae.safetensors"}
+    assert run(noplan=True, dry_run=True, config__mesh__sequence=4, **files) == 0
     out, err = capsys.readouterr()
     (jobset,) = yaml.safe_load_all(out)
     assert jobset["metadata"]["name"] == "omni-2b"
@@ -44,8 +45,9 @@ def test_a_dry_run_prints_the_manifest_alone(capsys, programs):
     command = training["command"]
     assert command[:6] == ["python", "tpu/jobs/supervise.py", "--", "python", "-m", "experiments.train"]
     assert "--config=experiments/configs/omni_2b.py" in command and "--multi_host" in command
-    assert "--config.data.dir=/gcs/data" in command and "--workdir=/gcs/runs/omni" in command
-    assert "--config.mesh.sequence=4" in command and "--config.compilation_cache=/gcs/cache/jax" in command
+    assert "--config.data.dir=gs://bucket/data" in command and "--workdir=gs://bucket/runs/omni" in command
+    assert "--config.mesh.sequence=4" in command and "--config.compilation_cache=gs://bucket/cache/jax" in command
+    assert "--config.vae.checkpoint=/gcs/vae.safetensors" in command  # a file, read through the mount
     assert programs() == ""
 
 
@@ -136,8 +138,9 @@ def test_a_missing_program_is_named_with_how_to_get_it(tmp_path, programs):
         ({"workdir": "gs://Bucket/run"}, "no name of a bucket"),
         ({"workdir": "s3://bucket/run", "bucket": "bucket"}, "gs:// only"),
         ({"bucket": "other"}, "a job mounts one bucket"),
-        ({"config.data.dir": "gs://other/data"}, "gs://bucket; copy it there"),
-        ({"config.data.dir": "runs/demo/data"}, "data.dir='runs/demo/data' is not in the bucket"),
+        ({"config.vae.checkpoint": "gs://other/vae.safetensors"}, "gs://bucket; copy it there"),
+        ({"config.data.dir": "s3://other/data"}, "gs:// only"),
+        ({"config.data.dir": "runs/demo/data"}, "data.dir='runs/demo/data' is not in a bucket"),
         ({"config.mesh.tensor": 5}, "do not divide"),
         ({"config.log_every": 0}, "log_every"),
         ({"format": "xpk"}, "--cluster is missing"),
@@ -228,7 +231,7 @@ def test_a_sweep_is_one_job_a_row_and_planned_once_where_the_step_is_the_same(tm
     container = jobs[2]["spec"]["replicatedJobs"][1]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert "--config.seed=2" in container["command"]
     assert "--config.stages.stage1.ratios.text=0.8" in container["command"]
-    assert "--workdir=/gcs/runs/omni/lr-2" in container["command"]
+    assert "--workdir=gs://bucket/runs/omni/lr-2" in container["command"]
 
 
 @pytest.mark.parametrize(

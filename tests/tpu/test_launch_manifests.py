@@ -140,7 +140,7 @@ def test_the_slices_wait_for_a_preflight_that_has_no_tpu():
     (container,) = spec["containers"]
     assert "nodeSelector" not in spec and "limits" not in container["resources"]
     assert container["command"][:3] == ["python", "-m", "tpu.jobs.preflight"]
-    assert {"--topology=v5p:4x4x4", "--num_slices=2", "--workdir=/gcs/runs/omni"} <= set(container["command"])
+    assert {"--topology=v5p:4x4x4", "--num_slices=2", "--workdir=gs://bucket/runs/omni"} <= set(container["command"])
     # What is planned is compiled as it will run.
     environment = {one["name"]: one["value"] for one in container["env"]}
     running = {one["name"]: one["value"] for one in pod(make_job(num_slices=2))["containers"][0]["env"]}

@@ -18,16 +18,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(data: Path, workdir: Path, *overrides: str, processes: int = 1) -> list[subprocess.Popen]:
-    """Starts the tiny preset on 8 simulated devices shared by `processes`."""
+def start(
+    data: Path, workdir: Path, *overrides: str, processes: int = 1, where: os.PathLike | None = None
+) -> list[subprocess.Popen]:
+    """Starts the tiny preset on 8 simulated devices shared by `processes`; `where` as in `start_command`."""
     command = ["experiments.train", f"--config=tests/training/tiny_preset.py:{data}", *overrides]
-    return start_command(command, workdir, processes=processes)
+    return start_command(command, workdir, processes=processes, where=where)
 
 
-def start_command(arguments: Sequence[str], workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]:
-    """Starts a module with arguments, as so many processes; logs go to workdir/process-N.log."""
+def start_command(
+    arguments: Sequence[str], workdir: Path, *, processes: int = 1, where: os.PathLike | None = None
+) -> list[subprocess.Popen]:
+    """Starts a module with arguments, as so many processes; logs go to workdir/process-N.log.
+
+    `where`: the run directory, if it is not `workdir`, such as one in an object store.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", *arguments, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", *arguments, f"--workdir={where or workdir}"]
     if processes > 1:
         command += [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
     started = []

@@ -8,6 +8,7 @@ from data_pipelines.input_pipeline.pipeline import InputPipeline
 from data_pipelines.schema import Dataset
 from experiments.common import cli
 from experiments.configs import demo
+from omnihuman_jax.stores import AnyPath
 from omnihuman_jax.training import loop
 from omnihuman_jax.training.stages import curriculum
 from omnihuman_jax.training.tasks.omnihuman import OmniHumanTask
@@ -42,8 +43,8 @@ def tiny_data(directory: Path) -> Dataset:
     return write_fake_dataset(directory, 12, shapes=((7, 4, 4),))
 
 
-def train_tiny(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
+def train_tiny(config: ConfigDict, workdir: AnyPath, dataset: Dataset) -> None:
     """What `experiments.train` does, in this process."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = cli.make_workdir(workdir)
     input_pipeline = InputPipeline.from_config(config, curriculum(config), dataset)
     loop.train(OmniHumanTask(config, input_pipeline), config, cli.to_plain(config), workdir)

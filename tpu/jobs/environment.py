@@ -8,6 +8,8 @@ this step.
 
 from tpu.jobs.tpu_types import TpuType
 
+CACHE = "/tmp/omnihuman"  # of downloaded records, on the host's own disk
+
 # FSDP gathers every block's parameters: gathered while the block before is computed instead of between the two.
 _GATHER_EARLY = (
     "--xla_tpu_enable_async_collective_fusion=true",
@@ -33,4 +35,5 @@ def compiler_flags(tpu: TpuType, num_slices: int) -> str:
 def environment(tpu: TpuType, num_slices: int, *, platforms: str = "tpu,cpu") -> dict[str, str]:
     """Environment of the processes that train, and with "cpu" of the preflight, which compiles the same on CPUs."""
     # Without "tpu" first, JAX would train on the CPU of a host whose TPU does not start.
-    return {"JAX_PLATFORMS": platforms, "LIBTPU_INIT_ARGS": compiler_flags(tpu, num_slices)}
+    own = {"JAX_PLATFORMS": platforms, "LIBTPU_INIT_ARGS": compiler_flags(tpu, num_slices)}
+    return own | {"OMNIHUMAN_CACHE": CACHE}

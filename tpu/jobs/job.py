@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 from omnihuman_jax.errors import UserError
-from tpu.jobs import storage
 from tpu.jobs.tpu_types import TpuType
 
 CONTAINER = "train"  # and the replicated job of a JobSet
@@ -41,7 +40,7 @@ class Job(Handle):
       config: preset, as a path in the image.
       overrides: "--config.KEY=VALUE" flags and others for the trainer, with paths as the job sees them.
       bucket: mounted at /gcs.
-      workdir: run directory below /gcs.
+      workdir: run directory, in a bucket or below /gcs.
       max_restarts: failures after which it is given up; preemptions are not counted where the format can tell.
     """
 
@@ -79,7 +78,7 @@ class Job(Handle):
         flags = [f"--config={self.config}", *self.overrides]
         if not any(flag.startswith("--config.compilation_cache=") for flag in flags):
             # Beside the runs: those of a sweep compile the same program, and so does every restart.
-            flags.append(f"--config.compilation_cache={storage.MOUNT}/cache/jax")
+            flags.append(f"--config.compilation_cache=gs://{self.bucket}/cache/jax")
         return [*flags, f"--workdir={self.workdir}", *(["--multi_host"] if self.processes > 1 else [])]
 
     def training_command(self, restarts: int = 0) -> list[str]:

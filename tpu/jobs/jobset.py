@@ -198,7 +198,7 @@ def _mount() -> Manifest:
 
 
 def _annotations() -> dict[str, str]:
-    """For the sidecar that mounts the bucket; checkpoints pass through its disk, so it has no limits."""
+    """For the sidecar that mounts the bucket; whole files pass through its disk, so it has no limits."""
     limits = {f"gke-gcsfuse/{kind}-limit": "0" for kind in ("cpu", "memory", "ephemeral-storage")}
     return {"gke-gcsfuse/volumes": "true", **limits}
 

@@ -4,7 +4,6 @@ import fnmatch
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.common import cli
 from omnihuman_jax.errors import UserError
+from omnihuman_jax.stores import AnyPath
 from omnihuman_jax.training.run_config import flatten
 from tpu import plan
 from tpu.jobs.environment import compiler_flags
@@ -38,7 +38,7 @@ def make(config: ConfigDict, tpu: TpuType, num_slices: int, log: Callable[[str],
     return plan.plan(config, get_topology(tpu.topology, num_slices), log)
 
 
-def read(path: Path) -> Plan:
+def read(path: AnyPath) -> Plan:
     """A plan that `tpu.plan --output` wrote; UserError if it cannot be read, or is none."""
     try:
         report = json.loads(path.read_text())

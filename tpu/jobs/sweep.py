@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
+from omnihuman_jax import stores
 from omnihuman_jax.errors import UserError
 
 Row = dict[str, Any]  # config key, "config.seed" -> value
@@ -60,7 +59,7 @@ def row_name(name: str, index: int) -> str:
 def collect(workdir: str, name: str, rows: Sequence[Row]) -> list[Row]:
     """One line for each row: its name and config keys, its last step, and metrics as means of the last logged steps.
 
-    The directory of the runs is any that `etils.epath` can read; UserError if a log cannot be read.
+    The directory of the runs may be in an object store; UserError if a log cannot be read.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = []
@@ -83,9 +82,10 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     half written, and is left out. Raises UserError if the file cannot be read.
     """
     try:
-        file = epath.Path(path)
-        lines = file.read_text().splitlines() if file.exists() else []
-    except (OSError, ImportError, RuntimeError) as error:
+        with stores.as_os_error(path):
+            file = stores.get_path(path)
+            lines = file.read_text().splitlines() if file.exists() else []
+    except OSError as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read ({words}); copy the runs here and give --workdir=DIR") from error
     steps = {}
