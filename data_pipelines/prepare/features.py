@@ -46,7 +46,11 @@ def sound(clip: RawClip, num_frames: int) -> Sound | None:
         tracks = media.audio_tracks(clip.path)
         if not tracks:
             return None
-        found = media.read_sound(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
+        start = clip.start + clip.sound_late
+        found = media.read_sound(clip.path, start=max(start, 0.0), end=start + num_frames / media.FPS)
+        if start < 0:  # the sound is early, so the picture begins before it
+            before = round(-start * media.AUDIO_RATE)
+            found = Sound(*(np.pad(values, (before, 0)) for values in found))
     except UserError as error:
         print(f"going on without sound: {error}", flush=True)
         return None

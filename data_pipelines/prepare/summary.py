@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipelines.raw.manifest import RawClip
@@ -19,6 +19,14 @@ class Summary:
         self._counts: dict[str, Counter[str]] = defaultdict(Counter)
         self._sizes: dict[str, Counter[str]] = defaultdict(Counter)
         self.rejected: list[tuple[str, str]] = []
+        self._captions: Counter[str] = Counter()
+
+    def add_captions(self, captions: Iterable[str], encoder: Any) -> None:
+        """Counts the captions of clips that the encoder does not read as they are; see `TextEncoder.problem`."""
+        problem = getattr(encoder, "problem", lambda _: "")  # states from a file are of any length
+        for caption, count in Counter(captions).items():
+            self._captions["all"] += count
+            self._captions[problem(caption)] += count
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds an accepted record."""
@@ -55,4 +63,8 @@ class Summary:
         lines += [f"rejected {name}: {reason}" for name, reason in self.rejected]
         if self.rejected:
             lines.append(f"clips rejected: {len({name for name, _ in self.rejected})}")
+        for problem, count in sorted(self._captions.items()):
+            if problem not in ("", "all"):
+                whole = self._captions["all"]
+                lines.append(f"captions {problem}: {count} of {whole} ({100 * count / whole:.1f} %)")
         return "\n".join(lines)
