@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import os
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,7 @@ from data_pipelines.encoders import pose
 from data_pipelines.raw.manifest import RawClip
 from omnihuman_jax.errors import UserError
 
+_USER_ERROR = re.compile(r"(?:UserError|DetectorError): (.+?)(?: \[while running .*)?$", re.MULTILINE)
 GROUP = 8  # clips of a source that one element scores: the source's sound is decoded once for them
 
 
@@ -120,17 +123,32 @@ _detector = _Detector()
 atexit.register(_detector.stop)
 
 
-class _OneThread(beam.DoFn):
+class _Worker(beam.DoFn):
     """Calls a function in a process whose OpenCV uses one thread: there are as many processes as cores."""
 
-    def __init__(self, function):
-        self._function = function
+    def __init__(self, function, driver: int):
+        self._function, self._driver = function, driver
 
     def setup(self):
-        cv2.setNumThreads(1)
+        if self._driver != os.getpid():
+            cv2.setNumThreads(1)
+            _end_with(self._driver)
 
     def process(self, element):
         return self._function(element)
+
+
+@functools.cache
+def _end_with(driver: int) -> None:
+    """Ends this process soon after the one that started the run, which Beam's workers would outlive; 0: never."""
+
+    def watch() -> None:
+        while pathlib.Path(f"/proc/{driver}").exists():
+            time.sleep(2)
+        os._exit(1)
+
+    if driver and pathlib.Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class FindScenes(beam.PTransform):
@@ -142,7 +160,7 @@ class FindScenes(beam.PTransform):
 
     def expand(self, sources):
         find = functools.partial(find_scenes, settings=self._settings)
-        return sources | "spread sources" >> beam.Reshuffle() | beam.ParDo(_OneThread(find))
+        return sources | "spread sources" >> beam.Reshuffle() | beam.ParDo(_Worker(find, self._settings.driver))
 
 
 class ScoreClips(beam.PTransform):
@@ -155,7 +173,9 @@ class ScoreClips(beam.PTransform):
     def expand(self, groups):
         settings = self._settings
         return (
-            groups | "spread clips" >> beam.Reshuffle() | beam.ParDo(_OneThread(lambda g: [score_clips(g, settings)]))
+            groups
+            | "spread clips" >> beam.Reshuffle()
+            | beam.ParDo(_Worker(lambda g: [score_clips(g, settings)], settings.driver))
         )
 
 
@@ -172,10 +192,17 @@ def run(sources: Sequence[Source], settings: Settings, runner: str, workers: int
     Args:
       runner: name of a Beam runner; "" for `workers` processes on this machine.
       options: more options of Beam.
+
+    Raises UserError if a worker did.
     """
-    mode = "multi_processing" if workers > 1 else "in_memory"
+    mode = "multi_processing" if workers > 1 else "in_memory"  # the latter ignores the number of workers
     local = [f"--direct_num_workers={workers}", f"--direct_running_mode={mode}"]
     chosen = PipelineOptions([*([] if runner else local), *options])
-    with beam.Pipeline(runner or _local_runner(), options=chosen) as pipeline:
-        created = pipeline | beam.Create(list(sources), reshuffle=False)
-        _ = created | FindScenes(settings) | ScoreClips(settings)
+    try:
+        with beam.Pipeline(runner or _local_runner(), options=chosen) as pipeline:
+            created = pipeline | beam.Create(list(sources), reshuffle=False)
+            _ = created | FindScenes(settings) | ScoreClips(settings)
+    except Exception as error:
+        if found := _USER_ERROR.search(str(error)):  # Beam gives the worker's traceback as text
+            raise UserError(found[1]) from error
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -102,7 +103,9 @@ def curate(
     if missing:
         begin = time.perf_counter()
         model = voice.fetch_model(machine.cache)
-        settings = Settings(str(directory.absolute()), cuts, machine.detect, str(model))
+        settings = Settings(
+            str(directory.absolute()), cuts, machine.detect, str(model), 0 if machine.runner else os.getpid()
+        )
         print(f"curate: {len(sources) - len(missing)} of {len(sources)} sources are scored already", flush=True)
         _graph().run(missing, settings, machine.runner, machine.workers, machine.beam)
         seconds = time.perf_counter() - begin

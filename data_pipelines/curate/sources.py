@@ -20,12 +20,14 @@ class Settings:
       cuts: the section of the config.
       detect: whether to detect people.
       voice_model: ONNX file of the voice activity.
+      driver: id of the process on this machine with which the workers are to end; 0 for workers elsewhere.
     """
 
     directory: str
     cuts: dict[str, Any]
     detect: bool
     voice_model: str
+    driver: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,9 +95,6 @@ def _flag_error(**values: Any) -> None:
 
 def _inputs() -> tuple[list[manifest.RawClip], list[manifest.RawClip]]:
     """The clips to curate, and those to take as they are."""
-    _flag_error(input=_INPUT.value, output=_OUTPUT.value)
-    if _WORKERS.value < 1 or _BATCH.value < 1:
-        raise UserError("--workers and --vae_batch must be at least 1")
     raw, trusted = [], []
     for directory in _INPUT.value:
         clips = manifest.read(directory)
@@ -143,8 +140,11 @@ def _curate(raw: list[manifest.RawClip]) -> curated.Curation:
 
 def main() -> None:
     """Checks the flags and inputs before the first compile, then runs the pipeline."""
-    raw, trusted = _inputs()
+    _flag_error(input=_INPUT.value, output=_OUTPUT.value)
+    if _WORKERS.value < 1 or _BATCH.value < 1:
+        raise UserError("--workers and --vae_batch must be at least 1")
     settings = None if _DRY_RUN.value else _settings()
+    raw, trusted = _inputs()
     if _DRY_RUN.value and not raw:
         raise UserError("--dry_run: no input is curated, so there is nothing to score; see --curate")
     curation = _curate(raw) if raw else None
@@ -173,7 +173,8 @@ def _prepare(settings: pipeline.Settings, clips: list[manifest.RawClip], curatio
         items = curated.pending(curation, clips, output)
         if items is None:
             return
-        extra = {extend.SETTINGS: pipeline.inputs_digest([], settings, encoders, "")}
+        detected = pose.NAME if detects or curation.detected else None
+        extra = {extend.SETTINGS: pipeline.inputs_digest([], settings, encoders, ""), "pose_detector": detected}
     vae, encode = _load_vae()
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:

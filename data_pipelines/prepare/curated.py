@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -11,19 +10,20 @@ from ml_collections import ConfigDict
 
 from data_pipelines.curate import manifest, run
 from data_pipelines.curate.eligibility import DROPPED
+from data_pipelines.curate.store import Store
 from data_pipelines.prepare import extend, names
-from data_pipelines.raw.fetch import sha256_of
 from data_pipelines.raw.manifest import RawClip
 from omnihuman_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Curation:
-    """A finished curation, its directory, and what its output held before."""
+    """A finished curation, its directory, what its output held before, and whether people were detected."""
 
     result: run.Result
     directory: pathlib.Path
     done: dict[str, list[str]]
+    detected: bool
 
 
 def curate(
@@ -34,7 +34,7 @@ def curate(
     result = run.curate(raw, directory, config, machine, frozenset(entry[0] for entry in done.values()))
     print(manifest.table(result.clips, result.fates))
     print(f"fates, scores and report: {directory}/{manifest.MANIFEST}, {manifest.SCORES}, report.html", flush=True)
-    return Curation(result, directory, done)
+    return Curation(result, directory, done, machine.detect)
 
 
 def pending(curation: Curation, ready: Sequence[RawClip], output: pathlib.Path) -> list[extend.Item] | None:
@@ -42,7 +42,9 @@ def pending(curation: Curation, ready: Sequence[RawClip], output: pathlib.Path) 
 
     Raises UserError if two have one name, nothing is kept, or the data set holds clips that would be others now.
     """
-    digest = functools.cache(lambda path: sha256_of(path) if path.is_file() else "")
+    clips = [*(kept.clip for kept in curation.result.kept), *ready]
+    files = {path for clip in clips for path in (clip.path, clip.annotations) if path is not None}
+    digest = Store(curation.directory).digests(sorted(files)).__getitem__
     items = [extend.item(kept.clip, kept.identity, digest) for kept in curation.result.kept]
     assigned = names.assign(ready)
     named = [dataclasses.replace(c, id=n.whole.removeprefix(f"{c.source}/")) for c, n in zip(ready, assigned)]

@@ -123,8 +123,8 @@ def run(
         with DatasetWriter(work, meta, head, extend=True) as writer:
             rows = list(zip([entry.clip for entry in part], assigned, strict=True))
             pipeline.fill(writer, rows, settings, encoders, encode, summary, workers=workers, batch=batch)
-            rejected = dict(summary.rejected)
-            done |= {entry.name: [entry.identity, entry.inputs, rejected.get(entry.name, "")] for entry in part}
+            unused = summary.unused()
+            done |= {entry.name: [entry.identity, entry.inputs, unused.get(entry.name, "")] for entry in part}
     if not len(Dataset.open(work, empty=True)):
         raise UserError(f"no clip could be used; nothing was written to {output}{summary.reasons()}")
     if work != output:

@@ -6,20 +6,23 @@ import dataclasses
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipelines import boxes
 from data_pipelines import keypoints as kp
-from data_pipelines.encoders.speech import SpeechEncoder
-from data_pipelines.encoders.text import TextEncoder
-from data_pipelines.encoders.text_states import StatesFile
 from data_pipelines.prepare.cut import Cut
 from data_pipelines.raw import media
 from data_pipelines.raw.manifest import RawClip
 from data_pipelines.raw.sound import Sound
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
+
+if TYPE_CHECKING:  # they import JAX, which processes that only score do not need
+    from data_pipelines.encoders.speech import SpeechEncoder
+    from data_pipelines.encoders.text import TextEncoder
+    from data_pipelines.encoders.text_states import StatesFile
 
 # Of rendered clips; the keypoints also of those that are to train without pose.
 _TRUTH = ("mouth", "attributes", "truth_keypoints")
