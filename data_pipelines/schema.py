@@ -108,7 +108,10 @@ def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
         if value.ndim != rank:
             raise ValueError(f"record {record['id']}: {name} has shape {value.shape}, expected rank {rank}")
         raw[name] = np.ascontiguousarray(value)
-    return _features(tuple(arrays.items())).serialize_example(raw)
+    from tensorflow_datasets.proto import tf_example_pb2  # imported here as in `_features`
+
+    example = tf_example_pb2.Example.FromString(_features(tuple(arrays.items())).serialize_example(raw))
+    return example.SerializeToString(deterministic=True)  # else the order of its map is another in each process
 
 
 def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:

@@ -203,6 +203,7 @@ def run(sources: Sequence[Source], settings: Settings, runner: str, workers: int
             created = pipeline | beam.Create(list(sources), reshuffle=False)
             _ = created | FindScenes(settings) | ScoreClips(settings)
     except Exception as error:
-        if found := _USER_ERROR.search(str(error)):  # Beam gives the worker's traceback as text
+        text = f"UserError: {error}" if isinstance(error, UserError) else str(error)
+        if found := _USER_ERROR.search(text):  # Beam gives the worker's traceback as text
             raise UserError(found[1]) from error
         raise

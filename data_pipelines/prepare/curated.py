@@ -51,13 +51,14 @@ def pending(curation: Curation, ready: Sequence[RawClip], output: pathlib.Path) 
     items += [extend.item(clip, "", digest) for clip in named]
     if len({item.name for item in items}) < len(items):
         raise UserError("two inputs have clips of the same name; rename one of their folders")
-    if not items:
-        raise UserError(f"every clip was dropped; {curation.directory}/{manifest.MANIFEST} says why")
     fates = zip(curation.result.clips, curation.result.fates)
     dropped = [clip.name for clip, fate in fates if fate.fate == DROPPED]
     waiting = extend.pending(items, dropped, curation.done, output)
+    if not items:
+        raise UserError(f"every clip was dropped; {curation.directory}/{manifest.MANIFEST} says why")
     if waiting or not output.is_dir():
         return waiting
+    finish(curation, output)
     print(f"{output} is up to date: {len(items)} clips")
     return None
 

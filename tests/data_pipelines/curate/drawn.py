@@ -15,6 +15,8 @@ BODY = {
     "left_wrist": (0.16, 0.28), "right_wrist": (-0.16, 0.28), "left_hip": (0.09, 0.3), "right_hip": (-0.09, 0.3),
 }  # fmt: skip
 
+JOINTS = {f"{side}_{joint}" for side in ("left", "right") for joint in ("shoulder", "elbow", "wrist", "hip")}
+
 
 def openings(count, seed=0):
     """(F,) opening of a mouth that speaks, 0..1, with pauses, different for each seed."""
@@ -30,7 +32,7 @@ def openings(count, seed=0):
 
 
 def points(mouth, size=SIZE, hands=False, jitter=0.0, seed=0):
-    """Keypoints (F,K,3) of the person with mouths (F,) open, who sways a little."""
+    """Keypoints (F,K,3) of the person with mouths (F,) open, who sways a little; `jitter`: noise of the body's."""
     height, width = size
     rng = np.random.default_rng(seed)
     found = np.zeros((len(mouth), kp.NUM_KEYPOINTS, 3), np.float32)
@@ -43,7 +45,7 @@ def points(mouth, size=SIZE, hands=False, jitter=0.0, seed=0):
             places[f"{side}_index_tip"] = np.tile([x, 0.33], (len(mouth), 1))
             places[f"{side}_thumb_tip"] = np.tile([x * 0.8, 0.32], (len(mouth), 1))
     for name, place in places.items():
-        moved = place + np.stack([sway, 0 * sway], 1) + rng.normal(0, jitter, place.shape)
+        moved = place + np.stack([sway, 0 * sway], 1) + rng.normal(0, jitter * (name in JOINTS), place.shape)
         found[:, kp.INDEX[name]] = np.stack([0.5 + moved[:, 0] * height / width, 0.5 + moved[:, 1], 0 * sway + 1], 1)
     return found
 

@@ -53,8 +53,8 @@ def clips(tmp_path_factory):
     """A good talker, one with late sound, a dubbed one, a silent one, a damaged file and a copy."""
     folder = tmp_path_factory.mktemp("clips")
     entries = [
-        drawn.write(folder, "good", seed=1), drawn.write(folder, "late", seed=2, late=0.24),
-        drawn.write(folder, "dubbed", seed=3, voice_of=8), drawn.write(folder, "silent", seed=4, sound=False),
+        drawn.write(folder, "good", seed=1), drawn.write(folder, "late", seed=2, late=0.4),
+        drawn.write(folder, "dubbed", seed=3, voice_of=9), drawn.write(folder, "silent", seed=4, sound=False),
         drawn.write(folder, "shaky", seed=5, jitter=0.03), drawn.write(folder, "short", seed=6, seconds=2),
     ]  # fmt: skip
     (folder / "bad.mp4").write_text("no video")
@@ -128,7 +128,8 @@ def test_every_kind_of_clip_has_its_fate_and_reason(begun, clips):
         "silent": ("kept", ["pose"]), "shaky": ("kept", ["audio"]), "short": ("dropped", []),
         "bad": ("unreadable", []), "twin": ("dropped", []),
     }  # fmt: skip
-    assert found["late"]["sound_late_seconds"] == pytest.approx(0.24, abs=0.041)
+    # 10 frames late; 2 frames are usual.
+    assert found["late"]["sound_late_seconds"] == pytest.approx(0.32, abs=0.041)
     assert found["dubbed"]["reasons"]["audio"][0].startswith("sync_correlation")
     assert found["silent"]["notes"] == ["no sound"]
     assert found["shaky"]["reasons"]["pose"][0].startswith("pose_jitter")
@@ -152,7 +153,8 @@ def test_late_sound_is_moved_to_the_mouth_in_the_records(begun, clips):
     wave = media.read_audio(data.clip_path(record), end=49 / 25)
     loud = np.abs(wave).reshape(49, 640).mean(1)
     mouth = drawn.openings(150, 2)[:49]
-    assert np.corrcoef(loud[3:], mouth[3:])[0, 1] > np.corrcoef(loud[6:], mouth[:-6])[0, 1] + 0.3
+    fits = [np.corrcoef(loud[lag:], mouth[: 49 - lag])[0, 1] for lag in range(15)]
+    assert abs(int(np.argmax(fits)) - 2) <= 1 and fits[10] < max(fits) - 0.3
     assert data.read(record)["keypoints"].shape == (49, 28, 3)
 
 
@@ -238,7 +240,7 @@ def test_more_inputs_become_more_shards_and_the_old_ones_stay(begun, clips):
     before = bytes_of(tmp_path / "data")
     more = tmp_path / "more"
     more.mkdir()
-    # "a" comes first by name, and is a copy of what is in the data set.
+    # These come first, and "a" is a copy of what is in the data set.
     entries = [drawn.write(more, "new", seed=7), drawn.write(more, "a", seed=1)]
     raw_manifest.write_manifest(more, "more", entries)
     prepare([more, clips], tmp_path)
@@ -251,7 +253,7 @@ def test_more_inputs_become_more_shards_and_the_old_ones_stay(begun, clips):
     assert {entry["file"] for entry in data.index[-3:]} == {"records/records-00001.array_record"}
     assert all(len(data.read(i)["latents"]) for i in range(len(data)))
     copy = next(r for r in rows(tmp_path / "data.curation").values() if r["clip"] == "more/a")
-    assert copy["reasons"]["general"] == ["a copy (near: drawn/good)"]
+    assert copy["reasons"]["general"] == ["a copy (exact: drawn/good)"]
 
 
 def test_a_data_set_of_other_thresholds_or_settings_is_not_mixed(begun, clips):
@@ -260,7 +262,7 @@ def test_a_data_set_of_other_thresholds_or_settings_is_not_mixed(begun, clips):
     with pytest.raises(UserError, match="clips that changed since.*delete it"):
         prepare([clips], tmp_path, audio__speech_share__min=0.99)
     with pytest.raises(UserError, match="clips that are dropped now"):
-        prepare([clips], tmp_path, general__sharpness__min=1e9, general__people__max=1.0)
+        prepare([clips], tmp_path, general__sharpness__min=1e9)
     curation = curate([clips], tmp_path / "data.curation", tmp_path / "data")
     waiting = [extend.item(kept.clip, "i", str) for kept in curation.result.kept[:1]]
     with pytest.raises(UserError, match="other settings or encoders"):
