@@ -96,6 +96,8 @@ def table(clips: Sequence[Clip], fates: Sequence[Fate], most: int = 40) -> str:
 def first_reason(reasons: Sequence[str]) -> str:
     """The kind of the first reason: the name of a score, or a few words."""
     word = reasons[0].split(" ")[0]
+    if reasons[0].startswith("cannot read"):  # each names its file
+        return "cannot be read"
     return word if word in scores.TABLE else reasons[0].split(": ")[0].split(" (")[0].split(";")[0][:60]
 
 

@@ -135,6 +135,17 @@ def test_copies_are_dropped_unless_the_other_is_bad_or_is_in_the_data_set():
     assert [fate.fate for fate in judge(*same, duplicates__drop=False)] == ["dropped", "kept"]
 
 
+def test_reasons_are_counted_by_their_kind():
+    reasons = (
+        "side 3 pixels, below 9",
+        "a copy (near: x/a)",
+        "cannot read a b.mp4: broken",
+        "2 s, shorter than 5 s; so",
+    )
+    kinds = [manifest.first_reason([reason]) for reason in reasons]
+    assert kinds == ["side", "a copy", "cannot be read", "2 s, shorter than 5 s"]
+
+
 def test_clips_that_cannot_be_read_or_are_too_short_say_why():
     unreadable = Clip("x/u", RawClip("u", pathlib.Path("u"), "x", problem="cannot read it"), "u", Span(0, 0))
     failed = Clip("x/f", RawClip("f", pathlib.Path("f"), "x"), "f", Span(0, 150), "k", {"problem": "strange"})
