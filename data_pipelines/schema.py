@@ -110,7 +110,10 @@ def encode(record: Mapping[str, Any], arrays: ArrayFields) -> bytes:
         if value.ndim != rank:
             raise ValueError(f"record {record['id']}: {name} has shape {value.shape}, expected rank {rank}")
         raw[name] = np.ascontiguousarray(value)
-    return _features(tuple(arrays.items())).serialize_example(raw)
+    from tensorflow_datasets.proto import tf_example_pb2  # imported here as in `_features`
+
+    example = tf_example_pb2.Example.FromString(_features(tuple(arrays.items())).serialize_example(raw))
+    return example.SerializeToString(deterministic=True)  # else the order of its map is another in each process
 
 
 def decode(data: bytes, arrays: ArrayFields) -> dict[str, Any]:
@@ -205,21 +208,34 @@ def check_sizes(dataset: Dataset, model: Any) -> None:
 
 
 class DatasetWriter:
-    """Context manager that writes a data set directory.
+    """Context manager that writes a data set directory, or extends one.
 
-    It writes to a sibling `.NAME.partial` and renames that at the end, so a data set is complete or absent.
+    A new data set is written to a sibling `.NAME.partial` and renamed at the end, so it is complete or absent. An
+    extended one gets more files, and at the end another dataset.json that lists them, so it is as before or complete.
     """
 
-    def __init__(self, directory: str | pathlib.Path, meta: Meta, extra: Mapping[str, Any] | None = None):
-        """`extra`: more top-level keys of dataset.json, such as the digest of the inputs."""
+    def __init__(
+        self, directory: str | pathlib.Path, meta: Meta, extra: Mapping[str, Any] | None = None, *, extend: bool = False
+    ):
+        """Writes nothing yet.
+
+        Args:
+          extra: more top-level keys of dataset.json, such as the digest of the inputs; read at the end.
+          extend: keep the records that are in `directory`, if it exists, and write even without a new one.
+        """
         self._final = pathlib.Path(directory).absolute()
-        self._partial = self._final.parent / f".{self._final.name}.partial"
-        self._meta, self._extra = meta, dict(extra or {})
+        self._extends = extend and self._final.exists()
+        self._partial = self._final if self._extends else self._final.parent / f".{self._final.name}.partial"
+        self._meta, self._extra, self._needs_records = meta, extra if extra is not None else {}, not extend
         self._index: list[dict[str, Any]] = []
         self._ids: set[str] = set()
         self._writer: ArrayRecordWriter | None = None
+        self._file = self._row = -1
+        self._written: list[pathlib.Path] = []
 
     def __enter__(self) -> Self:
+        if self._extends:
+            return self._open()
         if self._final.exists() and (not self._final.is_dir() or any(self._final.iterdir())):
             raise UserError(f"output {self._final} already exists and is not empty; choose another or delete it")
         shutil.rmtree(self._partial, ignore_errors=True)  # left over from a killed process
@@ -228,6 +244,18 @@ class DatasetWriter:
             (self._partial / "clips").mkdir()
         except OSError as error:
             raise UserError(f"cannot write {self._final}: {error.strerror}; choose a writable directory") from error
+        return self
+
+    def _open(self) -> Self:
+        dataset = Dataset.open(self._final, empty=True)
+        if dataset.meta != self._meta:
+            raise UserError(
+                f"{self._final} was made with other encoders or sizes; choose another --output or delete it"
+            )
+        self._index = dataset.index
+        self._ids = {entry["id"] for entry in self._index}
+        self._file = max((_number_of(entry["file"]) for entry in self._index), default=-1)
+        self._row = RECORDS_PER_FILE  # its last file is full or not, but it is closed
         return self
 
     def add(self, record: Mapping[str, Any], clip_path: str | pathlib.Path | None = None) -> None:
@@ -252,25 +280,27 @@ class DatasetWriter:
             raise UserError(f"cannot write {self._final}: {reason}; free some space or choose another") from error
 
     def _write(self, record: Mapping[str, Any], data: bytes, clip_path: str | pathlib.Path | None) -> None:
-        file, row = divmod(len(self._index), RECORDS_PER_FILE)
-        name = f"records/records-{file:05d}.array_record"
-        if row == 0:
+        if self._writer is None or self._row == RECORDS_PER_FILE:
             self._close_file()
+            self._file, self._row = self._file + 1, 0
+            self._written.append(self._partial / _file_name(self._file))
             # One record per group, because batches read single records in random order.
-            self._writer = ArrayRecordWriter(str(self._partial / name), "group_size:1")
+            self._writer = ArrayRecordWriter(str(self._written[-1]), "group_size:1")
         self._writer.write(data)
         if clip_path is not None:
-            shutil.copyfile(clip_path, self._partial / "clips" / clip_filename(record["id"]))
+            self._written.append(self._partial / "clips" / clip_filename(record["id"]))
+            shutil.copyfile(clip_path, self._written[-1])
         self._index.append(
             {
                 **{key: record[key] for key in ("id", "source", "split", "view")},
-                "file": name,
-                "row": row,
+                "file": _file_name(self._file),
+                "row": self._row,
                 "shape": list(record["latents"].shape[:3]),
                 **{name: len(record[conditions.get(name).record]) > 0 for name in conditions.selecting()},
                 "frames": int(record["frames"]),
             }
         )
+        self._row += 1
 
     def _close_file(self) -> None:
         writer, self._writer = self._writer, None
@@ -282,19 +312,38 @@ class DatasetWriter:
         try:
             with self._writing() if kind is None else contextlib.suppress(OSError, RuntimeError):
                 self._close_file()
-                if kind is None and self._index:
+                if kind is None and (self._index or not self._needs_records):
                     self._finish()
                     finished = True
         finally:
             if not finished:
-                shutil.rmtree(self._partial, ignore_errors=True)
+                self._remove()
         if kind is None and not finished:
             raise UserError(f"no clip could be used; nothing was written to {self._final}")
 
+    def _remove(self) -> None:
+        if not self._extends:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        for path in self._written:
+            path.unlink(missing_ok=True)
+
     def _finish(self) -> None:
         head = dataclasses.asdict(self._meta) | self._extra | {"records": len(self._index), "index": self._index}
-        (self._partial / "dataset.json").write_text(json.dumps(head, indent=1) + "\n")
-        self._partial.rename(self._final)
+        path = self._partial / "dataset.json"
+        partial = path.with_name(".dataset.json.partial")
+        partial.write_text(json.dumps(head, indent=1) + "\n")
+        partial.replace(path)
+        if not self._extends:
+            self._partial.rename(self._final)
+
+
+def _file_name(number: int) -> str:
+    return f"records/records-{number:05d}.array_record"
+
+
+def _number_of(file_name: str) -> int:
+    return int(file_name.rpartition("-")[2].partition(".")[0])
 
 
 class Dataset:
@@ -314,10 +363,11 @@ class Dataset:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, directory: str | AnyPath) -> Dataset:
+    def open(cls, directory: str | AnyPath, *, empty: bool = False) -> Dataset:
         """Opens a data set directory, also in an object store, whose files are downloaded as they are read.
 
-        Raises UserError if it is missing, empty, damaged or of another schema version.
+        `empty` allows one without records, as one that is only begun. Raises UserError if it is missing, empty, damaged
+        or of another schema version.
         """
         directory = stores.absolute(directory)
         make = "create one with `python -m data_pipelines.prepare`"
@@ -344,7 +394,7 @@ class Dataset:
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}; prepare the data again")
         index = head.pop("index")
-        if not index:
+        if not index and not empty:
             raise UserError(f"data directory {directory} has no records; {make}")
         for name in sorted({entry["file"] for entry in index}):
             if not (name in files if files else (directory / name).is_file()):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.stores import check_schemes
@@ -55,6 +56,18 @@ def run_main(
         app.run(guarded, flags_parser=parse)
     except UserError as error:
         sys.exit(_fail(error))
+
+
+def check_key(config: ConfigDict, dotted: str) -> None:
+    """Raises UserError with the nearest valid name unless the dotted key exists in the config."""
+    node, prefix = config, ""
+    for part in dotted.split("."):
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"--config.{dotted}: unknown config key {part!r}; {prefix[:-1]} has no keys below it")
+        if part not in node:
+            known = nearest(prefix + part, [prefix + key for key in node])
+            raise UserError(f"--config.{dotted}: unknown config key {part!r}{known}")
+        node, prefix = node[part], f"{prefix}{part}."
 
 
 def _import_plugins(arguments: list[str]) -> None:

@@ -2,9 +2,12 @@
 
 MediaPipe needs a different protobuf version, so this runs in its own process and imports nothing from the project.
 Standard input, per clip: a JSON line {"frames": F, "height": H, "width": W, "names": [...]}, then F*H*W*3 bytes of RGB.
-Standard output: the line "ready", then per clip F*K*3 float32 (x and y as fractions of the frame, confidence).
+Standard output: the line "ready", then per clip F*K*3 float32 (x and y as fractions of the frame, confidence). If the
+line has "faces_every": N, a JSON line follows with everybody's faces in frames 0, N, 2N, …: for each frame a list of
+[left, top, width, height, score] in fractions of the frame.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -26,6 +29,7 @@ FACE = {
 }  # fmt: skip
 HAND = {"index_tip": 8, "thumb_tip": 4}
 MIN_VISIBILITY = 0.5  # BlazePose also guesses hidden points; those below this visibility count as not found
+MIN_FACE_SCORE = 0.5
 SHORTER_SIDE = 256  # smaller pictures are enlarged to it, because the detectors expect people of a certain pixel size
 
 
@@ -52,16 +56,35 @@ def keypoints(result, names) -> np.ndarray:
     return np.where(seen[:, None], np.clip(points, 0, 1), 0)
 
 
-def detect(frames: np.ndarray, names) -> np.ndarray:
-    """(F,H,W,3) uint8 -> (F,K,3) float32."""
-    scale = max(1.0, SHORTER_SIDE / min(frames.shape[1:3]))
-    results = []
-    with mediapipe.solutions.holistic.Holistic(model_complexity=1, smooth_landmarks=True) as detector:
-        for frame in frames:
+def _boxes(detections) -> list[list[float]]:
+    boxes = ((d.location_data.relative_bounding_box, d.score[0]) for d in detections or ())
+    return [[round(float(x), 4) for x in (box.xmin, box.ymin, box.width, box.height, score)] for box, score in boxes]
+
+
+def detect(frames, names, faces_every: int = 0) -> tuple[np.ndarray, list]:
+    """Frames (H,W,3) uint8 -> keypoints (F,K,3) float32, and the faces of every n-th frame."""
+    results, faces = [], []
+    with contextlib.ExitStack() as stack:
+        solutions = mediapipe.solutions
+        people = stack.enter_context(solutions.holistic.Holistic(model_complexity=1, smooth_landmarks=True))
+        if faces_every:
+            face = stack.enter_context(solutions.face_detection.FaceDetection(MIN_FACE_SCORE, model_selection=1))
+        for number, frame in enumerate(frames):
+            scale = SHORTER_SIDE / min(frame.shape[:2])
             if scale > 1:
                 frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-            results.append(keypoints(detector.process(np.ascontiguousarray(frame)), names))
-    return np.stack(results)
+            frame = np.ascontiguousarray(frame)
+            results.append(keypoints(people.process(frame), names))
+            if faces_every and number % faces_every == 0:
+                faces.append(_boxes(face.process(frame).detections))
+    return np.stack(results), faces
+
+
+def _read_frames(stream, clip: dict):
+    """Yields the clip's frames one by one, because a long clip does not fit into memory."""
+    shape = (clip["height"], clip["width"], 3)
+    for _ in range(clip["frames"]):
+        yield np.frombuffer(stream.read(int(np.prod(shape))), np.uint8).reshape(shape)
 
 
 def main() -> None:
@@ -73,9 +96,11 @@ def main() -> None:
     results.flush()
     while line := sys.stdin.buffer.readline():
         clip = json.loads(line)
-        shape = (clip["frames"], clip["height"], clip["width"], 3)
-        data = sys.stdin.buffer.read(int(np.prod(shape)))
-        results.write(detect(np.frombuffer(data, np.uint8).reshape(shape), clip["names"]).tobytes())
+        faces_every = clip.get("faces_every", 0)
+        points, faces = detect(_read_frames(sys.stdin.buffer, clip), clip["names"], faces_every)
+        results.write(points.tobytes())
+        if faces_every:
+            results.write(json.dumps(faces).encode() + b"\n")
         results.flush()
 
 

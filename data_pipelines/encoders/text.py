@@ -65,6 +65,15 @@ class TextEncoder:
             x = self._norm(x + self._linear(hidden, layer + "output.dense"), layer + "output.LayerNorm")
         return x.astype(np.float32)
 
+    def problem(self, caption: str) -> str:
+        """What `encode` does not see of a caption, in a few words that follow "captions"; "" if it sees all."""
+        found = self._tokenizer.encode(caption)
+        if found.overflowing:
+            return f"longer than {MAX_TOKENS} tokens, cut"
+        if set(found.tokens[1:-1]) == {"[UNK]"}:
+            return "without a known token, all alike to the encoder"
+        return ""
+
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return x @ self._weights[name + ".weight"].T + self._weights[name + ".bias"]
 

@@ -6,20 +6,23 @@ import dataclasses
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipelines import boxes
 from data_pipelines import keypoints as kp
-from data_pipelines.encoders.speech import SpeechEncoder
-from data_pipelines.encoders.text import TextEncoder
-from data_pipelines.encoders.text_states import StatesFile
 from data_pipelines.prepare.cut import Cut
 from data_pipelines.raw import media
 from data_pipelines.raw.manifest import RawClip
 from data_pipelines.raw.sound import Sound
 from omnihuman_jax import conditions
 from omnihuman_jax.errors import UserError
+
+if TYPE_CHECKING:  # they import JAX, which processes that only score do not need
+    from data_pipelines.encoders.speech import SpeechEncoder
+    from data_pipelines.encoders.text import TextEncoder
+    from data_pipelines.encoders.text_states import StatesFile
 
 # Of rendered clips; the keypoints also of those that are to train without pose.
 _TRUTH = ("mouth", "attributes", "truth_keypoints")
@@ -46,7 +49,11 @@ def sound(clip: RawClip, num_frames: int) -> Sound | None:
         tracks = media.audio_tracks(clip.path)
         if not tracks:
             return None
-        found = media.read_sound(clip.path, start=clip.start, end=clip.start + num_frames / media.FPS)
+        start = clip.start + clip.sound_late
+        found = media.read_sound(clip.path, start=max(start, 0.0), end=start + num_frames / media.FPS)
+        if start < 0:  # the sound is early, so the picture begins before it
+            before = round(-start * media.AUDIO_RATE)
+            found = Sound(*(np.pad(values, (before, 0)) for values in found))
     except UserError as error:
         print(f"going on without sound: {error}", flush=True)
         return None

@@ -56,12 +56,18 @@ def inputs_digest(clips: Sequence[RawClip], settings: Settings, encoders: featur
     digest = hashlib.sha256(json.dumps([used, encoders.text.name, encoders.speech.name]).encode())
     digest.update(detector.encode())
     for clip in clips:
-        values = dataclasses.asdict(clip) | {"path": _content(clip.path)}
-        values["annotations"] = clip.annotations and _content(clip.annotations)
-        if not clip.problem:
-            del values["problem"]
-        digest.update(json.dumps(values, sort_keys=True).encode())
+        digest.update(clip_values(clip, _content).encode())
     return digest.hexdigest()
+
+
+def clip_values(clip: RawClip, content: Callable[[pathlib.Path], str]) -> str:
+    """JSON of everything about a raw clip that affects its records; `content` gives the digest of a file."""
+    values = dataclasses.asdict(clip) | {"path": content(clip.path)}
+    values["annotations"] = clip.annotations and content(clip.annotations)
+    for name in ("problem", "sound_late"):  # fields that came later change no digest where they are not used
+        if not values[name]:
+            del values[name]
+    return json.dumps(values, sort_keys=True)
 
 
 def _content(path: pathlib.Path) -> str:
@@ -140,7 +146,12 @@ def prepare_clip(
     # A raw clip that already is a training clip is copied instead of encoded again.
     several = pieces[-1].number > 0
     unchanged = not several and pieces[0].untouched and clip.start == 0 and clip.end is None
-    unchanged = unchanged and clip.path.suffix == ".mp4" and media.is_exactly(clip.path, settings.clip_frames)
+    unchanged = (
+        unchanged
+        and not clip.sound_late
+        and clip.path.suffix == ".mp4"
+        and media.is_exactly(clip.path, settings.clip_frames)
+    )
     prepared = []
     for piece in pieces:
         heard = features.part_of(sound, piece.first, settings.clip_frames)
@@ -168,6 +179,16 @@ def _text(encoders: features.Encoders, caption: str) -> np.ndarray | UserError:
         return encoders.text.encode(caption)
     except UserError as error:
         return error
+
+
+def meta_of(settings: Settings, encoders: features.Encoders, latent_channels: int) -> Meta:
+    """What the records of a run share."""
+    return Meta(
+        latent_channels=latent_channels,
+        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": kp.NUM_KEYPOINTS},
+        encoders={"text": encoders.text.name, "audio": encoders.speech.name},
+        vae_sha256=settings.vae_sha256,
+    )
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
@@ -206,8 +227,31 @@ def run(
     Raises UserError if no clip could be used, or the output cannot be written.
     """
     summary = Summary()
-    usable = {clip.caption for clip in clips if not clip.problem}
+    meta = meta_of(settings, encoders, latent_channels)
+    try:
+        with DatasetWriter(output, meta, extra) as writer:
+            items = list(zip(clips, names.assign(clips), strict=True))
+            fill(writer, items, settings, encoders, encode, summary, workers=workers, batch=batch)
+    except UserError as error:
+        raise UserError(f"{error}{summary.reasons()}") from error
+    return summary
+
+
+def fill(
+    writer: DatasetWriter,
+    items: Sequence[tuple[RawClip, names.Name]],
+    settings: Settings,
+    encoders: features.Encoders,
+    encode: Callable[[Any], Any],
+    summary: Summary,
+    *,
+    workers: int,
+    batch: int,
+) -> None:
+    """Prepares clips under the given names into an open data set, as `run` does, and adds them to the summary."""
+    usable = {clip.caption for clip, _ in items if not clip.problem}
     texts = {caption: _text(encoders, caption) for caption in sorted(usable)}
+    summary.add_captions((clip.caption for clip, _ in items if not clip.problem), encoders.text)
 
     def prepare(item: tuple[RawClip, names.Name]) -> list[Prepared]:
         clip, name = item
@@ -219,8 +263,7 @@ def run(
         return prepare_clip(clip, settings, encoders, text, name)
 
     def pieces(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, tuple[RawClip, Prepared]]]:
-        items = zip(clips, names.assign(clips), strict=True)
-        progress = tqdm(in_order(pool, prepare, items, 2 * workers), total=len(clips), desc="prepare", unit="clip")
+        progress = tqdm(in_order(pool, prepare, items, 2 * workers), total=len(items), desc="prepare", unit="clip")
         for (clip, _), future in progress:
             try:
                 prepared = future.result()
@@ -234,29 +277,15 @@ def run(
                 summary.reject(clip, f"shorter than {settings.clip_frames} frames ({settings.clip_frames / FPS:g} s)")
             yield from ((piece.frames, (clip, piece)) for piece in prepared)
 
-    meta = Meta(
-        latent_channels=latent_channels,
-        sizes={"audio_dim": encoders.speech.dim, "text_dim": encoders.text.dim, "num_keypoints": kp.NUM_KEYPOINTS},
-        encoders={"text": encoders.text.name, "audio": encoders.speech.name},
-        vae_sha256=settings.vae_sha256,
-    )
-    try:
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            ThreadPoolExecutor(workers) as pool,
-            DatasetWriter(output, meta, extra) as writer,
-        ):
-            for (clip, piece), latents, references in encode_clips(pieces(pool), encode, batch):
-                record = piece.record | {"latents": latents, "references": references}
-                file = piece.file or pathlib.Path(scratch, "clip.mp4")
-                if piece.file is None:
-                    media.write_mp4(file, piece.frames, audio=piece.sound)
-                try:
-                    writer.add(record, file)
-                except ValueError as error:  # as a detector's or an encoder's values that are not finite
-                    summary.reject(clip, str(error))
-                    continue
-                summary.add(record)
-    except UserError as error:
-        raise UserError(f"{error}{summary.reasons()}") from error
-    return summary
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(workers) as pool:
+        for (clip, piece), latents, references in encode_clips(pieces(pool), encode, batch):
+            record = piece.record | {"latents": latents, "references": references}
+            file = piece.file or pathlib.Path(scratch, "clip.mp4")
+            if piece.file is None:
+                media.write_mp4(file, piece.frames, audio=piece.sound)
+            try:
+                writer.add(record, file)
+            except ValueError as error:  # as a detector's or an encoder's values that are not finite
+                summary.reject(clip, str(error))
+                continue
+            summary.add(record)

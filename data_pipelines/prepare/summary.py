@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipelines.raw.manifest import RawClip
-from data_pipelines.schema import FACE
+from data_pipelines.schema import FACE, clip_id
 from omnihuman_jax import conditions
 from omnihuman_jax.frames import FPS
 
@@ -19,9 +20,20 @@ class Summary:
         self._counts: dict[str, Counter[str]] = defaultdict(Counter)
         self._sizes: dict[str, Counter[str]] = defaultdict(Counter)
         self.rejected: list[tuple[str, str]] = []
+        self._captions: Counter[str] = Counter()
+        self._used: set[str] = set()
+
+    def add_captions(self, captions: Iterable[str], encoder: Any) -> None:
+        """Counts the captions of clips that the encoder does not read as they are; see `TextEncoder.problem`."""
+        problem = getattr(encoder, "problem", lambda _: "")  # states from a file are of any length
+        for caption, count in Counter(captions).items():
+            self._captions["all"] += count
+            self._captions[problem(caption)] += count
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds an accepted record."""
+        whole = clip_id(record["id"])
+        self._used |= {whole, re.sub("-c*[0-9]+$", "", whole)}  # a cut's number, see `names.Name`
         self._sizes[record["source"]][f"{record['height']}x{record['width']}"] += 1
         counts = self._counts[record["source"]]
         if record["view"] == FACE:  # a crop shares its seconds and conditions with a clip that is counted
@@ -36,6 +48,10 @@ class Summary:
     def reject(self, clip: RawClip, reason: str) -> None:
         """Adds a raw clip of which nothing, or not all, is used."""
         self.rejected.append((f"{clip.source}/{clip.id}", " ".join(reason.split())))
+
+    def unused(self) -> dict[str, str]:
+        """Name -> reason of the raw clips that have no record at all."""
+        return {name: reason for name, reason in self.rejected if name not in self._used}
 
     def reasons(self) -> str:
         """ "; rejected: ..." with the first rejected clip, or "" if there is none."""
@@ -55,4 +71,8 @@ class Summary:
         lines += [f"rejected {name}: {reason}" for name, reason in self.rejected]
         if self.rejected:
             lines.append(f"clips rejected: {len({name for name, _ in self.rejected})}")
+        for problem, count in sorted(self._captions.items()):
+            if problem not in ("", "all"):
+                whole = self._captions["all"]
+                lines.append(f"captions {problem}: {count} of {whole} ({100 * count / whole:.1f} %)")
         return "\n".join(lines)

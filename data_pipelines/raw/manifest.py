@@ -58,6 +58,7 @@ class RawClip:
     end: float | None = None
     crop: tuple[int, int, int, int] | None = None
     problem: str = ""  # why it cannot be used
+    sound_late: float = 0.0  # seconds by which the sound is behind the picture; set by curation
 
 
 def write_manifest(directory: pathlib.Path, source: str, clips: Sequence[Mapping[str, Any]], **notes: Any) -> None:
@@ -154,7 +155,7 @@ def _entry(directory: pathlib.Path, source: str, number: int, entry: Any) -> Raw
     if problem:
         return dataclasses.replace(clip, problem=f"{directory / MANIFEST}: clip {clip.id!r}: {problem}")
     fields = {field.name for field in dataclasses.fields(RawClip)} - {
-        "id", "path", "source", "annotations", "crop", "problem"
+        "id", "path", "source", "annotations", "crop", "problem", "sound_late"
     }  # fmt: skip
     values = {field: entry[field] for field in fields if entry.get(field) is not None}
     notes = directory / entry["annotations"] if entry.get("annotations") else None

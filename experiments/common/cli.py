@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from omnihuman_jax import command, stores
+from omnihuman_jax.command import check_key
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.models.vae.vae import encoder_sha256
 from omnihuman_jax.sharding import processes
@@ -80,18 +81,6 @@ def load_preset(preset: str) -> ConfigDict:
     flag = config_flags.DEFINE_config_file("config", None, "", flag_values=holder, sys_argv=[""])
     holder(["", f"--config={preset}"])
     return flag.value
-
-
-def check_key(config: ConfigDict, dotted: str) -> None:
-    """Raises UserError with the nearest valid name unless the dotted key exists in the config."""
-    node, prefix = config, ""
-    for part in dotted.split("."):
-        if not isinstance(node, ConfigDict):
-            raise UserError(f"--config.{dotted}: unknown config key {part!r}; {prefix[:-1]} has no keys below it")
-        if part not in node:
-            known = nearest(prefix + part, [prefix + key for key in node])
-            raise UserError(f"--config.{dotted}: unknown config key {part!r}{known}")
-        node, prefix = node[part], f"{prefix}{part}."
 
 
 def define_process_flags() -> None:

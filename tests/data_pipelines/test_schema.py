@@ -67,6 +67,19 @@ def test_record_round_trip_is_exact_with_and_without_conditions(audio, pose):
     assert_same(record, schema.decode(schema.encode(record, META.arrays), META.arrays))
 
 
+def test_a_record_is_the_same_bytes_in_every_process():
+    """Protocol buffers write a map in an order that differs from process to process, unless told otherwise."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    for seed in range(5):
+        data = schema.encode(make_record(seed=seed), META.arrays)
+        example = tf_example_pb2.Example.FromString(data)
+        assert example.SerializeToString(deterministic=True) == data
+        keys = list(example.features.feature)
+        places = [data.index(b"\n" + bytes([len(key)]) + key.encode()) for key in sorted(keys)]
+        assert places == sorted(places)
+
+
 def test_missing_or_unknown_field_is_refused():
     record = make_record()
     record["extra"] = 1

@@ -5,6 +5,7 @@ import pytest
 
 from data_pipelines.encoders import mel, pose, speech, text
 from data_pipelines.keypoints import INDEX, NUM_KEYPOINTS
+from data_pipelines.prepare.summary import Summary
 from data_pipelines.raw import fetch, media
 from omnihuman_jax.errors import UserError
 
@@ -157,6 +158,23 @@ def test_long_captions_are_cut(monkeypatch):
         text.load("t5")
 
 
+def test_what_an_encoder_does_not_see_of_a_caption_is_told():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "word": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    weights = {"embeddings.word_embeddings.weight": np.zeros((4, 2)), "encoder.layer.0.x": np.zeros(1)}
+    encoder = text.TextEncoder(weights, tokenizer)
+    assert [encoder.problem(caption) for caption in ("word", "", "word ?", "word " * 30)] == [""] * 4
+    assert encoder.problem("word " * 31) == "longer than 32 tokens, cut"
+    assert encoder.problem("สวัสดี ครับ").startswith("without a known token")
+    summary = Summary()
+    summary.add_captions(["word", "word " * 31, "word " * 31, "word"], encoder)
+    assert summary.table().splitlines()[-1] == "captions longer than 32 tokens, cut: 2 of 4 (50.0 %)"
+
+
 @pytest.fixture
 def detector_python():
     try:
@@ -182,6 +200,19 @@ def test_keypoints_of_a_talking_man_are_where_they_should_be(detector_python, sp
     assert np.allclose(at["nose"][:2], [0.42, 0.39], atol=0.05)  # read off the frame by eye
     for name in ("left_knee", "right_ankle"):  # outside the picture
         assert not at[name].any()
+
+
+def test_everybodys_faces_are_found_beside_the_keypoints_of_one(detector_python, speaker):
+    frames = media.read_video(speaker, end=6 / media.FPS)
+    two = np.concatenate([frames, frames], axis=2)
+    with pose.PoseDetector() as detector:
+        points, faces = detector.detect_people(iter(two), 8, 3)
+        again = detector.detect(frames)
+    assert points.shape == (8, NUM_KEYPOINTS, 3) and pose.is_found(points)
+    assert [face.shape for face in faces] == [(2, 5)] * 3
+    left, right = sorted(faces[0].tolist())
+    np.testing.assert_allclose([right[0] - left[0], right[1] - left[1]], [0.5, 0], atol=0.02)
+    np.testing.assert_allclose(left[0] + left[2] / 2, again[0, INDEX["nose"], 0] / 2, atol=0.04)
 
 
 def test_a_picture_without_a_person_has_no_keypoints(detector_python):
