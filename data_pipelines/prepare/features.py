@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # they import JAX, which processes that only score do not nee
     from data_pipelines.encoders.text_states import StatesFile
 
 # Of rendered clips; the keypoints also of those that are to train without pose.
+_ONE_AT_A_TIME = threading.Lock()
 _TRUTH = ("mouth", "attributes", "truth_keypoints")
 FARTHEST = 5.0  # x or y, in pictures, of a point outside of the picture; more are pixels
 SILENCE = 3e-4  # root mean square below which sound counts as silence (-70 dB of full scale)
@@ -79,7 +80,8 @@ def annotations(clip: RawClip) -> Mapping[str, np.ndarray]:
     if clip.annotations is None:
         return {}
     try:
-        with np.load(clip.annotations, allow_pickle=False) as file:
+        # Headers of arrays are parsed by `ast`, which in CPython 3.11 fails now and then if two threads do it.
+        with _ONE_AT_A_TIME, np.load(clip.annotations, allow_pickle=False) as file:
             notes = {name: file[name] for name in (*_TRUTH, *_annotated()) if name in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {clip.annotations} ({error}); make the raw clips again") from error
