@@ -13,11 +13,11 @@ def get_config(recipe: str = "published") -> ConfigDict:
     config.mesh.update({"data": 1, "fsdp": -1})
     config.data.omit_absent = True
     rows = (
-        ("stage1", 150, 2e-3),
+        ("stage1", 60, 2e-3),
         ("stage2_warmup", 2000, 2e-3),
-        ("stage2", 500, 1.5e-3),
-        ("stage3_warmup", 400, 1.5e-3),
-        ("stage3", 500, 1e-3),
+        ("stage2", 400, 1.5e-3),
+        ("stage3_warmup", 200, 1.5e-3),
+        ("stage3", 800, 1e-3),
     )
     demo.set_rows(config, rows, warmup_steps=40)
     # With omit_absent every stage compiles each of its sizes, a minute each; the last one trains on all of them.
