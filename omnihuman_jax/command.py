@@ -58,6 +58,12 @@ def run_main(
         sys.exit(_fail(error))
 
 
+def check_given(**values: Any) -> None:
+    """Raises UserError if a required flag is missing; `values` are flags by name."""
+    if missing := [name for name, value in values.items() if not value]:
+        raise UserError(f"--{missing[0]} is missing; see --help")
+
+
 def check_key(config: ConfigDict, dotted: str) -> None:
     """Raises UserError with the nearest valid name unless the dotted key exists in the config."""
     node, prefix = config, ""

@@ -21,7 +21,7 @@ from data_pipelines.encoders import pose, speech, text
 from data_pipelines.prepare import curated, extend, features, pipeline
 from data_pipelines.prepare.cut import parse_sizes
 from data_pipelines.raw import fetch, manifest
-from omnihuman_jax.command import check_key, run_main
+from omnihuman_jax.command import check_given, check_key, run_main
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import latent_frames, pixel_frames
 
@@ -87,12 +87,6 @@ def _use_detector(clips: list[manifest.RawClip], curates: bool = False) -> bool:
     return True
 
 
-def _flag_error(**values: Any) -> None:
-    for name, value in values.items():
-        if not value:
-            raise UserError(f"--{name} is missing; see --help")
-
-
 def _inputs() -> tuple[list[manifest.RawClip], list[manifest.RawClip]]:
     """The clips to curate, and those to take as they are."""
     raw, trusted = [], []
@@ -108,7 +102,7 @@ def _inputs() -> tuple[list[manifest.RawClip], list[manifest.RawClip]]:
 
 def _settings() -> pipeline.Settings:
     """From the flags, without the digest of the VAE."""
-    _flag_error(vae=_VAE.value)
+    check_given(vae=_VAE.value)
     if _CLIP_FRAMES.value < 5 or pixel_frames(latent_frames(_CLIP_FRAMES.value)) != _CLIP_FRAMES.value:
         raise UserError(f"--clip_frames={_CLIP_FRAMES.value} must be 1 + 4n and at least 5, for example 49")
     vae = pathlib.Path(_VAE.value)
@@ -140,7 +134,7 @@ def _curate(raw: list[manifest.RawClip]) -> curated.Curation:
 
 def main() -> None:
     """Checks the flags and inputs before the first compile, then runs the pipeline."""
-    _flag_error(input=_INPUT.value, output=_OUTPUT.value)
+    check_given(input=_INPUT.value, output=_OUTPUT.value)
     if _WORKERS.value < 1 or _BATCH.value < 1:
         raise UserError("--workers and --vae_batch must be at least 1")
     settings = None if _DRY_RUN.value else _settings()

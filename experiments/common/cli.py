@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from omnihuman_jax import command, stores
-from omnihuman_jax.command import check_key
+from omnihuman_jax.command import check_given, check_key  # noqa: F401 (commands call cli.check_given)
 from omnihuman_jax.errors import UserError, nearest
 from omnihuman_jax.models.vae.vae import encoder_sha256
 from omnihuman_jax.sharding import processes
@@ -49,12 +49,6 @@ def run_main(main: Callable[[list[str]], int | None], in_stores: Collection[str]
             stores.check_schemes(values | of_config, in_stores)
 
     command.run_main(lambda: main([]), check=_check_config_arguments, parsed=check_schemes)
-
-
-def check_given(**values: Any) -> None:
-    """Raises UserError if a required flag is missing; `values` are flags by name."""
-    if missing := [name for name, value in values.items() if not value]:
-        raise UserError(f"--{missing[0]} is missing; see --help")
 
 
 def _check_config_arguments(args: list[str]) -> None:

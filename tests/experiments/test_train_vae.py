@@ -229,17 +229,21 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(clips, t
     assert [line["loss"] is None for line in log] == [False, False, True, False, False, True]
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(trained, clips, tmp_path):
-    config = tiny_config(clips, 30)
-    preset = tmp_path / "preset.py"
+def train_in_two_processes(workdir, config, *arguments):
+    """Runs the command in two processes of 8 simulated devices, on the config that a function of this file returns."""
+    preset = workdir.with_suffix(".py")
+    call = f"{config.__name__}({', '.join(map(repr, arguments))})"
     preset.write_text(
-        f"from tests.experiments.test_train_vae import tiny_config\n\n\ndef get_config():\n"
-        f"    return tiny_config({str(clips)!r}, {config.steps})\n"
+        f"from tests.experiments.test_train_vae import {config.__name__}\n\n\ndef get_config():\n    return {call}\n"
     )
     command = ["experiments.train_vae", f"--config={preset}", "--config.simulated_devices=8"]
-    started = launch.start_command(command, tmp_path / "two", processes=2)
-    assert launch.wait(started) == [0, 0], launch.log(tmp_path / "two")[-3000:]
+    started = launch.start_command(command, workdir, processes=2)
+    assert launch.wait(started) == [0, 0], launch.log(workdir)[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(trained, clips, tmp_path):
+    train_in_two_processes(tmp_path / "two", tiny_config, str(clips), 30)
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-3)
     assert load_vae(tmp_path / "two" / "vae.safetensors").config.z_dim == 4
 
@@ -253,14 +257,7 @@ def linear_config(clips):
 
 @pytest.mark.slow
 def test_two_processes_fit_the_linear_path_and_the_statistics_as_one(clips, tmp_path):
-    preset = tmp_path / "preset.py"
-    preset.write_text(
-        f"from tests.experiments.test_train_vae import linear_config\n\n\ndef get_config():\n"
-        f"    return linear_config({str(clips)!r})\n"
-    )
-    command = ["experiments.train_vae", f"--config={preset}", "--config.simulated_devices=8"]
-    started = launch.start_command(command, tmp_path / "two", processes=2)
-    assert launch.wait(started) == [0, 0], launch.log(tmp_path / "two")[-3000:]
+    train_in_two_processes(tmp_path / "two", linear_config, str(clips))
     train_vae.train(linear_config(clips), tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     one, two = (load_vae(tmp_path / name / "vae.safetensors").config for name in ("one", "two"))

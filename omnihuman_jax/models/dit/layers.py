@@ -17,6 +17,10 @@ XAVIER = nnx.initializers.xavier_uniform()
 TIME_FREQUENCIES = 256
 
 
+def _unchanged(columns: jax.Array) -> jax.Array:
+    return columns
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias with kernel (inputs, outputs), bias (outputs,); computes in `dtype`."""
 
@@ -27,7 +31,7 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
 
-    def __call__(self, x: jax.Array, reorder: Callable[[jax.Array], jax.Array] = lambda columns: columns) -> jax.Array:
+    def __call__(self, x: jax.Array, reorder: Callable[[jax.Array], jax.Array] = _unchanged) -> jax.Array:
         """x (..., inputs) -> (..., outputs); `reorder` permutes the outputs."""
         kernel, shape = reorder(self.kernel[...].astype(self.dtype)), x.shape
         x = x.astype(self.dtype)
@@ -85,7 +89,7 @@ class HeadNorm(nnx.Module):
         if self.active:
             self.scale = nnx.Param(jnp.ones((config.head_dim,), jnp.dtype(config.param_dtype)))
 
-    def __call__(self, x: jax.Array, reorder: Callable[[jax.Array], jax.Array] = lambda columns: columns) -> jax.Array:
+    def __call__(self, x: jax.Array, reorder: Callable[[jax.Array], jax.Array] = _unchanged) -> jax.Array:
         """x (..., D), in the order that `reorder` gives the scale."""
         x = x.astype(jnp.float32)
         if not self.active:

@@ -90,6 +90,8 @@ class VAETask:
         self._data = videos.fingerprint()
         self._encoder = load_encoder(config) if config.encoder_from else None
         self._unit = self._encoder.config.latent_std if self._encoder else None
+        # Every save records it, and making it reads the whole file.
+        self._encoder_sha256 = encoder_sha256(config.encoder_from) if config.encoder_from else None
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._steps = {
             stage.name: jax.jit(
@@ -160,11 +162,11 @@ class VAETask:
 
     def meta(self) -> dict[str, Any]:
         """The digest of the encoder of `encoder_from`; data and stages follow from the config and the step."""
-        return {"encoder": encoder_sha256(self.config.encoder_from)} if self.config.encoder_from else {}
+        return {"encoder": self._encoder_sha256} if self._encoder_sha256 else {}
 
     def restore(self, meta: Mapping[str, Any]) -> list[str]:
         """Nothing to restore. Raises UserError if the run was started with another encoder, or none."""
-        if meta.get("encoder") != self.meta().get("encoder"):
+        if meta.get("encoder") != self._encoder_sha256:
             raise UserError(
                 f"encoder_from={self.config.encoder_from!r}: this run was started with "
                 f"{'another encoder' if 'encoder' in meta else 'no encoder'}; give that one, or another --workdir"
