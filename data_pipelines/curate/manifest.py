@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipelines.curate import scores
 from data_pipelines.curate.eligibility import GENERAL, KEPT, Clip, Fate
+from omnihuman_jax import stores
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS
 
@@ -57,10 +58,9 @@ def write(
 
 def write_lines(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
     """Writes JSON lines, atomically."""
-    partial = path.with_name(f".{path.name}.partial")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     try:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
+        stores.write_whole(path, text.encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another") from error
 

@@ -14,6 +14,7 @@ import numpy as np
 from data_pipelines.curate import manifest, scores
 from data_pipelines.curate.eligibility import GENERAL, KEPT, Clip, Fate
 from data_pipelines.curate.store import Store
+from omnihuman_jax import stores
 from omnihuman_jax.errors import UserError
 from omnihuman_jax.frames import FPS
 
@@ -63,10 +64,8 @@ def write(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Curation</title>'
         f"<style>{STYLE}</style></head><body><main><h1>Curation</h1>{''.join(parts)}</main></body></html>\n"
     )
-    partial = directory / f".{FILE}.partial"
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(directory / FILE)
+        stores.write_whole(directory / FILE, page.encode())
     except OSError as error:
         raise UserError(f"cannot write {directory / FILE}: {error.strerror}; free some space") from error
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from omnihuman_jax import stores
 from omnihuman_jax.errors import UserError
 
 
@@ -18,6 +19,4 @@ def check_output(output: str) -> Path:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    stores.write_whole(path, text.encode())
